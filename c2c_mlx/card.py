@@ -1,0 +1,93 @@
+"""The model card that stands in every fuser folder."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from c2c_mlx.config import FuserConfig, ModelShape, Provenance
+
+
+def render(config: FuserConfig, provenance: Provenance) -> str:
+    """The README.md of a fuser folder: front matter for the hub, and what a person asks first."""
+    receiver, sharer = config.receiver, config.sharer
+    return f"""---
+{_front_matter(config, provenance)}
+---
+
+# Cache-to-Cache fuser: {_plain(sharer.name)} to {_plain(receiver.name)}
+
+Projects the KV cache of the sharer into that of the receiver (arXiv 2510.03215), so that the
+receiver answers with what the sharer understood. Made with c2c-mlx.
+
+    c2c-chat --sharer {_plain(sharer.name)} --receiver {_plain(receiver.name)} --fuser FOLDER
+
+| | layers | KV heads | head dim |
+| --- | --- | --- | --- |
+| receiver {_plain(receiver.name)} | {receiver.layers} | {receiver.kv_heads} | {receiver.head_dim} |
+| sharer {_plain(sharer.name)} | {sharer.layers} | {sharer.kv_heads} | {sharer.head_dim} |
+
+- Layers (receiver from sharer): {layer_map_text(config)}
+- Hidden {config.hidden_dim}, intermediate {config.intermediate_dim}, depth {config.depth}
+- Tokens: alignment {config.alignment}, fused positions {config.positions}
+{_origin(provenance)}"""
+
+
+def layer_map_text(config: FuserConfig) -> str:
+    """The layer map in one line; runs of the same step are written as ranges."""
+    runs: list[list[tuple[int, int]]] = []
+    for pair in config.layer_map:
+        if runs and pair == (runs[-1][-1][0] + 1, runs[-1][-1][1] + 1):
+            runs[-1].append(pair)
+        else:
+            runs.append([pair])
+    return ", ".join(
+        f"{run[0][0]} from {run[0][1]}"
+        if len(run) == 1
+        else f"{run[0][0]}-{run[-1][0]} from {run[0][1]}-{run[-1][1]}"
+        for run in runs
+    )
+
+
+def _front_matter(config: FuserConfig, provenance: Provenance) -> str:
+    # A JSON string is a YAML string, whatever stands in it.
+    lines = ["library_name: mlx", "tags:", "- c2c", "- cache-to-cache", "- kv-cache", "- mlx"]
+    lines += ["base_model:", *(f"- {json.dumps(_hub_id(m))}" for m in _models(config))]
+    if licence := provenance.licence:
+        # The hub knows short identifiers; everything else is "other" with a name.
+        is_id = re.fullmatch(r"[A-Za-z0-9.-]+", licence)
+        lines.append(f"license: {licence.lower() if is_id else 'other'}")
+        if not is_id:
+            lines.append(f"license_name: {json.dumps(licence)}")
+    return "\n".join(lines)
+
+
+def _models(config: FuserConfig) -> list[ModelShape]:
+    return [config.receiver, config.sharer]
+
+
+def _hub_id(model: ModelShape) -> str:
+    """A name that the hub accepts: a folder's path says nothing to anybody else."""
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name):
+        return model.name
+    return re.sub(r"[^\w.-]+", "-", model.name.rstrip("/").rsplit("/", 1)[-1]) or "unknown"
+
+
+def _origin(provenance: Provenance) -> str:
+    lines = []
+    if provenance.source:
+        lines.append(f"- Source: `{_plain(provenance.source)}`")
+    if provenance.steps:
+        lines.append(f"- Training steps: {provenance.steps}")
+    if provenance.data:
+        lines.append(f"- Data: {_plain(', '.join(provenance.data))}")
+    for name, value in provenance.metrics.items():
+        lines.append(f"- {_plain(name)}: {value}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """One line without anything that a terminal or Markdown would act upon."""
+    return " ".join(
+        "".join(c if c.isprintable() and c not in "|`<>" else " " for c in text).split()
+    )

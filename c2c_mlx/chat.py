@@ -1,0 +1,299 @@
+"""A conversation over several turns, in four modes with a history each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+
+from c2c_mlx import kv, relay
+from c2c_mlx.alignment import align_chat, render, tokenize
+from c2c_mlx.checkpoint import check_models
+from c2c_mlx.config import ModelShape, SamplingConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.events import Event, Figures, Finished, Mode, Prefilling, Reason, RelayedText, Text
+from c2c_mlx.fuser import Fuser
+from c2c_mlx.generate import C2C, FusedPrefix, GateStats, Prefix, common_prefix, decode
+from c2c_mlx.models import LanguageModel
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class _Cost:
+    """Figures of a turn while it runs."""
+
+    began: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    prompt_tokens: int = 0
+    new_prompt_tokens: int = 0
+    generated: int = 0
+    relayed: int = 0
+    align_s: float = 0.0
+    sharer_s: float = 0.0
+    receiver_s: float = 0.0
+    fuse_s: float = 0.0
+
+    def figures(self, gates_open: int) -> Figures:
+        now = time.perf_counter()
+        first = self.first or now
+        decoding = now - first
+        return Figures(
+            prompt_tokens=self.prompt_tokens,
+            new_prompt_tokens=self.new_prompt_tokens,
+            generated_tokens=self.generated,
+            relayed_tokens=self.relayed,
+            align_s=self.align_s,
+            sharer_s=self.sharer_s,
+            receiver_s=self.receiver_s,
+            fuse_s=self.fuse_s,
+            first_token_s=first - self.began,
+            total_s=now - self.began,
+            tokens_per_s=(self.generated - 1) / decoding if self.generated > 1 else 0.0,
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
+            gates_open=gates_open,
+        )
+
+
+class ChatSession:
+    """Two models, an optional fuser, and one conversation per mode.
+
+    Every mode has its own history and its own caches, so a turn costs only its new tokens.
+
+    Args:
+        receiver: the model that answers.
+        sharer: the model that is read; None: only `receiver` mode works.
+        fuser: made for the two; None: `c2c` mode does not work.
+        sampling: the same for every mode.
+        system: a system prompt, or None for whatever the models' templates say.
+        on_prefill: told how far the reading of a prompt is, about once per 512 positions.
+
+    Raises:
+        C2CError: if the fuser was not made for these models.
+    """
+
+    def __init__(
+        self,
+        receiver: LanguageModel,
+        sharer: LanguageModel | None = None,
+        fuser: Fuser | None = None,
+        *,
+        sampling: SamplingConfig | None = None,
+        system: str | None = None,
+        on_prefill: Callable[[Prefilling], None] = lambda event: None,
+    ) -> None:
+        self.receiver, self.sharer = receiver, sharer
+        self.sampling = sampling or SamplingConfig()
+        self.system = system
+        self.on_prefill = on_prefill
+        self.c2c: C2C | None = None
+        if fuser is not None and sharer is not None:
+            check_models(
+                fuser.config,
+                _shape(receiver, fuser.config.receiver),
+                _shape(sharer, fuser.config.sharer),
+            )
+            self.c2c = C2C(receiver.model, sharer.model, fuser)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every mode's conversation; models and settings stay."""
+        self.history: dict[Mode, Messages] = {}
+        self._background: Messages = []  # the relay's other conversation, with the sharer
+        self._prefixes: dict[str, Prefix] = {}
+        self._fused = FusedPrefix(self.c2c) if self.c2c else None
+
+    def messages(self, mode: Mode) -> Messages:
+        """The mode's conversation so far, the system prompt first if there is one."""
+        return [*self._opening(), *self.history.get(mode, [])]
+
+    def gate_stats(self) -> GateStats | None:
+        """How the latest C2C turn changed the receiver's cache; computed when asked for."""
+        return self._fused.stats() if self._fused else None
+
+    def stop(self) -> None:
+        """Ends the answer that is being given after its next token; any thread may call it."""
+        self._stopping = True
+
+    def ask(self, question: str, mode: Mode = "c2c") -> Generator[Event, None, None]:
+        """One turn. However it ends, what has been said of the answer stays in the history.
+
+        Args:
+            question: the user's message.
+            mode: who answers, and from what.
+
+        Yields:
+            The turn's events, `Finished` last (none, if the generator is closed).
+
+        Raises:
+            C2CError: for an empty message, a mode that this session can't do, or a conversation
+                that no longer fits a model's context; the history is then as it was before.
+        """
+        if not question.strip():
+            raise C2CError("the message is empty: type a question")
+        mx.reset_peak_memory()
+        self._stopping = False
+        cost, said, relayed = _Cost(), "", ""
+        turn = [{"role": "user", "content": question}]
+        background = list(self._background)
+        try:
+            if mode == "relay":
+                for piece in self._relay(question, cost):
+                    relayed += piece.text
+                    yield piece
+                turn = relay.with_background(question, relayed.strip())
+            for text in self._answer([*self.messages(mode), *turn], mode, cost):
+                said += text.text
+                yield text
+        finally:
+            if said:
+                turn.append({"role": "assistant", "content": said.strip()})
+                self.history.setdefault(mode, []).extend(turn)
+            else:
+                self._background = background
+        reason: Reason = "length" if cost.generated >= self.sampling.max_tokens else "stop"
+        gates = int(self.c2c.fuser.gates.sum()) if self.c2c and mode == "c2c" else 0
+        yield Finished(
+            mode,
+            said.strip(),
+            relayed.strip(),
+            "stopped" if self._stopping else reason,
+            cost.figures(gates),
+        )
+
+    def _relay(self, question: str, cost: _Cost) -> Iterator[RelayedText]:
+        """The sharer's part of a relay."""
+        self._background.append(relay.background_message(question))
+        sampling = replace(
+            self.sampling, max_tokens=min(relay.BACKGROUND_TOKENS, self.sampling.max_tokens)
+        )
+        text = ""
+        for piece in self._plain(self._other, self._background, "relay", sampling, cost):
+            text += piece
+            cost.relayed += 1
+            yield RelayedText("relay", piece)
+            if self._stopping:
+                break
+        self._background.append({"role": "assistant", "content": text.strip()})
+
+    def _answer(self, messages: Messages, mode: Mode, cost: _Cost) -> Iterator[Text]:
+        """The answering model's part of any mode."""
+        lm = self._other if mode == "sharer" else self.receiver
+        pieces = (
+            self._from_fused(messages, cost)
+            if mode == "c2c"
+            else self._plain(lm, messages, mode, self.sampling, cost)
+        )
+        for piece in pieces:
+            if self._stopping:
+                break
+            cost.first = cost.first or time.perf_counter()
+            cost.generated += 1
+            yield Text(mode, piece)
+
+    def _plain(
+        self,
+        lm: LanguageModel,
+        messages: Messages,
+        mode: Mode,
+        sampling: SamplingConfig,
+        cost: _Cost,
+    ) -> Iterator[str]:
+        """One model reads and writes; pieces of text, one per token."""
+        ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
+        sampling = _fitting(lm, ids, sampling)
+        prefix = self._prefixes.setdefault(f"{mode} {lm.name}", Prefix(lm.model))
+        cost.prompt_tokens = len(ids)
+        cost.new_prompt_tokens = len(ids) - common_prefix(prefix.ids, ids)
+        tic = time.perf_counter()
+        prefix.extend(ids[:-1], self._report(mode))
+        seconds = time.perf_counter() - tic
+        if lm is self.receiver:
+            cost.receiver_s += seconds
+        else:
+            cost.sharer_s += seconds
+        written: list[int] = []
+        try:
+            for token, piece in decode(
+                lm.model, lm.tokenizer, prefix.cache, ids[-1:], sampling, lm.stop_strings
+            ):
+                written.append(token)
+                yield piece
+        finally:
+            prefix.settle([*ids, *written])
+
+    def _from_fused(self, messages: Messages, cost: _Cost) -> Iterator[str]:
+        """Both models read, the receiver writes; pieces of text, one per token."""
+        if self._fused is None or self.c2c is None:
+            raise C2CError(no_fuser(self.receiver.name, self._other.name))
+        tic = time.perf_counter()
+        aligned = align_chat(
+            messages,
+            self.receiver.tokenizer,
+            self._other.tokenizer,
+            strategy=self.c2c.fuser.config.alignment,
+        )
+        cost.align_s = time.perf_counter() - tic
+        sampling = _fitting(self.receiver, aligned.receiver_ids, self.sampling)
+        _fitting(self._other, aligned.sharer_ids, self.sampling)
+        cache = self._fused.extend(
+            aligned.receiver_ids,
+            aligned.sharer_ids,
+            aligned.index,
+            aligned.message,
+            self._report("c2c"),
+        )
+        fusion = self._fused.last
+        assert fusion is not None
+        cost.prompt_tokens = len(aligned.receiver_ids)
+        cost.new_prompt_tokens = fusion.stop - fusion.start + 1
+        cost.sharer_s, cost.receiver_s, cost.fuse_s = (
+            fusion.sharer_s,
+            fusion.receiver_s,
+            fusion.fuse_s,
+        )
+        lm = self.receiver
+        for _, piece in decode(
+            lm.model, lm.tokenizer, cache, aligned.receiver_ids[-1:], sampling, lm.stop_strings
+        ):
+            yield piece
+
+    @property
+    def _other(self) -> LanguageModel:
+        if self.sharer is None:
+            raise C2CError("this mode needs a sharer: name one with --sharer")
+        return self.sharer
+
+    def _opening(self) -> Messages:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def _report(self, mode: Mode) -> Callable[[int, int], None]:
+        return lambda done, total: self.on_prefill(Prefilling(mode, done, total))
+
+
+def _shape(lm: LanguageModel, wanted: ModelShape) -> ModelShape:
+    """The shape; the vocabulary is only looked through if the fuser knows whose it wants."""
+    return kv.model_shape(lm.model, lm.name, lm.fingerprint if wanted.tokenizer else "")
+
+
+def no_fuser(receiver: str, sharer: str) -> str:
+    """What to do when a pair has no fuser."""
+    return (
+        f"no fuser is known for sharer {sharer} and receiver {receiver}; train one with: "
+        f"c2c-train --sharer {sharer} --receiver {receiver} --data DIR --out DIR"
+    )
+
+
+def _fitting(lm: LanguageModel, ids: Sequence[int], sampling: SamplingConfig) -> SamplingConfig:
+    """The sampling with a limit of tokens that still fits; refuses before anything is read."""
+    room = lm.context_length - len(ids)
+    if room < 1:
+        raise C2CError(
+            f"the conversation is {len(ids)} tokens long, but {lm.name} reads at most "
+            f"{lm.context_length}: shorten the message, or start anew with /reset"
+        )
+    return replace(sampling, max_tokens=min(sampling.max_tokens, room))

@@ -1,0 +1,42 @@
+"""The four commands: arguments in, exit code out.
+
+Nothing here imports MLX or Textual at module level, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from c2c_mlx.errors import C2CError
+
+
+def run(body: Callable[[], int | None], program: str) -> int:
+    """Runs a command's body and turns what escapes from it into an exit code.
+
+    Args:
+        body: does the work; returns an exit code, or None for 0.
+        program: the command's name, which begins the line on stderr.
+
+    Returns:
+        0, 2 for the user's mistake, 130 for Ctrl-C. A bug keeps its traceback.
+    """
+    try:
+        code = body() or 0
+        sys.stdout.flush()
+        return code
+    except C2CError as e:
+        print(f"{program}: {one_line(str(e))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`| head`); Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def one_line(text: str) -> str:
+    """The text in one line, without characters that a terminal would act upon."""
+    return "".join(c if c.isprintable() else " " for c in text).rstrip()

@@ -1,0 +1,312 @@
+"""The fuser: every fused layer's keys and values in one batched pass (paper, section 3.2).
+
+Parameters are stacked along two leading axes, (kind, layer) with kind in (keys, values), so a pass
+is a dozen batched matmuls instead of two small networks per layer. One (kind, layer) is a *slice*;
+keys and values never mix, nor do layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from c2c_mlx.config import FuserConfig, Provenance
+
+KV = tuple[mx.array, mx.array]
+
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+NORM_EPS = 1e-6
+
+
+class StackedLinear(nn.Module):
+    """One linear layer per slice: weight [..., out, in], bias [..., out]."""
+
+    def __init__(self, stack: tuple[int, ...], in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = mx.random.uniform(-bound, bound, (*stack, out_dim, in_dim))
+        self.bias = mx.random.uniform(-bound, bound, (*stack, out_dim))
+
+
+class StackedBlock(nn.Module):
+    """One residual block per slice: x + w2(act(w1(rmsnorm(x)))), inner width `inner`."""
+
+    def __init__(self, stack: tuple[int, ...], dim: int, inner: int) -> None:
+        super().__init__()
+        self.norm = mx.ones((*stack, dim))
+        self.w1 = StackedLinear(stack, dim, inner).weight
+        self.w2 = StackedLinear(stack, inner, dim).weight
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a fuser adds to the receiver's cache, for its open slices alone.
+
+    Attributes:
+        slices: [S] (kind, index into the layer map), kind 0 for keys and 1 for values.
+        delta: [S, B, Hr, N, Dr], gate and dynamic weights included.
+        weight: [S, B, Hr, N, 1], the dynamic weights in [0, 1].
+        message_weight: [S, B, 1, N, 1], the message gate; None if the fuser has none.
+    """
+
+    slices: list[tuple[int, int]]
+    delta: mx.array
+    weight: mx.array
+    message_weight: mx.array | None
+
+
+class Fuser(nn.Module):
+    """The trained part of C2C: projects the sharer's cache into the receiver's.
+
+    A fresh fuser has every gate closed and so is the identity.
+    """
+
+    def __init__(self, config: FuserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance = Provenance()
+        # Of the Gumbel-sigmoid gates in training; None: gates are hard in training, too.
+        self.temperature: float | None = 1.0
+        stack = (len(config.fused_kinds), len(config.layer_map))
+        hidden, inner = config.hidden_dim, config.intermediate_dim
+        in_dim = config.sharer.width + config.receiver.width
+        self.proj_in = StackedLinear(stack, in_dim, hidden)
+        self.mlp1 = StackedBlock(stack, hidden, inner)
+        self.scalar_mlp2 = StackedBlock(stack, hidden, hidden)
+        self.scalar_head = StackedLinear(stack, hidden, config.receiver.kv_heads)
+        self.proj_mlp2 = [StackedBlock(stack, hidden, inner) for _ in range(config.depth - 2)]
+        self.proj_out = StackedLinear(stack, hidden, config.receiver.width)
+        self.gate_logit = mx.zeros(stack)
+        if config.message_gate:
+            self.message_head = StackedLinear(stack, hidden, 1)
+        if config.normalise:
+            self.input_mean = mx.zeros((*stack, in_dim))
+            self.input_scale = mx.ones((*stack, in_dim))
+            self.output_scale = mx.ones((*stack, config.receiver.width))
+            self.freeze(keys=["input_mean", "input_scale", "output_scale"], recurse=False)
+        self._selected: tuple[list[mx.array], list[tuple[int, int]], dict[str, Any]] | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Fuser:
+        """Reads a fuser folder; see `c2c_mlx.checkpoint.load`."""
+        from c2c_mlx.checkpoint import load
+
+        return load(folder)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a fuser folder; see `c2c_mlx.checkpoint.save`."""
+        from c2c_mlx.checkpoint import save
+
+        save(self, folder)
+
+    @property
+    def gates(self) -> np.ndarray:
+        """[2, L] bool: which slices are open at inference; a kind that is not fused is closed."""
+        gates = np.zeros((2, len(self.config.layer_map)), dtype=bool)
+        gates[self.kinds] = np.array(self.gate_logit) > 0
+        return gates
+
+    def set_gate(self, kind: int, layer: int, is_open: bool) -> None:
+        """Opens or closes one slice; `layer` indexes the layer map, `kind` is 0 for keys."""
+        row = self.kinds.index(kind)
+        self.gate_logit[row, layer] = 1.0 if is_open else -1.0
+
+    @property
+    def _soft(self) -> bool:
+        return self.training and self.temperature is not None
+
+    @property
+    def kinds(self) -> list[int]:
+        """What is fused, the parameters' leading axis: 0 for keys, 1 for values."""
+        return [("keys", "values").index(kind) for kind in self.config.fused_kinds]
+
+    def __call__(self, *, sharer: KV, receiver: KV, messages: np.ndarray | None = None) -> KV:
+        """Fuses two caches (paper, Eq. 4): receiver + gate * weight * projection.
+
+        Args:
+            sharer: keys and values, each [L, B, Hs, N, Ds], L over the layer map.
+            receiver: keys and values, each [L, B, Hr, N, Dr].
+            messages: see `change`.
+
+        Returns:
+            Keys and values, each [L, B, Hr, N, Dr]. Closed slices come back as they are.
+        """
+        change = self.change(sharer=sharer, receiver=receiver, messages=messages)
+        fused = list(receiver)
+        for kind in (0, 1):
+            rows = [i for i, (k, _) in enumerate(change.slices) if k == kind]
+            layers = [change.slices[i][1] for i in rows]
+            if len(rows) == len(self.config.layer_map):
+                fused[kind] = fused[kind] + change.delta[rows[0] : rows[-1] + 1]
+            elif rows:
+                delta = change.delta[rows[0] : rows[-1] + 1]
+                fused[kind] = fused[kind].at[mx.array(layers)].add(delta)
+        return fused[0], fused[1]
+
+    def change(self, *, sharer: KV, receiver: KV, messages: np.ndarray | None = None) -> Change:
+        """The change alone, for the open slices alone; nothing is computed for the others.
+
+        In training there is dropout, and every slice takes part with a Gumbel-sigmoid gate.
+
+        Args:
+            sharer: keys and values, each [L, B, Hs, N, Ds], L over the layer map.
+            receiver: keys and values, each [L, B, Hr, N, Dr].
+            messages: [B, N] the number of the message that a position belongs to, -1 for padding;
+                None: one message. Only the message gate looks at it.
+        """
+        slices, params = self._select()
+        heads, head_dim = self.config.receiver.kv_heads, self.config.receiver.head_dim
+        batch, length = receiver[0].shape[1], receiver[0].shape[3]
+        if not slices:
+            empty = mx.zeros((0, batch, heads, length, head_dim), receiver[0].dtype)
+            return Change([], empty, empty[..., :1], None)
+        x = inputs(sharer, receiver, slices)
+        dropout = self.config.dropout if self.training else 0.0
+        p, s, m = project(params, x, self.config, dropout, messages)
+        p = p.reshape(len(slices), batch, length, heads, head_dim).transpose(0, 1, 3, 2, 4)
+        s = s.reshape(len(slices), batch, length, heads, 1).transpose(0, 1, 3, 2, 4)
+        weight = s
+        if m is not None:
+            m = m[:, :, None]  # [S, B, 1, N, 1]
+            # As the paper's gate: soft while it learns, then nothing is added below a half.
+            weight = weight * (m if self.training else mx.where(m > 0.5, m, 0.0))
+        if self._soft:
+            logit = params["gate_logit"].reshape(-1, 1, 1, 1, 1)
+            uniform = mx.random.uniform(shape=weight.shape)  # keys' noise before values'
+            weight = weight * soft_gates(logit, uniform, self.temperature)
+        return Change(slices, weight * p, s, m)
+
+    def _select(self) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+        """The slices that take part, and their parameters with one leading axis [S, ...]."""
+        n_layers = len(self.config.layer_map)
+        every = [(kind, layer) for kind in self.kinds for layer in range(n_layers)]
+        parameters = self.parameters()
+        if self._soft:
+            return every, tree_map(lambda p: p.reshape(-1, *p.shape[2:]), parameters)
+        leaves = [p for _, p in tree_flatten(parameters)]
+        known = self._selected
+        if known is None or any(a is not b for a, b in zip(known[0], leaves, strict=True)):
+            is_open = np.array(self.gate_logit).reshape(-1) > 0  # strict: a fresh gate is closed
+            rows = mx.array(np.flatnonzero(is_open))
+            select = tree_map(
+                lambda p: (
+                    p.reshape(-1, *p.shape[2:])[rows]
+                    if not is_open.all()
+                    else p.reshape(-1, *p.shape[2:])
+                ),
+                parameters,
+            )
+            slices = [s for s, o in zip(every, is_open, strict=True) if o]
+            known = self._selected = (leaves, slices, select)
+        return known[1], known[2]
+
+
+def soft_gates(logit: mx.array, uniform: mx.array, temperature: float) -> mx.array:
+    """The gates in training: sigmoid of the logit plus one Gumbel variate (paper, Eq. 6).
+
+    Args:
+        logit: gate logits, broadcastable to `uniform`.
+        uniform: uniform noise in [0, 1), one per (slice, batch, head, position).
+        temperature: near 0 the gates are almost hard.
+    """
+    noise = -mx.log(-mx.log(uniform + 1e-20) + 1e-20)
+    return mx.sigmoid((logit + noise) / temperature)
+
+
+def project(
+    params: dict[str, Any],
+    x: mx.array,
+    config: FuserConfig,
+    dropout: float,
+    messages: np.ndarray | None,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """The maths of one pass over S slices.
+
+    Args:
+        params: the fuser's parameters with one leading axis [S, ...].
+        x: [S, B, N, Hs*Ds + Hr*Dr], the two caches side by side, the sharer's first.
+        config: the fuser's configuration.
+        dropout: probability of dropping a channel inside a block.
+        messages: [B, N] message numbers, or None.
+
+    Returns:
+        The projection [S, B, N, Hr*Dr], the dynamic weights [S, B, N, Hr], and the message gate
+        [S, B, N, 1] or None.
+    """
+    slices, batch, length, _ = x.shape
+    x = x.reshape(slices, batch * length, -1)
+    act = ACTIVATIONS[config.activation]
+    if config.normalise:
+        x = (x - params["input_mean"][:, None]) * params["input_scale"][:, None]
+    h = _linear(params["proj_in"], x)
+    h = _block(params["mlp1"], h, act, dropout)
+    s = _block(params["scalar_mlp2"], h, act, dropout)
+    s = mx.sigmoid(_linear(params["scalar_head"], s))
+    p = h
+    for block in params["proj_mlp2"]:
+        p = _block(block, p, act, dropout)
+    p = _linear(params["proj_out"], p)
+    if config.normalise:
+        p = p * params["output_scale"][:, None]
+    m = None
+    if config.message_gate:
+        score = _linear(params["message_head"], h).reshape(slices, batch, length, 1)
+        m = mx.sigmoid(_message_mean(score, messages))
+    shape = (slices, batch, length, -1)
+    return p.reshape(shape), s.reshape(shape), m
+
+
+def _message_mean(score: mx.array, messages: np.ndarray | None) -> mx.array:
+    """Replaces each position's score [S, B, N, 1] by the mean over its message."""
+    if messages is None:
+        return mx.broadcast_to(score.mean(axis=2, keepdims=True), score.shape)
+    member = messages[..., None] == np.arange(max(messages.max(), 0) + 1)  # [B, N, M]
+    mean = member / np.maximum(member.sum(axis=1, keepdims=True), 1)
+    spread = mx.array(member.astype(np.float32))
+    return spread @ (mx.array(mean.astype(np.float32)).swapaxes(1, 2) @ score)
+
+
+def inputs(sharer: KV, receiver: KV, slices: list[tuple[int, int]]) -> mx.array:
+    """[S, B, N, Hs*Ds + Hr*Dr]: the two caches of each slice side by side, the sharer's first."""
+    return mx.concatenate([_rows(sharer, slices), _rows(receiver, slices)], axis=-1)
+
+
+def _rows(kv: KV, slices: list[tuple[int, int]]) -> mx.array:
+    """[L, B, H, N, D] keys and values -> [S, B, N, H*D] of the slices, head-major."""
+    parts = []
+    for kind in (0, 1):
+        layers = [layer for k, layer in slices if k == kind]
+        if layers == list(range(kv[kind].shape[0])):
+            parts.append(kv[kind])
+        elif layers:
+            parts.append(kv[kind][mx.array(layers)])
+    x = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+    return x.transpose(0, 1, 3, 2, 4).flatten(3)
+
+
+def _linear(params: dict[str, Any], x: mx.array) -> mx.array:
+    return x @ params["weight"].swapaxes(-1, -2) + params["bias"][:, None]
+
+
+def _block(
+    params: dict[str, Any], x: mx.array, act: Callable[[mx.array], mx.array], dropout: float
+) -> mx.array:
+    norm = mx.fast.rms_norm(x, None, NORM_EPS) * params["norm"][:, None]
+    y = act(norm @ params["w1"].swapaxes(-1, -2)) @ params["w2"].swapaxes(-1, -2)
+    if dropout:
+        y = y * mx.random.bernoulli(1 - dropout, y.shape) / (1 - dropout)
+    return x + y

@@ -1,0 +1,242 @@
+"""Keys and values of any attention cache, stacked over layers.
+
+The only file that knows mlx-lm's cache classes. A *layer* here is an index into the cache list.
+Layers without keys and values (state-space layers of hybrids) are skipped by `attention_layers` and
+carried along untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import (
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    create_attention_mask,
+    make_prompt_cache,
+)
+
+from c2c_mlx.config import ModelShape
+from c2c_mlx.errors import C2CError
+
+Cache = list[Any]  # an mlx-lm prompt cache: one cache object per layer
+
+_ATTENTION = (KVCache, RotatingKVCache, QuantizedKVCache)
+
+
+class StackedKV(NamedTuple):
+    """Keys and values of several layers over the same positions."""
+
+    keys: mx.array  # [L, B, H, N, D]
+    values: mx.array  # [L, B, H, N, D]
+
+
+def make_cache(model: nn.Module) -> Cache:
+    """An empty prompt cache that never forgets a position.
+
+    A sliding-window layer gets a plain cache: its mask still applies the window, and every position
+    of the prompt stays there to be fused and to be rolled back to.
+    """
+    cache = make_prompt_cache(model)
+    return [KVCache() if isinstance(c, RotatingKVCache) else c for c in cache]
+
+
+def attention_layers(cache: Cache) -> list[int]:
+    """The layers that hold keys and values."""
+    return [i for i, c in enumerate(cache) if isinstance(c, _ATTENTION)]
+
+
+def model_shape(model: nn.Module, name: str, tokenizer: str = "") -> ModelShape:
+    """Reads KV heads and head_dim off a one-token pass that is built but never evaluated.
+
+    Raises:
+        C2CError: if the model's layers differ in shape, which no fuser can stack.
+    """
+    cache = make_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=cache)
+    layers = attention_layers(cache)
+    shapes = {(c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for c in _pick(cache, layers)}
+    if len(shapes) != 1 or len({d for _, *dims in shapes for d in dims}) != 1:
+        raise C2CError(
+            f"{name}: its layers hold keys and values of different shapes; not supported"
+        )
+    heads, head_dim, _ = shapes.pop()
+    return ModelShape(name, len(cache), heads, head_dim, tokenizer)
+
+
+def length(cache: Cache) -> int:
+    """Positions that the cache holds."""
+    return next((c.offset for c in _pick(cache, attention_layers(cache))), 0)
+
+
+def trim(cache: Cache, n: int) -> bool:
+    """Rolls back to the first `n` positions; False if a layer can't (state-space layers)."""
+    surplus = length(cache) - n
+    if surplus <= 0:
+        return True
+    if not all(c.is_trimmable() for c in cache):
+        return False
+    for c in cache:
+        c.trim(surplus)
+    return True
+
+
+def read(cache: Cache, layers: Sequence[int], start: int, stop: int) -> StackedKV:
+    """Keys and values of `layers` (repeats allowed) at positions [start, stop), dequantised."""
+    pairs = {i: _positions(cache[i], start, stop) for i in set(layers)}
+    return StackedKV(*(mx.stack([pairs[i][kind] for i in layers]) for kind in (0, 1)))
+
+
+def append(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
+    """Adds positions to one layer; keys and values are [B, H, N, D]."""
+    cache[layer].update_and_fetch(keys, values)
+
+
+def copy_state(source: Cache, target: Cache) -> None:
+    """Hands the state of layers without keys and values over, by reference."""
+    for s, t in zip(source, target, strict=True):
+        if not isinstance(s, _ATTENTION):
+            t.state = s.state
+
+
+def arrays(cache: Cache) -> list[Any]:
+    """What to evaluate so that the cache holds numbers, not a graph."""
+    return [c.state for c in cache if not c.empty()]
+
+
+def rope_of(model: nn.Module, layer: int, name: str) -> Any:
+    """The rotary embedding of one layer: a callable (x [B, H, N, D], offset) -> rotated x.
+
+    Raises:
+        C2CError: if the layer has none that can be found.
+    """
+    for path, module in model.layers[layer].named_modules():
+        if path.rsplit(".", 1)[-1] in ("rope", "rotary_emb"):
+            return module
+    raise C2CError(f"{name}: layer {layer} has no rotary embedding; train with rotated_keys: true")
+
+
+def unrotate(rope: Any, keys: mx.array, start: int) -> mx.array:
+    """Takes the rotation off keys [B, H, N, D] that stand at positions start, start + 1, ...
+
+    Rotating by the angle of position -p undoes position p. Running backwards through the sequence
+    gives just these angles, so this works for every RoPE variant without knowing its frequencies.
+    """
+    n = keys.shape[2]
+    return rope(keys[:, :, ::-1], offset=-(start + n - 1))[:, :, ::-1]
+
+
+class TrainingCache:
+    """A cache layer for batches that gradients flow through: concatenates, never writes in place.
+
+    Its columns are a prefix that all rows share, then padding, then each row's own rest.
+
+    Args:
+        padding: [B] columns of padding per row; None if there is none at all.
+        prefix: columns before the padding.
+    """
+
+    def __init__(self, padding: mx.array | None, prefix: int) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.padding, self.prefix = padding, prefix
+
+    def copy(self, keys: mx.array | None = None, values: mx.array | None = None) -> TrainingCache:
+        """The same layout, with these keys and values or the same ones."""
+        other = TrainingCache(self.padding, self.prefix)
+        other.keys = self.keys if keys is None else keys
+        other.values = self.values if values is None else values
+        return other
+
+    @property
+    def columns(self) -> int:
+        """Columns held, padding included."""
+        return 0 if self.keys is None else int(self.keys.shape[2])
+
+    @property
+    def offset(self) -> int | mx.array:
+        """The position of the next column, which padding does not count for."""
+        padded = self.padding is not None and self.columns >= self.prefix
+        return self.columns - self.padding if padded else self.columns
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """mlx-lm's cache protocol."""
+        if self.keys is not None:
+            keys = mx.concatenate([self.keys, keys], axis=2)
+            values = mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """mlx-lm's cache protocol."""
+        return self.keys, self.values
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """mlx-lm's cache protocol: causal, windowed where the layer is, blind to padding."""
+        past = self.columns
+        if self.padding is None:
+            return create_attention_mask(n, past, return_array, window_size)
+        position = mx.arange(past + n)[None] - mx.where(
+            mx.arange(past + n)[None] >= self.prefix, self.padding[:, None], 0
+        )  # [B, columns]; columns of padding get the positions right before their row's rest
+        column = mx.arange(past + n)
+        is_padding = (column >= self.prefix) & (column < self.prefix + self.padding[:, None])
+        mask = (column[past:, None] >= column[None])[None] & ~is_padding[:, None]
+        if window_size is not None:
+            mask = mask & (position[:, past:, None] < position[:, None] + window_size)
+        return mask[:, None]
+
+    def empty(self) -> bool:
+        """mlx-lm's cache protocol."""
+        return self.keys is None
+
+    @property
+    def state(self) -> tuple[Any, Any]:
+        """mlx-lm's cache protocol."""
+        return self.keys, self.values
+
+
+def training_cache(
+    model: nn.Module,
+    padding: mx.array | None,
+    prefix: int,
+    shared: Cache | None = None,
+    batch: int = 1,
+) -> Cache:
+    """One `TrainingCache` per layer, starting from a `shared` prefix of one row if there is one.
+
+    Raises:
+        C2CError: if a layer is not attention; such models can share and receive, not be trained.
+    """
+    if len(attention_layers(make_cache(model))) != len(model.layers):
+        raise C2CError("training needs models whose layers are all attention layers")
+    cache = [TrainingCache(padding, prefix) for _ in model.layers]
+    for c, s in zip(cache, shared or [], strict=False):
+        if s.keys is not None:
+            shape = (batch, *s.keys.shape[1:])
+            c.keys, c.values = mx.broadcast_to(s.keys, shape), mx.broadcast_to(s.values, shape)
+    return cache
+
+
+def _pick(cache: Cache, layers: Sequence[int]) -> list[Any]:
+    return [cache[i] for i in layers]
+
+
+def _positions(c: Any, start: int, stop: int) -> tuple[mx.array, mx.array]:
+    if isinstance(c, RotatingKVCache):
+        if c.offset > c.max_size:
+            raise C2CError("a sliding-window cache has dropped positions; use kv.make_cache")
+        keys, values = (c._temporal_order(x)[..., : c.offset, :] for x in (c.keys, c.values))
+    else:
+        keys, values = c.keys_and_values()
+    if isinstance(c, QuantizedKVCache):
+        part = [[x[..., start:stop, :] for x in kv] for kv in (keys, values)]
+        k, v = (mx.dequantize(*x, group_size=c.group_size, bits=c.bits) for x in part)
+        return k, v
+    return keys[..., start:stop, :], values[..., start:stop, :]

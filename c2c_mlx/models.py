@@ -1,0 +1,217 @@
+"""A name, a folder or a hub id -> LanguageModel: one model with its tokenizer, ready to run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from safetensors import SafetensorError, safe_open
+
+from c2c_mlx import hub, kv, registry
+from c2c_mlx.config import ModelShape
+from c2c_mlx.embedded.install import install
+from c2c_mlx.errors import C2CError
+from c2c_mlx.progress import Progress as Progress
+from c2c_mlx.progress import Report, silent
+
+# For base models, which have no chat template: the form of a list of questions with answers.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}\n"
+    "{% endif %}{% endfor %}"
+)
+PLAIN_STOP = "\nQuestion:"  # a base model goes on with a question of its own
+
+_CONTEXT_KEYS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len"),
+    *("max_sequence_length", "seq_length"),
+)
+_UNKNOWN_CONTEXT = 4096  # tokens; for the rare config that doesn't say
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model. On a GPU it is as quantised as its files; on the CPU dense float32."""
+
+    name: str  # as the user gave it
+    path: Path  # the folder it came from
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]  # config.json
+    has_own_template: bool  # False: a base model, which got PLAIN_TEMPLATE
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the vocabulary, id by id: equal ids mean equal text."""
+        vocabulary = sorted((i, token) for token, i in self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """What a fuser depends on.
+
+        Raises:
+            C2CError: if the layers' keys and values differ in shape.
+        """
+        return kv.model_shape(self.model, self.name, self.fingerprint)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model was made for."""
+        for table in (self.config, self.config.get("text_config") or {}):
+            for key in _CONTEXT_KEYS:
+                if isinstance(length := table.get(key), int):
+                    return length
+        return _UNKNOWN_CONTEXT
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Text that ends an answer, besides the tokenizer's own end tokens."""
+        return () if self.has_own_template else (PLAIN_STOP,)
+
+
+def load_model(
+    name_or_folder: str | Path, *, progress: Callable[[Progress], None] | None = None
+) -> LanguageModel:
+    """Loads a model by alias (`weights/registry.toml`), folder or hub id, tried in this order.
+
+    Args:
+        name_or_folder: e.g. "qwen", "~/models/mine", "mlx-community/Qwen3-0.6B-4bit".
+        progress: called during a download, a conversion, and the loading itself.
+
+    Raises:
+        C2CError: if there is no such model, or it cannot be fetched, read or run.
+    """
+    report = progress or silent
+    name = str(name_or_folder)
+    folder = find_folder(name, report)
+    report(Progress(f"loading {name}", 0, 2))
+    model, config = _load_weights(folder)
+    # Weights are read and converted while this thread builds the tokenizer.
+    mx.async_eval(model.parameters())
+    tokenizer = _load_tokenizer(folder, config)
+    report(Progress(f"loading {name}", 1, 2))
+    mx.eval(model.parameters())
+    own_template = tokenizer.has_chat_template
+    if not own_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.has_chat_template = True
+    report(Progress(f"loading {name}", 2, 2))
+    return LanguageModel(name, folder, model, tokenizer, config, own_template)
+
+
+def find_folder(name: str, report: Report = silent) -> Path:
+    """The local folder of a model, after a download or conversion if need be.
+
+    Raises:
+        C2CError: if the name means nothing, or what it means cannot be fetched.
+    """
+    if entry := registry.find_model(name):
+        if entry.embedded:
+            return install(entry.alias, entry.embedded, report)
+        assert entry.hub is not None
+        return hub.fetch(entry.hub, hub.MODEL_FILES, is_whole=_is_whole, report=report)
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    if hub.is_hub_id(name):
+        return hub.fetch(name, hub.MODEL_FILES, is_whole=_is_whole, report=report)
+    raise C2CError(
+        f"unknown model '{name}': give one of {', '.join(registry.aliases())}; "
+        "or a folder, or a hub id such as mlx-community/Qwen3-0.6B-4bit"
+    )
+
+
+def _load_weights(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    _read_json(folder / "config.json")
+    check_weights(folder)
+    try:
+        model, config = mlx_lm.utils.load_model(folder, lazy=True)
+        if mx.default_device().type == mx.cpu:
+            # Without a GPU, quantised and half-precision products are 10 to 1000 times slower.
+            model.set_dtype(mx.float32)
+            model = mlx_lm.utils.dequantize_model(model)
+    except Exception as e:  # whatever a wrong field or tensor leads to inside mlx-lm
+        raise C2CError(f"{folder}: mlx-lm cannot load this model ({_in_one_line(e)})") from e
+    return model, config
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its advice on stderr is not about what the user did
+    try:
+        return mlx_lm.utils.load_tokenizer(
+            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+        )
+    except Exception as e:  # transformers and tokenizers raise anything, bare Exception included
+        raise C2CError(
+            f"{folder}: cannot read the tokenizer ({_in_one_line(e)}); fetch the folder again"
+        ) from e
+
+
+def check_weights(folder: Path) -> None:
+    """Makes sure that the weights are there and whole, before MLX maps them.
+
+    `mx.load` believes a file's offsets; the safetensors package checks them.
+
+    Raises:
+        C2CError: if a file is missing or is no valid safetensors file.
+    """
+    if missing := _missing_weights(folder):
+        raise C2CError(
+            f"{folder} is incomplete: {missing} is missing; fetch the folder again "
+            "(PyTorch weights must be converted with `mlx_lm.convert`)"
+        )
+    for path in folder.glob("model*.safetensors"):
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as e:
+            raise C2CError(
+                f"{path} is no valid safetensors file ({_in_one_line(e)}); delete it and fetch it "
+                "again"
+            ) from e
+
+
+def _missing_weights(folder: Path) -> str | None:
+    """The name of a weights file that should be there; None if all are."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return None if any(folder.glob("model*.safetensors")) else "model*.safetensors"
+    shards = _read_json(index).get("weight_map", {}).values()
+    return next((name for name in sorted(set(shards)) if not (folder / name).exists()), None)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").exists() and _missing_weights(folder) is None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise C2CError(f"{path.parent} is no model folder: it has no {path.name}") from e
+    except (ValueError, OSError) as e:  # not JSON, not UTF-8, not readable
+        raise C2CError(f"{path} cannot be read ({_in_one_line(e)}); fetch the folder again") from e
+    if not isinstance(value, dict):
+        raise C2CError(f"{path} must hold a JSON object; fetch the folder again")
+    return value
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -1,0 +1,116 @@
+"""One training step's tensors: frozen prefills, fusion, and the loss on the response alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from c2c_mlx import kv
+from c2c_mlx.fuser import KV, Change
+from c2c_mlx.generate import C2C
+from c2c_mlx.training.data import Batch, Padded
+
+PrefixMemo = dict[tuple[int, ...], list[kv.StackedKV]]
+
+
+def prefill(model: nn.Module, prompts: Padded, memo: PrefixMemo) -> kv.Cache:
+    """A frozen prefill of a block of prompts.
+
+    Args:
+        model: an mlx-lm model.
+        prompts: B rows of N columns.
+        memo: this model's latest shared prefix; reused while batches share it.
+
+    Returns:
+        Per layer a `kv.TrainingCache` over N columns, evaluated.
+    """
+    batch, width = prompts.ids.shape
+    prefix = tuple(prompts.ids[0, : prompts.prefix].tolist())
+    padding = mx.array(prompts.padding) if prompts.padding.any() else None
+    if prefix not in memo:
+        memo.clear()
+        shared = kv.training_cache(model, None, len(prefix))
+        if prefix:
+            model(mx.array(prefix)[None], cache=shared)
+            mx.eval(kv.arrays(shared))
+        memo[prefix] = shared
+    cache = kv.training_cache(model, padding, len(prefix), memo[prefix], batch)
+    if width > len(prefix):
+        model(mx.array(prompts.ids[:, len(prefix) :]), cache=cache)
+    mx.eval(kv.arrays(cache))
+    return cache
+
+
+def fuse(c2c: C2C, own: kv.Cache, sharer: KV, batch: Batch) -> tuple[kv.Cache, Change | None]:
+    """The receiver's cache with the fuser's change in columns [start, stop), for every layer.
+
+    Gradients flow through the change; `own` is left as it is.
+    """
+    if batch.start == batch.stop:
+        return [c.copy() for c in own], None
+    part = kv.read(own, c2c.receiver_layers, batch.start, batch.stop)
+    change = c2c.change(sharer, part, batch.messages, first_position(batch))
+    added = {
+        (c2c.receiver_layers[at], kind): delta
+        for (kind, at), delta in zip(change.slices, change.delta, strict=True)
+    }
+    fused = []
+    for layer, c in enumerate(own):
+        keys, values = (
+            _add(x, added.get((layer, kind)), batch.start)
+            for kind, x in enumerate(c.keys_and_values())
+        )
+        fused.append(c.copy(keys, values))
+    return fused, change
+
+
+def first_position(batch: Batch) -> Any:
+    """The position that RoPE saw at the first fused column, an int or [B]."""
+    padding = batch.receiver.padding
+    return mx.array(batch.start - padding) if padding.any() else batch.start
+
+
+def _add(x: mx.array, delta: mx.array | None, start: int) -> mx.array:
+    """Adds delta [B, H, M, D] to x [B, H, N, D] at `start`."""
+    if delta is None:
+        return x
+    stop = start + delta.shape[2]
+    parts = [x[:, :, :start], x[:, :, start:stop] + delta, x[:, :, stop:]]
+    return mx.concatenate([p for p in parts if p.shape[2]], axis=2)
+
+
+def read_sharer(c2c: C2C, cache: kv.Cache, batch: Batch) -> KV:
+    """The sharer's keys and values for the fused columns, [L, B, Hs, stop - start, Ds]."""
+    padding = batch.sharer.padding
+    return c2c.read_sharer(cache, batch.index, mx.array(-padding) if padding.any() else 0)
+
+
+def zeroed(c2c: C2C, batch: Batch) -> KV:
+    """A sharer that says nothing, in the shape of `read_sharer`."""
+    shape = c2c.fuser.config.sharer
+    rows, columns = batch.messages.shape
+    zeros = mx.zeros((len(c2c.receiver_layers), rows, shape.kv_heads, columns, shape.head_dim))
+    return zeros, zeros
+
+
+def response_loss(receiver: nn.Module, cache: kv.Cache, batch: Batch) -> mx.array:
+    """Cross-entropy summed over the response's tokens (nats); the prompt is never scored.
+
+    Only the last prompt id and the response run here, so no other logits exist.
+    """
+    logits = receiver(mx.array(batch.inputs), cache=cache)
+    losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
+    return (losses * mx.array(batch.mask.astype(np.float32))).sum()
+
+
+def message_cost(change: Change | None, messages: np.ndarray) -> mx.array:
+    """Mean of the message gates over the fused positions, in [0, 1]."""
+    if change is None or change.message_weight is None:
+        return mx.array(0.0)
+    member = mx.array((messages >= 0)[None, :, None, :, None].astype(np.float32))
+    return (change.message_weight * member).mean(axis=0).sum() / member.sum()

@@ -1,0 +1,126 @@
+"""Two tiny models and their fuser, from prompt ids to generated ids, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from goldens import DATA, arrays, assert_close, document, model
+from mlx_lm.generate import generate_step
+
+from c2c_mlx import C2C, Fuser, kv
+from c2c_mlx.convert import convert
+
+CASE = "e2e/qwen3_llama"
+LAYERS = range(4)
+
+
+@pytest.fixture(scope="module")
+def meta() -> dict[str, Any]:
+    return document(f"{CASE}/meta.json")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, mx.array]:
+    return arrays(f"{CASE}/io.safetensors")
+
+
+@pytest.fixture(scope="module")
+def c2c(tmp_path_factory: pytest.TempPathFactory) -> C2C:
+    folder = tmp_path_factory.mktemp("e2e") / "fuser"
+    convert(DATA / CASE / "fuser", folder)
+    return C2C(model(f"{CASE}/receiver"), model(f"{CASE}/sharer"), Fuser.load(folder))
+
+
+def test_fused_cache(c2c: C2C, meta: dict[str, Any], golden: dict[str, mx.array]) -> None:
+    cache = c2c.prefill(meta["input_ids"])
+    assert kv.length(cache) == meta["n_prompt"] - 1
+    assert_cache(cache, golden, "fused")
+
+
+def test_generated_ids(c2c: C2C, meta: dict[str, Any]) -> None:
+    ids = meta["input_ids"]
+    cache = c2c.prefill(ids)
+    assert generate(c2c.receiver, ids[-1:], cache) == meta["c2c_generated_ids"]
+
+
+def test_logits_and_cache_of_the_last_prompt_token(
+    c2c: C2C, meta: dict[str, Any], golden: dict[str, mx.array]
+) -> None:
+    cache = c2c.prefill(meta["input_ids"])
+    logits = c2c.receiver(mx.array([meta["input_ids"][-1:]]), cache=cache)
+    assert_close(logits[:, -1], golden["logits_last_prompt"])
+    assert_cache(cache, golden, "final")
+
+
+def test_logits_of_every_step(c2c: C2C, meta: dict[str, Any], golden: dict[str, mx.array]) -> None:
+    cache = c2c.prefill(meta["input_ids"])
+    ids = [meta["input_ids"][-1], *meta["c2c_generated_ids"][:-1]]
+    steps = [c2c.receiver(mx.array([[i]]), cache=cache)[0, -1] for i in ids]
+    assert_close(mx.stack(steps), golden["step_logits"])
+
+
+def test_the_receiver_alone(c2c: C2C, meta: dict[str, Any]) -> None:
+    cache = kv.make_cache(c2c.receiver)
+    found = generate(c2c.receiver, meta["input_ids"], cache)
+    assert found == meta["receiver_only_generated_ids"]
+
+
+def test_a_prefill_leaves_nothing_behind(c2c: C2C, meta: dict[str, Any]) -> None:
+    first = c2c.prefill(meta["input_ids"])
+    c2c.prefill([1, 2, 3, 4])
+    again = c2c.prefill(meta["input_ids"])
+    for a, b in zip(kv.read(first, LAYERS, 0, 11), kv.read(again, LAYERS, 0, 11), strict=True):
+        assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["front", "back", "split", "response_tail3", "none"])
+def test_sections(c2c: C2C, meta: dict[str, Any], name: str) -> None:
+    """Some sections of a prompt are fused, some are not; later ones attend to what was fused."""
+    variant = document("extras/variants/qwen3_llama/variants.json")[name]
+    golden = arrays("extras/variants/qwen3_llama/io.safetensors")
+    sections = [(s["length"], s["sharer_mask"] > 0) for s in variant["sections"]]
+    cache, logits = prefill_sections(c2c, meta["input_ids"], sections)
+    assert_close(logits, golden[f"{name}.logits_last_prompt"])
+    assert_cache(cache, golden, f"{name}.final")
+    first = int(logits.argmax().item())
+    assert [first, *generate(c2c.receiver, [first], cache, 11)] == variant["generated_ids"]
+
+
+def prefill_sections(
+    c2c: C2C, ids: list[int], sections: list[tuple[int, bool]]
+) -> tuple[kv.Cache, mx.array]:
+    """Runs the whole prompt section by section; returns the cache and the last logits."""
+    sharer = kv.make_cache(c2c.sharer)
+    c2c.sharer(mx.array([ids]), cache=sharer)
+    cache, start = kv.make_cache(c2c.receiver), 0
+    for length, fused in sections:
+        stop = start + length
+        logits = c2c.receiver(mx.array([ids[start:stop]]), cache=cache)[:, -1]
+        if fused:
+            own = kv.read(cache, c2c.receiver_layers, start, stop)
+            shared = kv.read(sharer, [s for _, s in c2c.fuser.config.layer_map], start, stop)
+            kv.trim(cache, start)
+            for layer, keys, values in zip(
+                c2c.receiver_layers, *c2c.fuser(sharer=shared, receiver=own), strict=True
+            ):
+                kv.append(cache, layer, keys, values)
+        start = stop
+    return cache, logits
+
+
+def assert_cache(cache: kv.Cache, golden: dict[str, mx.array], name: str) -> None:
+    for layer in LAYERS:
+        length = golden[f"{name}.{layer}.key"].shape[2]
+        found = kv.read(cache, [layer], 0, length)
+        for kind, ours in zip(("key", "value"), found, strict=True):
+            assert_close(ours[0], golden[f"{name}.{layer}.{kind}"], f"layer {layer} {kind}")
+
+
+def generate(model: nn.Module, ids: list[int], cache: kv.Cache, n: int = 12) -> list[int]:
+    steps = generate_step(mx.array(ids), model, max_tokens=n, prompt_cache=cache)
+    return [token for token, _ in steps]
