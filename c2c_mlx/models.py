@@ -129,7 +129,26 @@ def find_folder(name: str, report: Report = silent) -> Path:
         return folder
     if hub.is_hub_id(name):
         return hub.fetch(name, hub.MODEL_FILES, is_whole=_is_whole, report=report)
-    raise C2CError(
+    raise _unknown(name)
+
+
+def check_name(name: str) -> None:
+    """Finds out whether a name means a model that can be had, at the price of a config.json.
+
+    Raises:
+        C2CError: if the name means nothing, or what it means cannot be fetched.
+    """
+    entry = registry.find_model(name)
+    hub_id = entry.hub if entry else name
+    if (entry and entry.embedded) or (not entry and Path(name).expanduser().is_dir()):
+        return
+    if hub_id is None or not hub.is_hub_id(hub_id):
+        raise _unknown(name)
+    hub.fetch(hub_id, ("config.json",))
+
+
+def _unknown(name: str) -> C2CError:
+    return C2CError(
         f"unknown model '{name}': give one of {', '.join(registry.aliases())}; "
         "or a folder, or a hub id such as mlx-community/Qwen3-0.6B-4bit"
     )

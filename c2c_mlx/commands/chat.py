@@ -1,0 +1,316 @@
+"""c2c-chat: answers from a fused cache, beside the text relay and each model alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from c2c_mlx import registry
+from c2c_mlx.commands import run
+from c2c_mlx.config import SamplingConfig, from_dict
+from c2c_mlx.errors import C2CError
+from c2c_mlx.events import MODES, Finished, Mode, Prefilling, RelayedText, Text
+from c2c_mlx.progress import Progress
+
+if TYPE_CHECKING:
+    from c2c_mlx.chat import ChatSession
+    from c2c_mlx.fuser import Fuser
+
+PROGRAM = "c2c-chat"
+EPILOG = """\
+examples:
+  c2c-chat                                          # the embedded pair, nothing to configure
+  c2c-chat --prompt "What is the capital of France?"
+  echo "Translate to English: Il pleut." | c2c-chat --mode c2c,relay,receiver --prompt -
+  c2c-chat --sharer qwen --receiver llama --fuser my-fuser --json --prompt "Hello"
+
+--mode says who answers: c2c (the receiver, from the fused cache), relay (the sharer writes, the
+receiver reads), receiver or sharer (one model alone). Several, with commas, answer one by one.
+"""
+HELP = """\
+/mode MODE[,MODE]  who answers: c2c, relay, receiver, sharer
+/system TEXT       set the system prompt and start anew (no text: remove it)
+/save FILE         write the conversations to FILE as JSON
+/reset             forget the conversation
+/quit              leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point: parses arguments, chats, returns an exit code."""
+    args = _parser().parse_args(argv)
+    return run(lambda: _chat(args), PROGRAM)
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = SamplingConfig()
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Chat with a receiver that reads a sharer's KV cache.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--sharer", metavar="MODEL", help="alias, folder or hub id (default: the embedded pair's)")
+    add("--receiver", metavar="MODEL", help="alias, folder or hub id (default: likewise)")
+    add("--fuser", metavar="FUSER", help="folder, name or hub id (default: the pair's)")
+    add("--mode", default="c2c", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: c2c)")
+    add("--prompt", metavar="TEXT", help="answer once; - reads standard input")
+    add("--system", metavar="TEXT", help="system prompt")
+    add("--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="(%(default)s)")
+    add("--temp", type=float, default=defaults.temp, metavar="T", help="0 is greedy (%(default)s)")
+    add("--top-p", type=float, default=defaults.top_p, metavar="P", help="(%(default)s)")
+    add("--seed", type=int, default=defaults.seed, metavar="N", help="(%(default)s)")
+    add("--json", action="store_true", help="one object per mode and line, with figures")
+    add("--plain", action="store_true", help="a conversation line by line, without the app")
+    return parser
+
+
+def _chat(args: argparse.Namespace) -> None:
+    modes = parse_modes(args.mode)
+    fields = ("max_tokens", "temp", "top_p", "seed")
+    sampling = from_dict(SamplingConfig, {f: getattr(args, f) for f in fields}, "arguments")
+    interactive = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    prompt = None if interactive else _prompt(args.prompt)
+    session = _session(args, modes, sampling)
+    if prompt is None:
+        _converse(session, modes)
+    else:
+        for mode in modes:
+            _answer_once(session, prompt, mode, args.json, heading=len(modes) > 1)
+
+
+def parse_modes(text: str) -> list[Mode]:
+    """'c2c,relay' -> modes, in order, each once.
+
+    Raises:
+        C2CError: for a name that is none.
+    """
+    names = dict.fromkeys(part.strip() for part in text.split(",") if part.strip())
+    modes: list[Mode] = [m for name in names for m in MODES if m == name]
+    if len(modes) != len(names) or not modes:
+        raise C2CError(f"--mode {text}: must be of {', '.join(MODES)}, with commas between")
+    return modes
+
+
+def _prompt(given: str | None) -> str:
+    try:
+        text = sys.stdin.read() if given in (None, "-") else str(given)
+    except UnicodeDecodeError:
+        raise C2CError("standard input is not UTF-8 text") from None
+    if not text.strip():
+        raise C2CError('the prompt is empty: --prompt "your question", or text on standard input')
+    return text.strip("\n")
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def _session(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConfig) -> ChatSession:
+    """Loads what the modes need and no more; a missing fuser is said before any model is read."""
+    default_receiver, default_sharer = registry.default_pair()
+    receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
+    folder = _fuser_folder(args.fuser, receiver, sharer) if "c2c" in modes else None
+    status = Status(sys.stderr)
+
+    from c2c_mlx import blas
+    from c2c_mlx.chat import ChatSession
+    from c2c_mlx.fuser import Fuser
+    from c2c_mlx.models import load_model
+
+    if blas.notice:
+        print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
+    with closing(status):
+        fuser: Fuser | None = Fuser.load(folder) if folder else None
+        needs_sharer = modes != ["receiver"]
+        return ChatSession(
+            load_model(receiver, progress=status.loading),
+            load_model(sharer, progress=status.loading) if needs_sharer else None,
+            fuser,
+            sampling=sampling,
+            system=args.system,
+            on_prefill=status.reading,
+        )
+
+
+def _fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
+    if given is None:
+        folder = registry.find_fuser(receiver, sharer)
+        if folder is None:
+            from c2c_mlx.models import check_name
+
+            for name in (sharer, receiver):  # a model that can't be had is the first thing to say
+                check_name(name)
+            raise C2CError(
+                f"no fuser is known for sharer {sharer} and receiver {receiver}: name one with "
+                f"--fuser, train one with 'c2c-train --sharer {sharer} --receiver {receiver} "
+                f"--data DIR --out DIR', or take --mode relay"
+            )
+        return folder
+    if given in registry.fusers():
+        return registry.fusers()[given]
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    from c2c_mlx import hub
+
+    if not hub.is_hub_id(given):
+        known = ", ".join(registry.fusers())
+        raise C2CError(f"--fuser {given}: no such folder, name (known: {known}) or hub id")
+    return hub.fetch(given, hub.FUSER_FILES, report=Status(sys.stderr).loading)
+
+
+class Status:
+    """One line on a terminal that says what takes so long; silent anywhere else."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.on = stream.isatty()
+        self.shown = 0
+
+    def loading(self, p: Progress) -> None:
+        """Downloads, conversions and loading."""
+        self._show(f"{p.what} {100 * p.done // p.total} %" if p.total else p.what)
+
+    def reading(self, p: Prefilling) -> None:
+        """The prefill of a long prompt; short ones are over before they could be read."""
+        if p.total > 1024:
+            self._show(f"{p.mode}: reading {p.done} of {p.total} tokens")
+            if p.done >= p.total:
+                self.close()
+
+    def close(self) -> None:
+        """Clears the line."""
+        if self.shown:
+            self.stream.write("\r" + " " * self.shown + "\r")
+            self.stream.flush()
+            self.shown = 0
+
+    def _show(self, text: str) -> None:
+        if self.on:
+            text = text[: os.get_terminal_size(self.stream.fileno()).columns - 1]
+            self.stream.write("\r" + text.ljust(self.shown))
+            self.stream.flush()
+            self.shown = len(text)
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def _answer_once(
+    session: ChatSession, prompt: str, mode: Mode, as_json: bool, heading: bool
+) -> None:
+    if heading and not as_json:
+        print(f"{mode}:")
+    for event in session.ask(prompt, mode):
+        if isinstance(event, Text) and not as_json:
+            print(event.text, end="", flush=True)
+        elif isinstance(event, Finished):
+            print(json.dumps(_record(event), ensure_ascii=False) if as_json else "", flush=True)
+
+
+def _record(event: Finished) -> dict[str, Any]:
+    """Contract 2's object; figures that the mode has no part in are left out."""
+    record = {"mode": event.mode, "text": event.text, "reason": event.reason}
+    figures = asdict(event.figures)
+    if event.mode != "c2c":
+        for name in ("gates_open", "fuse_s", "align_s"):
+            del figures[name]
+    if event.mode == "relay":
+        record["relayed_text"] = event.relayed_text
+    else:
+        del figures["relayed_tokens"]
+    return record | {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+
+
+def _converse(session: ChatSession, modes: list[Mode]) -> None:
+    """A conversation line by line; ends with Ctrl-D or /quit."""
+    try:
+        import readline  # noqa: F401  (history and editing for input())
+    except ImportError:
+        pass
+    names = f"{session.receiver.name} <- {session.sharer.name}" if session.sharer else ""
+    print(f"{names or session.receiver.name}; /help says what else can be typed", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        try:
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                modes = _command(session, modes, line)
+            elif line:
+                for mode in modes:
+                    _show_answer(session, line, mode, heading=len(modes) > 1)
+        except C2CError as e:
+            print(e)
+
+
+def _show_answer(session: ChatSession, question: str, mode: Mode, heading: bool) -> None:
+    if heading or mode == "relay":
+        print(f"[{mode}]")
+    relayed = False
+    answer = session.ask(question, mode)
+    try:
+        for event in answer:
+            if isinstance(event, RelayedText):
+                print("" if relayed else "(sharer: ", event.text, sep="", end="", flush=True)
+                relayed = True
+            elif isinstance(event, Text):
+                print(")\n" if relayed else "", event.text, sep="", end="", flush=True)
+                relayed = False
+            elif isinstance(event, Finished):
+                f = event.figures
+                print(f"\n  {f.first_token_s:.2f} s to the first token, {f.total_s:.2f} s in all")
+    except KeyboardInterrupt:
+        answer.close()
+        print("\n(stopped)")
+
+
+def _command(session: ChatSession, modes: list[Mode], line: str) -> list[Mode]:
+    """Runs a /command; returns the modes that answer from now on."""
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    commands: dict[str, Callable[[], None]] = {
+        "/help": lambda: print(HELP),
+        "/reset": session.reset,
+        "/save": lambda: _save(session, argument),
+        "/system": lambda: _set_system(session, argument),
+    }
+    if name == "/mode":
+        return parse_modes(argument)
+    if name not in commands:
+        raise C2CError(f"{name} is no command; /help lists them")
+    commands[name]()
+    return modes
+
+
+def _set_system(session: ChatSession, text: str) -> None:
+    session.system = text or None
+    session.reset()
+
+
+def _save(session: ChatSession, name: str) -> None:
+    if not name:
+        raise C2CError("/save needs a file: /save chat.json")
+    path = Path(name).expanduser()
+    text = json.dumps({mode: session.messages(mode) for mode in session.history}, indent=2)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as e:
+        raise C2CError(f"{path}: cannot write ({e.strerror})") from None
+    print(f"saved to {path}")
