@@ -91,13 +91,7 @@ def align_chat(
     # A position of the template stands where the message text before it ended; before all
     # messages that is -1, which picks the appended 0.
     reached = np.maximum.accumulate(receiver.coordinates)[receiver.last]
-    positions = _sharer_positions(messages, sharer)
-    index = np.append(positions, 0)[reached]
-    # Behind a message the sharer has read its own template, too: up to the next message.
-    between = (message < 0) & (reached >= 0)
-    upcoming = np.append(positions, len(sharer.ids))
-    after = np.array(_bases(messages)[1:])[_message_of(messages, reached[between])]
-    index[between] = np.maximum(index[between], upcoming[after] - 1)
+    index = np.append(_sharer_positions(messages, sharer), 0)[reached]
     return TokenAlignment(
         receiver.ids, sharer.ids, np.maximum.accumulate(index).astype(np.int32), message
     )

@@ -290,9 +290,11 @@ class FusedPrefix:
         same_sharer = common_prefix(self.sharer.ids, sharer_ids)
         start = common_prefix(self.feeds, feeds)
         start = min(start, int(np.searchsorted(index[:start], same_sharer)))
-        if start < n and messages[start] >= 0 and self.c2c.fuser.config.message_gate:
-            # A gate looks at all of its message: one that grew by template text is fused anew.
-            start = min(start, int(np.argmax(messages == messages[start])))
+        if self.c2c.fuser.config.message_gate:
+            # A gate looks at all of its message: one that grew or shrank is fused anew.
+            beyond = [m for *_, m in self.feeds[start:] + feeds[start:] if m >= 0]
+            cut = np.flatnonzero(np.isin(messages[:start], beyond))
+            start = int(cut[0]) if len(cut) else start
         if not kv.trim(self.cache, start):
             self.cache, start = kv.make_cache(self.c2c.receiver), 0
         self.feeds = self.feeds[:start]

@@ -153,17 +153,9 @@ def _fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
                 f"--data DIR --out DIR', or take --mode relay"
             )
         return folder
-    if given in registry.fusers():
-        return registry.fusers()[given]
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        return folder
-    from c2c_mlx import hub
+    from c2c_mlx.checkpoint import find_folder
 
-    if not hub.is_hub_id(given):
-        known = ", ".join(registry.fusers())
-        raise C2CError(f"--fuser {given}: no such folder, name (known: {known}) or hub id")
-    return hub.fetch(given, hub.FUSER_FILES, report=Status(sys.stderr).loading)
+    return find_folder(given, Status(sys.stderr).loading)
 
 
 class Status:

@@ -95,6 +95,8 @@ class Trainer:
         """
         fuser = self.c2c.fuser
         fuser.train()
+        # Noise that depends on the step alone needs no state to be saved: a resumed run draws it.
+        mx.random.seed((self.config.seed << 32) + self.step)
         tokens = sum(b.tokens for b in batches)
         total, gradient = mx.array(0.0), None
         for batch in batches:
@@ -212,8 +214,7 @@ class Trainer:
         partial.mkdir(parents=True)
         weights = {f"fuser.{k}": v for k, v in tree_flatten(self.c2c.fuser.parameters())}
         moments = {f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer.state)}
-        noise = {f"random.{i}": v for i, v in enumerate(mx.random.state)}
-        mx.save_safetensors(str(partial / "state.safetensors"), weights | moments | noise)
+        mx.save_safetensors(str(partial / "state.safetensors"), weights | moments)
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -234,14 +235,14 @@ class Trainer:
         """Continues exactly: weights, moments, step, noise and data order."""
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         arrays = mx.load(str(checkpoint / "state.safetensors"))
-        parts: dict[str, dict[str, mx.array]] = {"fuser": {}, "optimizer": {}, "random": {}}
+        parts: dict[str, dict[str, mx.array]] = {"fuser": {}, "optimizer": {}}
         for name, array in arrays.items():
             part, _, key = name.partition(".")
-            parts[part][key] = array
+            if part in parts:
+                parts[part][key] = array
         self.c2c.fuser.load_weights(list(parts["fuser"].items()))
         self.optimizer.init(self.c2c.fuser.trainable_parameters())
         self.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
-        mx.random.state[0] = parts["random"]["0"]
         self.step, self.tokens = state["step"], state["tokens"]
         self.position = tuple(state["position"])
         self.best = math.inf if state["best"] is None else state["best"]

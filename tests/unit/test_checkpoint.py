@@ -337,8 +337,8 @@ def test_models_that_fit() -> None:
     ("change", "words"),
     [
         ({"layers": 5}, ["org/receiver (4 layers", "mine (5 layers"]),
-        ({"kv_heads": 3}, ["2 KV heads x 16", "3 KV heads x 16"]),
-        ({"head_dim": 8}, ["2 KV heads x 16", "2 KV heads x 8"]),
+        ({"kv_heads": 5}, ["2 KV heads x 16", "5 KV heads x 16"]),
+        ({"head_dim": 32}, ["2 KV heads x 16", "2 KV heads x 32"]),
         ({"tokenizer": "c" * 64}, ["org/receiver with tokenizer aaaaaaaa", "mine", "cccccccc"]),
     ],
 )

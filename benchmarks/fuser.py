@@ -1,0 +1,69 @@
+"""One fuser call for all 30 layers of the embedded pair against the two prefills, in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import numpy as np
+
+from c2c_mlx import kv, load_model, registry
+from c2c_mlx.commands.train import PRESETS, RECIPE
+from c2c_mlx.config import FuserConfig
+from c2c_mlx.fuser import Fuser
+from c2c_mlx.generate import C2C, Prefix
+from c2c_mlx.layers import k_nearest
+
+TOKENS, RUNS = 256, 5
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Median of RUNS after a warm-up."""
+    times = []
+    for _ in range(RUNS + 1):
+        tic = time.perf_counter()
+        mx.eval(work())
+        times.append(time.perf_counter() - tic)
+    return statistics.median(times[1:])
+
+
+def fuse(c2c: C2C, own: Prefix, other: Prefix) -> mx.array:
+    """Position by position over all of the prompt."""
+    index, messages = np.arange(TOKENS)[None], np.zeros((1, TOKENS), np.int32)
+    part = kv.read(own.cache, c2c.receiver_layers, 0, TOKENS)
+    return c2c.change(c2c.read_sharer(other.cache, index), part, messages).delta
+
+
+def main() -> None:
+    receiver, sharer = map(load_model, registry.default_pair())
+    ids = np.random.default_rng(0).integers(1000, 40000, TOKENS).tolist()
+
+    def prefill(model: Any) -> Any:
+        prefix = Prefix(model)
+        prefix.extend(ids)
+        return kv.arrays(prefix.cache)
+
+    sharer_s, receiver_s = (seconds(lambda m=m: prefill(m.model)) for m in (sharer, receiver))
+    print(f"{TOKENS} tokens: sharer {1e3 * sharer_s:.0f} ms, receiver {1e3 * receiver_s:.0f} ms")
+    own, other = Prefix(receiver.model), Prefix(sharer.model)
+    own.extend(ids)
+    other.extend(ids)
+    layers = tuple(k_nearest(receiver.shape.layers, sharer.shape.layers))
+    for preset in ("tiny", "small", "paper"):
+        extra = {} if preset == "paper" else RECIPE
+        fuser = Fuser(FuserConfig(receiver.shape, sharer.shape, layers, **extra, **PRESETS[preset]))
+        fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+        fuser.eval()
+        c2c = C2C(receiver.model, sharer.model, fuser)
+        fuse_s = seconds(lambda c2c=c2c: fuse(c2c, own, other))
+        share = fuse_s / (sharer_s + receiver_s)
+        print(f"preset {preset}, 30 layers: {1e3 * fuse_s:.0f} ms, {share:.1%} of the prefills")
+
+
+if __name__ == "__main__":
+    main()

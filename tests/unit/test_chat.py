@@ -1,0 +1,258 @@
+"""Conversations with two tiny models: four modes, their events, and what stays when one is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import pytest
+
+from c2c_mlx import ChatSession, Fuser, LanguageModel
+from c2c_mlx.config import SamplingConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
+
+SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
+modes = pytest.mark.parametrize("mode", MODES)
+MakeSession = Callable[..., ChatSession]
+
+
+@pytest.fixture
+def make(
+    receiver: LanguageModel, sharer: LanguageModel, make_fuser: Callable[..., Fuser]
+) -> MakeSession:
+    fuser = make_fuser(receiver.model, sharer.model)
+
+    def make(**options: Any) -> ChatSession:
+        return ChatSession(receiver, sharer, fuser, **({"sampling": SAMPLING} | options))
+
+    return make
+
+
+def ask(session: ChatSession, question: str, mode: Mode) -> tuple[list[Event], Finished]:
+    events = list(session.ask(question, mode))
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    return events, finished
+
+
+@modes
+def test_a_turn_is_relayed_text_then_text_then_the_end(make: MakeSession, mode: Mode) -> None:
+    session = make()
+    events, finished = ask(session, "Who wrote it?", mode)
+    kinds = [type(e) for e in events]
+    assert kinds == sorted(kinds, key=[RelayedText, Text, Finished].index)
+    assert kinds.count(Finished) == 1
+    assert (RelayedText in kinds) == (mode == "relay")
+    assert {e.mode for e in events} == {mode}
+    assert "".join(e.text for e in events if isinstance(e, Text)).strip() == finished.text
+    relayed = "".join(e.text for e in events if isinstance(e, RelayedText)).strip()
+    assert relayed == finished.relayed_text
+    assert session.history == {mode: session.history[mode]}
+    assert session.history[mode][-1] == {"role": "assistant", "content": finished.text}
+
+
+@modes
+def test_figures(make: MakeSession, mode: Mode) -> None:
+    session = make()
+    events, finished = ask(session, "Who wrote it?", mode)
+    f = finished.figures
+    assert f.generated_tokens == sum(isinstance(e, Text) for e in events) <= 7
+    assert f.relayed_tokens == sum(isinstance(e, RelayedText) for e in events)
+    assert finished.reason == ("length" if f.generated_tokens == 7 else "stop")
+    assert 0 < f.first_token_s <= f.total_s
+    assert f.first_token_s >= f.align_s + f.sharer_s + f.receiver_s + f.fuse_s
+    assert all(value >= 0 for value in asdict(f).values())
+    assert f.new_prompt_tokens == f.prompt_tokens > 10
+    assert (f.gates_open > 0) == (f.align_s > 0) == (f.fuse_s > 0) == (mode == "c2c")
+    assert (f.sharer_s > 0) == (mode != "receiver")
+    assert (f.receiver_s > 0) == (mode != "sharer")
+
+
+@modes
+def test_a_second_turn_reads_only_what_is_new(make: MakeSession, mode: Mode) -> None:
+    session = make()
+    _, first = ask(session, "Who wrote it?", mode)
+    _, second = ask(session, "And when?", mode)
+    f = second.figures
+    assert f.prompt_tokens > first.figures.prompt_tokens
+    assert f.new_prompt_tokens < f.prompt_tokens - first.figures.prompt_tokens + 10
+
+
+@pytest.mark.parametrize("mode", ["c2c", "receiver", "sharer"])
+def test_a_second_turn_says_what_a_fresh_session_would(make: MakeSession, mode: Mode) -> None:
+    session, fresh = make(), make()
+    ask(session, "Who wrote it?", mode)
+    fresh.history[mode] = [dict(m) for m in session.history[mode]]
+    assert ask(session, "And when?", mode)[1].text == ask(fresh, "And when?", mode)[1].text
+
+
+def test_c2c_says_something_else_than_the_receiver(make: MakeSession) -> None:
+    session = make(sampling=replace(SAMPLING, temp=0.0, max_tokens=20))
+    texts = [ask(session, "Who wrote it?", mode)[1].text for mode in ("c2c", "receiver")]
+    assert texts[0] != texts[1]
+    stats = session.gate_stats()
+    assert stats is not None and stats.change.any()
+
+
+def test_every_mode_has_its_own_conversation(make: MakeSession) -> None:
+    session, alone = make(system="Be kind."), make(system="Be kind.")
+    for mode in MODES:
+        ask(session, f"Hello to {mode}", mode)
+    for mode in MODES:
+        told = session.messages(mode)
+        assert told[0] == {"role": "system", "content": "Be kind."}
+        assert told[-2] == {"role": "user", "content": f"Hello to {mode}"}
+        assert ask(alone, f"Hello to {mode}", mode)[1].text == told[-1]["content"]
+    assert [len(session.history[mode]) for mode in MODES] == [2, 4, 2, 2]
+
+
+def test_the_relayed_text_is_what_the_receiver_reads(make: MakeSession) -> None:
+    session = make()
+    _, finished = ask(session, "Who wrote it?", "relay")
+    background, relayed, question, _ = session.messages("relay")
+    assert "Who wrote it?" in background["content"]
+    assert relayed == {"role": "assistant", "content": finished.relayed_text}
+    assert question == {"role": "user", "content": "Who wrote it?"}
+
+
+@modes
+def test_a_closed_answer_stays_and_the_conversation_goes_on(make: MakeSession, mode: Mode) -> None:
+    session = make()
+    turn, said = session.ask("Who wrote it?", mode), ""
+    while not said.strip():
+        event = next(turn)
+        said += event.text if isinstance(event, Text) else ""
+    turn.close()
+    assert session.history[mode][-1] == {"role": "assistant", "content": said.strip()}
+    before = list(session.history[mode])
+    _, finished = ask(session, "And when?", mode)
+    assert session.history[mode][: len(before)] == before
+    assert session.history[mode][-1]["content"] == finished.text
+
+
+@modes
+def test_a_turn_closed_before_its_answer_leaves_no_trace(make: MakeSession, mode: Mode) -> None:
+    session, untouched = make(), make()
+    turn = session.ask("Forget this.", mode)
+    if mode == "relay":
+        assert isinstance(next(turn), RelayedText)
+    turn.close()
+    assert session.history == {}
+    answers = [ask(s, "Who wrote it?", mode)[1] for s in (session, untouched)]
+    assert answers[0].text == answers[1].text
+    assert answers[0].relayed_text == answers[1].relayed_text
+
+
+@modes
+def test_stop_ends_the_answer_after_the_next_token(make: MakeSession, mode: Mode) -> None:
+    session = make()
+    seen: list[Event] = []
+    for event in session.ask("Who wrote it?", mode):
+        seen.append(event)
+        if isinstance(event, Text):
+            session.stop()
+    finished = seen[-1]
+    assert isinstance(finished, Finished)
+    assert finished.reason == "stopped"
+    assert sum(isinstance(e, Text) for e in seen) == 1
+    assert ask(session, "And when?", mode)[1].reason != "stopped"
+
+
+def test_stop_while_the_sharer_writes_ends_the_turn(make: MakeSession) -> None:
+    session = make()
+    seen: list[Event] = []
+    for event in session.ask("Who wrote it?", "relay"):
+        seen.append(event)
+        session.stop()
+    assert [type(e) for e in seen] == [RelayedText, Finished]
+    assert session.history == {}
+
+
+@modes
+@pytest.mark.parametrize("question", ["", " \n\t"])
+def test_an_empty_message_is_refused(make: MakeSession, mode: Mode, question: str) -> None:
+    session = make()
+    ask(session, "Who wrote it?", mode)
+    before = list(session.history[mode])
+    with pytest.raises(C2CError, match="empty"):
+        list(session.ask(question, mode))
+    assert session.history[mode] == before
+
+
+@modes
+def test_what_does_not_fit_is_refused_before_anything_is_read(
+    make: MakeSession, mode: Mode
+) -> None:
+    read: list[Prefilling] = []
+    session, untouched = make(on_prefill=read.append), make()
+    for s in (session, untouched):
+        ask(s, "Who wrote it?", mode)
+    before = list(session.history[mode])
+    read.clear()
+    with pytest.raises(C2CError, match=r"tokens long, but .* reads at most 512.*/reset"):
+        list(session.ask("too long " * 300, mode))
+    assert session.history[mode] == before
+    assert read == []
+    answers = [ask(s, "And when?", mode)[1].text for s in (session, untouched)]
+    assert answers[0] == answers[1]
+
+
+def test_an_answer_ends_where_the_context_does(make: MakeSession) -> None:
+    session = make(sampling=SamplingConfig(max_tokens=500, temp=1.0, seed=1))
+    long = session.receiver.tokenizer.decode([300] * 350)
+    _, finished = ask(session, long, "receiver")
+    assert finished.figures.prompt_tokens + finished.figures.generated_tokens == 512
+    assert finished.reason == "length"
+
+
+@modes
+def test_prefilling_is_reported_to_the_end(make: MakeSession, mode: Mode) -> None:
+    read: list[Prefilling] = []
+    session = make(on_prefill=read.append)
+    ask(session, "Who wrote it?", mode)
+    assert {e.mode for e in read} == {mode}
+    assert read[-1].done == read[-1].total > 0
+
+
+def test_without_a_fuser_c2c_says_how_to_train_one(
+    receiver: LanguageModel, sharer: LanguageModel
+) -> None:
+    session = ChatSession(receiver, sharer, sampling=SAMPLING)
+    with pytest.raises(C2CError) as e:
+        list(session.ask("Who wrote it?"))
+    assert f"c2c-train --sharer {sharer.name} --receiver {receiver.name}" in str(e.value)
+    assert session.history == {}
+    assert session.gate_stats() is None
+    assert ask(session, "Who wrote it?", "receiver")[1].text
+
+
+@pytest.mark.parametrize("mode", ["c2c", "relay", "sharer"])
+def test_without_a_sharer_only_the_receiver_answers(receiver: LanguageModel, mode: Mode) -> None:
+    session = ChatSession(receiver, sampling=SAMPLING)
+    with pytest.raises(C2CError, match="--sharer"):
+        list(session.ask("Who wrote it?", mode))
+    assert session.history == {}
+    assert ask(session, "Who wrote it?", "receiver")[1].text
+
+
+def test_a_fuser_for_other_models_is_refused(
+    receiver: LanguageModel, sharer: LanguageModel, make_fuser: Callable[..., Fuser]
+) -> None:
+    with pytest.raises(C2CError):
+        ChatSession(sharer, receiver, make_fuser(receiver.model, sharer.model))
+
+
+@modes
+def test_reset_forgets_everything(make: MakeSession, mode: Mode) -> None:
+    session = make()
+    first = ask(session, "Who wrote it?", mode)[1]
+    session.reset()
+    assert session.history == {} and session.messages(mode) == []
+    assert session.gate_stats() is None
+    again = ask(session, "Who wrote it?", mode)[1]
+    assert again.text == first.text
+    assert again.figures.new_prompt_tokens == again.figures.prompt_tokens
