@@ -32,6 +32,7 @@ class _Cost:
     prompt_tokens: int = 0
     new_prompt_tokens: int = 0
     generated: int = 0
+    most: int = 0  # tokens that the answer may have
     relayed: int = 0
     align_s: float = 0.0
     sharer_s: float = 0.0
@@ -155,7 +156,7 @@ class ChatSession:
                 self.history.setdefault(mode, []).extend(turn)
             else:
                 self._background = background
-        reason: Reason = "length" if cost.generated >= self.sampling.max_tokens else "stop"
+        reason: Reason = "length" if cost.generated >= cost.most else "stop"
         gates = int(self.c2c.fuser.gates.sum()) if self.c2c and mode == "c2c" else 0
         yield Finished(
             mode,
@@ -207,6 +208,7 @@ class ChatSession:
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
         sampling = _fitting(lm, ids, sampling)
         prefix = self._prefixes.setdefault(f"{mode} {lm.name}", Prefix(lm.model))
+        cost.most = sampling.max_tokens
         cost.prompt_tokens = len(ids)
         cost.new_prompt_tokens = len(ids) - common_prefix(prefix.ids, ids)
         tic = time.perf_counter()
@@ -249,6 +251,7 @@ class ChatSession:
         )
         fusion = self._fused.last
         assert fusion is not None
+        cost.most = sampling.max_tokens
         cost.prompt_tokens = len(aligned.receiver_ids)
         cost.new_prompt_tokens = fusion.stop - fusion.start + 1
         cost.sharer_s, cost.receiver_s, cost.fuse_s = (

@@ -126,10 +126,6 @@ class Fuser(nn.Module):
         self.gate_logit[row, layer] = 1.0 if is_open else -1.0
 
     @property
-    def _soft(self) -> bool:
-        return self.training and self.temperature is not None
-
-    @property
     def kinds(self) -> list[int]:
         """What is fused, the parameters' leading axis: 0 for keys, 1 for values."""
         return [("keys", "values").index(kind) for kind in self.config.fused_kinds]
@@ -184,7 +180,7 @@ class Fuser(nn.Module):
             m = m[:, :, None]  # [S, B, 1, N, 1]
             # As the paper's gate: soft while it learns, then nothing is added below a half.
             weight = weight * (m if self.training else mx.where(m > 0.5, m, 0.0))
-        if self._soft:
+        if self.training and self.temperature is not None:
             logit = params["gate_logit"].reshape(-1, 1, 1, 1, 1)
             uniform = mx.random.uniform(shape=weight.shape)  # keys' noise before values'
             weight = weight * soft_gates(logit, uniform, self.temperature)
@@ -195,9 +191,10 @@ class Fuser(nn.Module):
         n_layers = len(self.config.layer_map)
         every = [(kind, layer) for kind in self.kinds for layer in range(n_layers)]
         parameters = self.parameters()
-        if self._soft:
+        if self.training and self.temperature is not None:
             return every, tree_map(lambda p: p.reshape(-1, *p.shape[2:]), parameters)
-        leaves = [p for _, p in tree_flatten(parameters)]
+        flat: dict[str, mx.array] = tree_flatten(parameters, destination={})  # type: ignore[assignment]
+        leaves = list(flat.values())
         known = self._selected
         if known is None or any(a is not b for a, b in zip(known[0], leaves, strict=True)):
             is_open = np.array(self.gate_logit).reshape(-1) > 0  # strict: a fresh gate is closed
@@ -211,7 +208,8 @@ class Fuser(nn.Module):
                 parameters,
             )
             slices = [s for s, o in zip(every, is_open, strict=True) if o]
-            known = self._selected = (leaves, slices, select)
+            known = (leaves, slices, select)
+            self._selected = known
         return known[1], known[2]
 
 

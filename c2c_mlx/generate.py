@@ -53,7 +53,7 @@ class Prefix:
         self.ids = list(ids[:keep])
         while len(self.ids) < len(ids):
             chunk = ids[len(self.ids) : len(self.ids) + PREFILL_CHUNK]
-            self.model(mx.array(chunk)[None], cache=self.cache)
+            self.model(mx.array(list(chunk))[None], cache=self.cache)
             mx.eval(kv.arrays(self.cache))  # the head's logits are in no state: never computed
             self.ids.extend(chunk)
             if progress:
@@ -388,7 +388,7 @@ def decode(
     for response in stream_generate(
         model,
         tokenizer,
-        mx.array(last_ids),
+        mx.array(list(last_ids)),
         max_tokens=sampling.max_tokens,
         sampler=make_sampler(temp=sampling.temp, top_p=sampling.top_p),
         prompt_cache=cache,

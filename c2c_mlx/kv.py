@@ -162,12 +162,13 @@ class TrainingCache:
     @property
     def offset(self) -> int | mx.array:
         """The position of the next column, which padding does not count for."""
-        padded = self.padding is not None and self.columns >= self.prefix
-        return self.columns - self.padding if padded else self.columns
+        if self.padding is None or self.columns < self.prefix:
+            return self.columns
+        return self.columns - self.padding
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """mlx-lm's cache protocol."""
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             keys = mx.concatenate([self.keys, keys], axis=2)
             values = mx.concatenate([self.values, values], axis=2)
         self.keys, self.values = keys, values
@@ -237,6 +238,9 @@ def _positions(c: Any, start: int, stop: int) -> tuple[mx.array, mx.array]:
         keys, values = c.keys_and_values()
     if isinstance(c, QuantizedKVCache):
         part = [[x[..., start:stop, :] for x in kv] for kv in (keys, values)]
-        k, v = (mx.dequantize(*x, group_size=c.group_size, bits=c.bits) for x in part)
+        k, v = (
+            mx.dequantize(w, scales, biases, group_size=c.group_size, bits=c.bits)
+            for w, scales, biases in part
+        )
         return k, v
     return keys[..., start:stop, :], values[..., start:stop, :]

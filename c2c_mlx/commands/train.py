@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"hidden_dim": 128, "intermediate_dim": 128},
     "paper": {},
 }
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "activation": "relu",
     "rotated_keys": False,
     "normalise": True,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from c2c_mlx.alignment import align_chat, message_groups, response_ids
+from c2c_mlx.alignment import Strategy, align_chat, message_groups, response_ids
 from c2c_mlx.errors import C2CError
 
 Messages = list[dict[str, str]]
@@ -94,7 +94,7 @@ class Example:
         return replace(self, sharer_ids=other.sharer_ids, index=index)
 
 
-def make_example(messages: Messages, receiver: Any, sharer: Any, alignment: str) -> Example:
+def make_example(messages: Messages, receiver: Any, sharer: Any, alignment: Strategy) -> Example:
     """Tokenises and aligns one chat; `receiver` and `sharer` are tokenizers."""
     aligned = align_chat(messages[:-1], receiver, sharer, strategy=alignment)
     return Example(
@@ -221,7 +221,12 @@ class Dataset:
     """
 
     def __init__(
-        self, sources: list[Source], receiver: Any, sharer: Any, alignment: str, max_tokens: int
+        self,
+        sources: list[Source],
+        receiver: Any,
+        sharer: Any,
+        alignment: Strategy,
+        max_tokens: int,
     ) -> None:
         self.sources, self.receiver, self.sharer = sources, receiver, sharer
         self.alignment, self.max_tokens = alignment, max_tokens

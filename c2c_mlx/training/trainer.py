@@ -28,7 +28,7 @@ from c2c_mlx.generate import C2C
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Dataset, Example, Position, collate
 
-Report = dict[str, float | int]
+Report = dict[str, float]
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Trainer:
             total = total + loss
             mx.eval(total, gradient)
         gradient, norm = optim.clip_grad_norm(gradient, self.config.clip)
-        mean, size = float(total.item()) / tokens, float(norm.item())
+        mean, size = float(total) / tokens, float(norm)
         if not math.isfinite(mean + size):
             raise C2CError(
                 f"step {self.step + 1}: the loss is {mean} and the gradient's norm {size}; "
@@ -193,10 +193,10 @@ class Trainer:
                 ("valid_shuffled_loss", fed, other),
             ):
                 fused, _ = step_loss.fuse(self.c2c, prefills.own, sharer, b)
-                sums[name] += step_loss.response_loss(self.c2c.receiver, fused, b).item()
+                sums[name] += float(step_loss.response_loss(self.c2c.receiver, fused, b))
             own = [c.copy() for c in prefills.own]
             alone = step_loss.response_loss(self.c2c.receiver, own, batch)
-            sums["valid_receiver_loss"] += alone.item()
+            sums["valid_receiver_loss"] += float(alone)
             tokens += batch.tokens
         return {name: total / tokens for name, total in sums.items()}
 
@@ -212,9 +212,9 @@ class Trainer:
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        weights = {f"fuser.{k}": v for k, v in tree_flatten(self.c2c.fuser.parameters())}
-        moments = {f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer.state)}
-        mx.save_safetensors(str(partial / "state.safetensors"), weights | moments)
+        state_of = {"fuser": self.c2c.fuser.parameters(), "optimizer": self.optimizer.state}
+        arrays: dict[str, mx.array] = tree_flatten(state_of, destination={})  # type: ignore[assignment]
+        mx.save_safetensors(str(partial / "state.safetensors"), arrays)
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -234,7 +234,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continues exactly: weights, moments, step, noise and data order."""
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        arrays = mx.load(str(checkpoint / "state.safetensors"))
+        arrays: dict[str, mx.array] = mx.load(str(checkpoint / "state.safetensors"))  # type: ignore[assignment]
         parts: dict[str, dict[str, mx.array]] = {"fuser": {}, "optimizer": {}}
         for name, array in arrays.items():
             part, _, key = name.partition(".")
