@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     known = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             key, answer = json.loads(line)
         except ValueError:

@@ -29,7 +29,7 @@ def read_rows(path: Path, unanswered: bool = False) -> list[Messages]:
         C2CError: naming the file and the line that can't be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028 in a text
     except (OSError, UnicodeDecodeError) as e:
         raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     rows = [

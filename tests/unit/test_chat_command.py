@@ -1,0 +1,114 @@
+"""c2c-chat as a user meets it: what it prints, and what a mistake costs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from c2c_mlx.commands import chat, train
+
+TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
+PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    def call(*arguments: str, stdin: str = "", main=chat.main) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = main(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "-"], "the prompt is empty"),
+        (["--prompt", "hi", "--mode", "telepathy"], "must be of c2c, relay"),
+        (["--prompt", "hi", "--temp", "-1"], "temp must not be negative"),
+        (["--prompt", "hi", "--receiver", "nobody"], "unknown model 'nobody'"),
+        (["--prompt", "hi", "--fuser", "no/such/folder"], "no fuser 'no/such/folder'"),
+        (["--prompt", "hi", *PAIR], "c2c-train --sharer"),
+        (["--prompt", "hi " * 3000, "--mode", "receiver", *PAIR], "reads at most"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(call, arguments, words):
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert words in err and err.startswith("c2c-chat: ") and err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_folder_without_config_is_one_line(call, tmp_path):
+    code, _, err = call("--prompt", "hi", "--mode", "receiver", "--receiver", str(tmp_path))
+    assert code == 2 and "config.json" in err and err.count("\n") == 1
+
+
+def test_a_fuser_for_another_pair_names_both_sides(call, tmp_path):
+    from c2c_mlx import Fuser
+    from c2c_mlx.config import FuserConfig, ModelShape
+
+    shapes = ModelShape("other", 3, 2, 8), ModelShape("another", 3, 2, 8)
+    Fuser(FuserConfig(*shapes, ((0, 0),), hidden_dim=4, intermediate_dim=4)).save(tmp_path / "f")
+    code, _, err = call("--prompt", "hi", *PAIR, "--fuser", str(tmp_path / "f"))
+    assert code == 2 and "other (3 layers" in err and err.count("\n") == 1
+
+
+def test_json_has_an_object_per_mode_and_nothing_else(call):
+    modes = ["relay", "receiver", "sharer"]
+    code, out, _ = call(
+        *PAIR, "--mode", ",".join(modes), "--json", "--max-tokens", "4", stdin="the quick"
+    )
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r["mode"] for r in records] == modes
+    wanted = {"text", "prompt_tokens", "generated_tokens", "first_token_s", "total_s"}
+    assert all(wanted <= r.keys() for r in records)
+    assert "relayed_text" in records[0] and "relayed_text" not in records[1]
+
+
+def test_training_ends_with_a_fuser_that_chat_uses_and_resumes(call, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    row = {"prompt": "the quick", "completion": "brown fox"}
+    (data / "train.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    common = [
+        *PAIR,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--preset",
+        "tiny",
+        "--save-every",
+        "2",
+    ]
+    assert call(*common, "--iters", "2", main=train.main)[0] == 0
+    reports = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "tokens", "gates_open", "tokens_per_s"} <= reports[0].keys()
+    assert call(*common, "--iters", "4", main=train.main)[0] == 2  # a run is never overwritten
+    assert call(*common, "--iters", "4", "--resume", main=train.main)[0] == 0
+    code, text, _ = call(*PAIR, "--fuser", str(out), "--prompt", "the quick", "--json")
+    assert code == 0 and json.loads(text)["gates_open"] > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "is empty"),
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "a"}', "needs a 'completion'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "the last message must be"),
+    ],
+)
+def test_a_broken_data_file_is_named(call, tmp_path, line, words):
+    (tmp_path / "train.jsonl").write_text(line)
+    code, _, err = call(
+        *PAIR, "--data", str(tmp_path), "--out", str(tmp_path / "run"), main=train.main
+    )
+    assert code == 2 and words in err and err.count("\n") == 1
