@@ -4,28 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
+import mlx.core as mx
 import pytest
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel
-from c2c_mlx.config import SamplingConfig
+from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
+from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
 
 SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
 modes = pytest.mark.parametrize("mode", MODES)
 MakeSession = Callable[..., ChatSession]
+TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
+
+
+@pytest.fixture(scope="module")
+def receiver() -> LanguageModel:
+    """A tiny Qwen3: 4 layers, 2 KV heads x 16."""
+    return load_model(TINY / "receiver")
+
+
+@pytest.fixture(scope="module")
+def sharer() -> LanguageModel:
+    """A tiny Llama: 6 layers, 3 KV heads x 8."""
+    return load_model(TINY / "sharer")
+
+
+@pytest.fixture(scope="module")
+def fuser(receiver: LanguageModel, sharer: LanguageModel) -> Fuser:
+    mx.random.seed(1)
+    layers = tuple((i, i + 2) for i in range(4))
+    fuser = Fuser(FuserConfig(receiver.shape, sharer.shape, layers, 24, 20))
+    fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+    fuser.eval()
+    return fuser
 
 
 @pytest.fixture
-def make(
-    receiver: LanguageModel, sharer: LanguageModel, make_fuser: Callable[..., Fuser]
-) -> MakeSession:
-    fuser = make_fuser(receiver.model, sharer.model)
-
+def make(receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> MakeSession:
     def make(**options: Any) -> ChatSession:
         return ChatSession(receiver, sharer, fuser, **({"sampling": SAMPLING} | options))
 
@@ -203,7 +224,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
 
 def test_an_answer_ends_where_the_context_does(make: MakeSession) -> None:
     session = make(sampling=SamplingConfig(max_tokens=500, temp=1.0, seed=1))
-    long = session.receiver.tokenizer.decode([300] * 350)
+    long = session.receiver.tokenizer.decode([300] * 490)
     _, finished = ask(session, long, "receiver")
     assert finished.figures.prompt_tokens + finished.figures.generated_tokens == 512
     assert finished.reason == "length"
@@ -240,10 +261,10 @@ def test_without_a_sharer_only_the_receiver_answers(receiver: LanguageModel, mod
 
 
 def test_a_fuser_for_other_models_is_refused(
-    receiver: LanguageModel, sharer: LanguageModel, make_fuser: Callable[..., Fuser]
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser
 ) -> None:
     with pytest.raises(C2CError):
-        ChatSession(sharer, receiver, make_fuser(receiver.model, sharer.model))
+        ChatSession(sharer, receiver, fuser)
 
 
 @modes

@@ -1,0 +1,269 @@
+"""Reading and extending every kind of attention cache, and batches with padding in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models import gemma3_text
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
+
+from c2c_mlx import LanguageModel, kv, load_model
+from c2c_mlx.errors import C2CError
+from c2c_mlx.training.data import pad
+from c2c_mlx.training.loss import prefill
+
+TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
+
+
+@pytest.fixture(scope="module")
+def receiver() -> LanguageModel:
+    """A tiny Qwen3: 4 layers, 2 KV heads x 16."""
+    return load_model(TINY / "receiver")
+
+
+@pytest.fixture(scope="module")
+def sharer() -> LanguageModel:
+    """A tiny Llama: 6 layers, 3 KV heads x 8."""
+    return load_model(TINY / "sharer")
+
+
+@pytest.fixture(scope="module")
+def gemma() -> nn.Module:
+    """A tiny Gemma 3: 3 layers, 1 KV head x 16; the first two see 8 positions."""
+    args = gemma3_text.ModelArgs(
+        model_type="gemma3_text",
+        hidden_size=32,
+        num_hidden_layers=3,
+        intermediate_size=64,
+        num_attention_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        vocab_size=512,
+        sliding_window=8,
+        sliding_window_pattern=3,
+    )
+    mx.random.seed(3)
+    return gemma3_text.Model(args)
+
+
+B, H, N, D = 2, 3, 10, 64
+
+CACHES: dict[str, Callable[[], Any]] = {
+    "plain": KVCache,
+    "rotating": lambda: RotatingKVCache(max_size=16),
+    "rotating with fixed positions": lambda: RotatingKVCache(max_size=16, keep=4),
+    "quantized": lambda: QuantizedKVCache(group_size=32, bits=8),
+}
+every_cache = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES.keys())
+
+
+def numbers(seed: int, n: int = N) -> tuple[mx.array, mx.array]:
+    mx.random.seed(seed)
+    return mx.random.normal((B, H, n, D)), mx.random.normal((B, H, n, D))
+
+
+def tolerance(cache: Any) -> float:
+    return 0.02 if isinstance(cache, QuantizedKVCache) else 0.0
+
+
+def assert_close(found: mx.array, expected: mx.array, limit: float = 1e-5) -> None:
+    assert found.shape == expected.shape
+    assert mx.abs(found - expected).max().item() <= limit
+
+
+@every_cache
+def test_what_was_appended_is_read(make: Callable[[], Any]) -> None:
+    cache = [make(), make()]
+    held = [numbers(0), numbers(1)]
+    for layer, (keys, values) in enumerate(held):
+        kv.append(cache, layer, keys[:, :, :7], values[:, :, :7])
+        for at in range(7, N):  # one by one, as in decoding
+            kv.append(cache, layer, keys[:, :, at : at + 1], values[:, :, at : at + 1])
+    assert kv.attention_layers(cache) == [0, 1]
+    assert kv.length(cache) == N
+    for start, stop in ((0, N), (2, 8), (9, 10)):
+        found = kv.read(cache, [1, 0, 1], start, stop)
+        assert found.keys.shape == found.values.shape == (3, B, H, stop - start, D)
+        for row, layer in enumerate([1, 0, 1]):
+            for ours, theirs in zip(found, held[layer], strict=True):
+                assert_close(ours[row], theirs[:, :, start:stop], tolerance(cache[0]))
+
+
+@every_cache
+def test_trim_rolls_back_and_goes_on(make: Callable[[], Any]) -> None:
+    cache, (keys, values), (new_keys, new_values) = [make()], numbers(0), numbers(1)
+    kv.append(cache, 0, keys, values)
+    assert kv.trim(cache, 20) and kv.trim(cache, N)
+    assert kv.length(cache) == N
+    assert kv.trim(cache, 4)
+    assert kv.length(cache) == 4
+    kv.append(cache, 0, new_keys[:, :, :3], new_values[:, :, :3])
+    found = kv.read(cache, [0], 0, 7)
+    for ours, old, new in zip(found, (keys, values), (new_keys, new_values), strict=True):
+        expected = mx.concatenate([old[:, :, :4], new[:, :, :3]], axis=2)
+        assert_close(ours[0], expected, tolerance(cache[0]))
+    assert kv.trim(cache, 0)
+    assert kv.length(cache) == 0
+
+
+def test_a_window_that_has_dropped_positions_is_not_read_nor_rolled_back() -> None:
+    cache = [RotatingKVCache(max_size=8)]
+    for at in range(N):
+        kv.append(cache, 0, *numbers(at, 1))
+    with pytest.raises(C2CError, match="dropped positions"):
+        kv.read(cache, [0], 0, 4)
+    assert not kv.trim(cache, 4)
+
+
+def test_an_empty_cache() -> None:
+    cache = [KVCache(), ArraysCache(2)]
+    assert kv.length(cache) == 0
+    assert kv.arrays([KVCache()]) == []
+    assert kv.trim(cache, 0) and kv.trim(cache, 5)
+    assert kv.length([ArraysCache(2)]) == 0
+
+
+def test_layers_without_keys_and_values_are_skipped_and_handed_over() -> None:
+    cache, other = ([ArraysCache(2), KVCache(), ArraysCache(1), KVCache()] for _ in range(2))
+    assert kv.attention_layers(cache) == [1, 3]
+    held = numbers(0)
+    for layer in (1, 3):
+        kv.append(cache, layer, *held)
+    cache[0][0], cache[0][1], cache[2][0] = mx.ones((1, 4)), mx.zeros((1, 2)), mx.full((3,), 7.0)
+    assert kv.length(cache) == N
+    assert_close(kv.read(cache, [3], 0, N).keys[0], held[0])
+    assert not kv.trim(cache, 4)
+    assert kv.length(cache) == N
+    kv.copy_state(cache, other)
+    assert other[0][0] is cache[0][0] and other[2][0] is cache[2][0]
+    assert kv.length(other) == 0
+
+
+def test_make_cache_never_forgets(gemma: nn.Module) -> None:
+    cache = kv.make_cache(gemma)
+    assert [type(c) for c in cache] == [KVCache] * 3
+    ids = mx.arange(30)[None]
+    logits = gemma(ids, cache=cache)
+    assert_close(logits, gemma(ids, cache=gemma.make_cache()))  # the mask still has the window
+    assert kv.length(cache) == 30
+    assert kv.read(cache, [0, 1, 2], 0, 30).keys.shape == (3, 1, 1, 30, 16)
+
+
+def test_model_shape(receiver: LanguageModel, sharer: LanguageModel, gemma: nn.Module) -> None:
+    shapes = [kv.model_shape(model, "m", "t") for model in (receiver.model, sharer.model, gemma)]
+    assert [(s.layers, s.kv_heads, s.head_dim) for s in shapes] == [
+        (4, 2, 16),
+        (6, 3, 8),
+        (3, 1, 16),
+    ]
+    assert (shapes[0].name, shapes[0].tokenizer) == ("m", "t")
+
+
+def test_a_layer_without_rope_is_refused(receiver: LanguageModel) -> None:
+    class Bare(nn.Module):
+        layers = [nn.Linear(2, 2)]
+
+    with pytest.raises(C2CError, match="sharer: layer 0 has no rotary embedding"):
+        kv.rope_of(Bare(), 0, "sharer")
+    assert callable(kv.rope_of(receiver.model, 2, "receiver"))
+
+
+# --- batches with padding
+
+
+@pytest.fixture(params=["qwen3", "llama", "gemma3"])
+def model(
+    request: pytest.FixtureRequest, receiver: LanguageModel, sharer: LanguageModel, gemma: nn.Module
+) -> nn.Module:
+    return {"qwen3": receiver.model, "llama": sharer.model, "gemma3": gemma}[request.param]
+
+
+OPENING = list(range(1, 7))
+PROMPTS = [OPENING + [20 + i * 3 + j for j in range(n)] for i, n in enumerate((12, 5, 9))]
+GOING_ON = np.array([[100, 101, 102], [110, 111, 112], [120, 121, 122]])
+
+
+@pytest.mark.parametrize("most_prefix", [0, 3, 6, 99])
+def test_padded_rows_equal_rows_alone(model: nn.Module, most_prefix: int) -> None:
+    prompts = pad(PROMPTS, most_prefix)
+    assert prompts.prefix == min(most_prefix, 6)
+    cache = prefill(model, prompts, {})
+    first = model(mx.array(GOING_ON[:, :2]), cache=cache)
+    second = model(mx.array(GOING_ON[:, 2:]), cache=cache)
+    together = mx.concatenate([first, second], axis=1)
+    for row, prompt in enumerate(PROMPTS):
+        alone = kv.make_cache(model)
+        ids = [*prompt, *GOING_ON[row].tolist()]
+        logits = model(mx.array([ids]), cache=alone)
+        assert_close(together[row], logits[0, -3:])
+        columns = mx.array(prompts.columns(np.arange(len(prompt)), row))
+        layers = list(range(len(model.layers)))
+        held = kv.read(alone, layers, 0, len(prompt))
+        whole = [mx.stack([c.state[kind][row] for c in cache]) for kind in (0, 1)]
+        for ours, theirs in zip(whole, held, strict=True):
+            assert_close(ours[:, :, columns], theirs[:, 0])
+
+
+def test_rows_of_one_length_need_no_padding(model: nn.Module) -> None:
+    rows = [[*OPENING, i, i + 1] for i in (30, 40)]
+    prompts = pad(rows, 4)
+    cache = prefill(model, prompts, {})
+    assert cache[0].padding is None
+    logits = model(mx.array([[50], [50]]), cache=cache)
+    for row, ids in enumerate(rows):
+        assert_close(logits[row, -1], model(mx.array([[*ids, 50]]))[0, -1])
+
+
+def test_a_shared_prefix_is_run_once(model: nn.Module) -> None:
+    memo: dict[tuple[int, ...], Any] = {}
+    once = prefill(model, pad(PROMPTS, 6), memo)
+    assert list(memo) == [tuple(OPENING)]
+    kept = memo[tuple(OPENING)]
+    again = prefill(model, pad(PROMPTS[::-1], 6), memo)
+    assert memo[tuple(OPENING)] is kept
+    assert_close(once[0].keys[0], again[0].keys[2])
+    prefill(model, pad(PROMPTS, 3), memo)
+    assert list(memo) == [tuple(OPENING[:3])]
+
+
+def test_a_copied_cache_leaves_its_source_alone(model: nn.Module) -> None:
+    cache = prefill(model, pad(PROMPTS, 6), {})
+    columns = cache[0].columns
+    copied = [c.copy() for c in cache]
+    model(mx.array(GOING_ON), cache=copied)
+    assert (cache[0].columns, copied[0].columns) == (columns, columns + 3)
+
+
+def test_gradients_flow_through_a_training_cache(model: nn.Module) -> None:
+    cache = prefill(model, pad(PROMPTS, 6), {})
+    shape = cache[1].keys.shape
+
+    def loss(added: mx.array) -> mx.array:
+        fused = [c.copy() for c in cache]
+        fused[1] = cache[1].copy(cache[1].keys + added, cache[1].values)
+        return model(mx.array(GOING_ON), cache=fused).square().mean()
+
+    gradient = mx.grad(loss)(mx.zeros(shape))
+    padded = np.zeros(shape[2], bool)
+    padded[6 : 6 + 7] = True  # row 1 is 7 ids shorter than row 0
+    assert mx.abs(gradient[1][:, mx.array(np.flatnonzero(padded))]).max().item() == 0
+    assert mx.abs(gradient[0]).max().item() > 0
+
+
+def test_training_refuses_a_model_with_other_layers() -> None:
+    class Hybrid(nn.Module):
+        layers = [None, None]
+
+        def make_cache(self) -> list[Any]:
+            return [KVCache(), ArraysCache(2)]
+
+    with pytest.raises(C2CError, match="all attention"):
+        kv.training_cache(Hybrid(), None, 0)
