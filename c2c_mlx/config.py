@@ -155,10 +155,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
-        if self.temp < 0:
+        if not self.temp >= 0:  # NaN, too
             raise ValueError(f"temp must not be negative, not {self.temp}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,19 @@ class TrainConfig:
     zero_sharer: bool = False  # the control: the same fuser with nothing to read
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch_size", "accumulate", "report_every", "eval_every"):
+        for name in (
+            *("iters", "batch_size", "accumulate", "max_tokens", "anneal_steps"),
+            *("report_every", "eval_every", "save_every", "keep_checkpoints"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("initial_temperature", "final_temperature", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must not be negative, not {self.warmup}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), not {self.seed}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must be in (0, 1), not {self.learning_rate}")
 

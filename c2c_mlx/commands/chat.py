@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=defaults.top_p, metavar="P", help="(%(default)s)")
     add("--seed", type=int, default=defaults.seed, metavar="N", help="(%(default)s)")
     add("--json", action="store_true", help="one object per mode and line, with figures")
-    add("--plain", action="store_true", help="a conversation line by line, without the app")
+    add("--plain", action="store_true", help="a conversation line by line")
     return parser
 
 

@@ -1,0 +1,64 @@
+"""The wheel: what is in it, and that its commands start where nothing else of ours is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = str(tmp_path_factory.mktemp("wheel"))
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, str(ROOT))
+    (built,) = Path(out).glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {"c2c_mlx", "c2c_mlx-0.1.0.dist-info"}
+    # Links in the checkout are files here: the package is complete without its surroundings.
+    sources = [p.relative_to(ROOT) for p in (ROOT / "c2c_mlx").rglob("*.py")]
+    assert {str(p) for p in sources} <= set(names)
+    assert {"c2c_mlx/weights/registry.toml", "c2c_mlx/tui/__init__.py"} <= set(names)
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    run(
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"),
+        *("--target", str(target), str(wheel)),
+    )
+    return target
+
+
+@pytest.mark.parametrize("command", ["c2c-chat", "c2c-train", "c2c-weights"])
+def test_an_installed_command_explains_itself(installed: Path, command: str) -> None:
+    shown = run(str(installed / "bin" / command), "--help", PYTHONPATH=str(installed))
+    assert shown.startswith(f"usage: {command}")
+
+
+def test_the_registry_is_found_in_an_installed_package(installed: Path) -> None:
+    code = "import c2c_mlx, c2c_mlx.registry as r; print(c2c_mlx.__file__, *r.aliases())"
+    file, *aliases = run(sys.executable, "-c", code, PYTHONPATH=str(installed)).split()
+    assert Path(file) == installed / "c2c_mlx" / "__init__.py"
+    assert "smollm2-135m" in aliases
