@@ -1,7 +1,7 @@
 # make setup | chat | test | check | bench. Everything lives in .venv; nothing else is touched.
 
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
-	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 export PROMPT

@@ -124,6 +124,7 @@ class Fuser(nn.Module):
         """Opens or closes one slice; `layer` indexes the layer map, `kind` is 0 for keys."""
         row = self.kinds.index(kind)
         self.gate_logit[row, layer] = 1.0 if is_open else -1.0
+        self._selected = None  # written in place: the array is still the same object
 
     @property
     def kinds(self) -> list[int]:

@@ -1,0 +1,363 @@
+"""The training loop with two tiny models: losses, interruption, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from c2c_mlx import C2C, Fuser, LanguageModel, kv, load_model
+from c2c_mlx.config import FuserConfig, TrainConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.fuser import inputs
+from c2c_mlx.generate import FusedPrefix
+from c2c_mlx.training import loss as step_loss
+from c2c_mlx.training.data import Batch, Dataset, Example, Source, collate
+from c2c_mlx.training.trainer import Report, Trainer, checkpoints, measure_inputs, new_fuser
+
+TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
+POSITIONS = ["all", "from_first_message", "messages"]
+
+
+@pytest.fixture(scope="module")
+def receiver() -> LanguageModel:
+    """A tiny Qwen3: 4 layers, 2 KV heads x 16."""
+    return load_model(TINY / "receiver")
+
+
+@pytest.fixture(scope="module")
+def sharer() -> LanguageModel:
+    """A tiny Llama: 6 layers, 3 KV heads x 8."""
+    return load_model(TINY / "sharer")
+
+
+@pytest.fixture(scope="module")
+def dataset(receiver: LanguageModel, sharer: LanguageModel) -> Dataset:
+    rows = [
+        [
+            {"role": "user", "content": f"say {i}" + " please" * (i % 4)},
+            {"role": "assistant", "content": f"{i}" + " so" * (i % 3)},
+        ]
+        for i in range(11)
+    ]
+    source = Source(rows, 1.0)
+    return Dataset([source], receiver.tokenizer, sharer.tokenizer, "span", 64)
+
+
+@pytest.fixture(scope="module")
+def examples(dataset: Dataset) -> list[Example]:
+    found = map(dataset.example, dataset.sources[0].rows)
+    return [e for e in found if e is not None]
+
+
+Make = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make(
+    receiver: LanguageModel, sharer: LanguageModel, dataset: Dataset, examples: list[Example]
+) -> Make:
+    """A trainer; fields of both configurations may be given."""
+
+    def make(folder: Path, **options: Any) -> Trainer:
+        names = FuserConfig.__dataclass_fields__
+        fields = {k: options.pop(k) for k in list(options) if k in names}
+        config = TrainConfig(
+            **({"iters": 6, "batch_size": 3, "warmup": 2, "save_every": 3} | options)
+        )
+        fields = {"hidden_dim": 16, "intermediate_dim": 12, "dropout": 0.0} | fields
+        layers = tuple((i, i + 2) for i in range(4))
+        fuser = new_fuser(
+            FuserConfig(receiver.shape, sharer.shape, layers, **fields), config.gates, config.seed
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        c2c = C2C(receiver.model, sharer.model, fuser)
+        trainer = Trainer(c2c, dataset, examples[:4], config, folder)
+        fuser.temperature = trainer.temperature  # as `run` does before its first step
+        return trainer
+
+    return make
+
+
+def run(trainer: Trainer) -> list[Report]:
+    reports: list[Report] = []
+    trainer.run(reports.append)
+    return reports
+
+
+def weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    return {k: np.array(v) for k, v in tree_flatten(trainer.c2c.fuser.parameters())}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    assert a.keys() == b.keys()
+    return all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def loss_of(trainer: Trainer, batch: Batch) -> float:
+    trainer.c2c.fuser.eval()
+    prefills = trainer.prefills(batch)
+    fused, _ = step_loss.fuse(trainer.c2c, prefills.own, prefills.sharer, batch)
+    return step_loss.response_loss(trainer.c2c.receiver, fused, batch).item()
+
+
+# --- losses
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("rotated_keys", [False, True])
+@pytest.mark.parametrize("message_gate", [False, True])
+def test_a_batch_loses_what_its_rows_lose(
+    make: Make,
+    examples: list[Example],
+    tmp_path: Path,
+    positions: str,
+    rotated_keys: bool,
+    message_gate: bool,
+) -> None:
+    trainer = make(
+        tmp_path, positions=positions, rotated_keys=rotated_keys, message_gate=message_gate
+    )
+    batch = collate(examples[:4], positions)
+    assert batch.receiver.padding.any() and batch.sharer.padding.any() and not batch.mask.all()
+    alone = [loss_of(trainer, collate([e], positions)) for e in examples[:4]]
+    assert loss_of(trainer, batch) == pytest.approx(sum(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_loss_is_what_a_prefilled_cache_gives(
+    make: Make, examples: list[Example], tmp_path: Path, positions: str
+) -> None:
+    """Training and inference fuse alike."""
+    trainer, e = make(tmp_path, positions=positions, message_gate=True), examples[3]
+    trainer.c2c.fuser.eval()
+    prefix = FusedPrefix(trainer.c2c)
+    cache = prefix.extend(e.receiver_ids, e.sharer_ids, e.index, e.messages)
+    ids = [e.receiver_ids[-1], *e.response_ids[:-1]]
+    logits = trainer.c2c.receiver(mx.array([ids]), cache=cache)[0]
+    chosen = logits[mx.arange(len(ids)), mx.array(e.response_ids)]
+    expected = (mx.logsumexp(logits, axis=-1) - chosen).sum().item()
+    assert loss_of(trainer, collate([e], positions)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulated_batches_step_like_one(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    one, parts = make(tmp_path / "one"), make(tmp_path / "parts")
+    rows = examples[:6]
+    losses = [
+        one.train_step([collate(rows, "all")]),
+        parts.train_step([collate(part, "all") for part in (rows[:1], rows[1:4], rows[4:])]),
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for a, b in zip(weights(one).values(), weights(parts).values(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_the_loss_goes_down(make: Make, examples: list[Example], tmp_path: Path) -> None:
+    trainer, batch = make(tmp_path, iters=30, warmup=0), collate(examples, "all")
+    losses = [trainer.train_step([batch]) for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_open_message_gates_have_a_price(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    def bias(cost: float) -> float:
+        trainer = make(tmp_path / str(cost), message_gate=True, message_gate_cost=cost, warmup=0)
+        for _ in range(3):
+            trainer.train_step([collate(examples, "all")])
+        return float(np.mean(weights(trainer)["message_head.bias"]))
+
+    assert bias(100.0) < bias(0.0)
+
+
+# --- runs that are cut
+
+
+NOISY = {"gates": "learned", "dropout": 0.3}
+RECIPE = {"positions": "messages", "message_gate": True, "rotated_keys": False, "normalise": True}
+
+
+@pytest.mark.parametrize("options", [NOISY, RECIPE, {"accumulate": 2}], ids=str)
+def test_a_resumed_run_gives_the_same_weights(
+    make: Make, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = make(tmp_path / "whole", **options)
+    before = weights(whole)
+    reports = run(whole)
+    assert [c.name for c in checkpoints(tmp_path / "whole")] == ["0000003", "0000006"]
+
+    mx.random.normal((5,))  # whatever else drew numbers in the meantime
+    resumed = make(tmp_path / "resumed", **options)
+    resumed.resume(checkpoints(tmp_path / "whole")[0])
+    assert resumed.step == 3 and not same(weights(resumed), before)
+    again = run(resumed)
+    assert same(weights(resumed), weights(whole))
+    assert resumed.position == whole.position and resumed.tokens == whole.tokens
+    for key in ("valid_loss", "valid_receiver_loss", "learning_rate", "gates_open", "tokens"):
+        assert again[-1][key] == reports[-1][key]
+
+
+def test_ctrl_c_saves_a_checkpoint_that_continues_exactly(make: Make, tmp_path: Path) -> None:
+    whole, cut = make(tmp_path / "whole", **NOISY), make(tmp_path / "cut", report_every=1, **NOISY)
+    run(whole)
+
+    def interrupt(report: Report) -> None:
+        if report["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(interrupt)
+    resumed = make(tmp_path / "cut", **NOISY)
+    resumed.resume(checkpoints(tmp_path / "cut")[-1])
+    assert resumed.step == 2
+    run(resumed)
+    assert same(weights(resumed), weights(whole))
+
+
+def test_old_checkpoints_go(make: Make, tmp_path: Path) -> None:
+    run(make(tmp_path, iters=5, save_every=1, keep_checkpoints=3))
+    assert [c.name for c in checkpoints(tmp_path)] == ["0000003", "0000004", "0000005"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_changes_nothing(
+    make: Make, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path)
+    fuser = trainer.c2c.fuser
+    fuser.proj_out.bias = fuser.proj_out.bias.at[0, 0, 0].add(mx.array(float("nan")))
+    before = weights(trainer)
+    with pytest.raises(C2CError, match="step 1: the loss is nan") as e:
+        run(trainer)
+    assert "--resume" in str(e.value)
+    after = weights(trainer)
+    assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
+    assert trainer.step == 0 and checkpoints(tmp_path) == []
+
+
+# --- what a run reports and leaves
+
+
+def test_reports_and_files(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path, report_every=2, eval_every=4)
+    reports = run(trainer)
+    assert [r["step"] for r in reports] == [2, 4, 6]
+    assert ["valid_loss" in r for r in reports] == [False, True, True]
+    logged = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in logged] == reports
+    assert trainer.final == reports[-1]
+    assert trainer.best == min(r["valid_loss"] for r in reports[1:])
+    best = Fuser.load(tmp_path / "best")
+    assert best.config == trainer.c2c.fuser.config
+    assert reports[-1]["gates_open"] == 8  # keys and values of 4 layers
+    assert reports[-1]["tokens"] == trainer.tokens > 0
+
+
+def test_without_validation_there_is_no_best(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path, iters=2)
+    trainer.valid = []
+    assert "valid_loss" not in run(trainer)[-1]
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_fuser_that_is_closed_loses_what_the_receiver_alone_loses(
+    make: Make, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, gates="learned")  # a fresh one is closed
+    measured = trainer.evaluate()
+    assert measured["valid_loss"] == measured["valid_receiver_loss"]
+    assert measured["valid_shuffled_loss"] == measured["valid_receiver_loss"]
+    opened = make(tmp_path).evaluate()
+    assert opened["valid_receiver_loss"] == measured["valid_receiver_loss"]
+    assert len(set(opened.values())) == 3
+
+
+def test_the_control_does_not_read_the_sharer(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path, zero_sharer=True)
+    report = run(trainer)[-1]
+    assert report["valid_loss"] == pytest.approx(report["valid_shuffled_loss"], rel=1e-6)
+    assert report["valid_loss"] != report["valid_receiver_loss"]
+
+
+def test_gates_learn_and_are_annealed(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path, gates="learned", anneal_steps=3, report_every=1)
+    assert trainer.temperature == 1.0
+    temperatures = [r["temperature"] for r in run(trainer)]
+    assert temperatures == pytest.approx([0.1, 0.01, 0.001, 0.001, 0.001, 0.001])
+    assert (weights(trainer)["gate_logit"] != 0).all()
+
+
+def test_open_gates_stay_open_and_untrained(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path, normalise=True)
+    before = weights(trainer)
+    run(trainer)
+    after = weights(trainer)
+    assert trainer.temperature is None
+    fixed = {k for k in before if np.array_equal(before[k], after[k])}
+    assert fixed == {"gate_logit", "input_mean", "input_scale", "output_scale"}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_warms_up_and_decays(make: Make, tmp_path: Path, schedule: str) -> None:
+    trainer = make(tmp_path, schedule=schedule, report_every=1, iters=8)
+    rates = [r["learning_rate"] for r in run(trainer)]
+    peak = 3e-3
+    assert max(rates) == pytest.approx(peak)
+    assert rates.index(max(rates)) <= 2
+    assert rates[-1] < peak / 5
+
+
+# --- the normalisation
+
+
+def test_measured_inputs_have_mean_zero_and_deviation_one(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, normalise=True, positions="messages", rotated_keys=False)
+    c2c = trainer.c2c
+    measure_inputs(c2c, examples, 3)
+    columns = []
+    for e in examples:
+        batch = collate([e], "messages")
+        prefills = trainer.prefills(batch)
+        part = kv.read(prefills.own, c2c.receiver_layers, batch.start, batch.stop)
+        own = c2c.fuser_view(part, step_loss.first_position(batch))
+        slices = [(kind, layer) for kind in (0, 1) for layer in range(4)]
+        x = inputs(prefills.sharer, own, slices)
+        columns.append(np.array(x).reshape(8, -1, x.shape[-1])[:, batch.messages[0] >= 0])
+    x = np.concatenate(columns, axis=1)
+    mean, scale, output = (
+        np.array(getattr(c2c.fuser, name)).reshape(8, -1)
+        for name in ("input_mean", "input_scale", "output_scale")
+    )
+    seen = (x - mean[:, None]) * scale[:, None]
+    np.testing.assert_allclose(seen.mean(axis=1), 0, atol=1e-4)
+    np.testing.assert_allclose(seen.std(axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(output, x.std(axis=1)[:, 24:], rtol=1e-3)
+
+
+def test_nothing_to_measure_is_refused(make: Make, tmp_path: Path) -> None:
+    nothing = Example([1, 2, 3], [4], np.zeros(3, np.int32), np.full(3, -1, np.int32), [7])
+    trainer = make(tmp_path, normalise=True, positions="messages")
+    with pytest.raises(C2CError, match="no message to fuse"):
+        measure_inputs(trainer.c2c, [nothing], 2)
+
+
+def test_a_chat_with_nothing_to_fuse_can_be_in_a_batch(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    nothing = Example([1, 2, 3], [4], np.zeros(3, np.int32), np.full(3, -1, np.int32), [7])
+    trainer = make(tmp_path, positions="messages", message_gate=True)
+    alone = [loss_of(trainer, collate([e], "messages")) for e in (nothing, examples[0])]
+    both = loss_of(trainer, collate([nothing, examples[0]], "messages"))
+    assert both == pytest.approx(sum(alone), rel=1e-5)
