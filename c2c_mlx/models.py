@@ -81,7 +81,8 @@ class LanguageModel:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """Text that ends an answer, besides the tokenizer's own end tokens."""
-        return () if self.has_own_template else (PLAIN_STOP,)
+        # A base model does not know when it has answered: it goes on with a paragraph of its own.
+        return () if self.has_own_template else (PLAIN_STOP, "\n\n")
 
 
 def load_model(

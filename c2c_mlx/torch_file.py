@@ -226,7 +226,7 @@ class _Machine:
             raise TypeError
         if (module, name) not in {_ORDERED_DICT, _REBUILD, *_STORAGES}:
             asked = _quote(f"{module}.{name}")
-            raise _Refused(f"its pickle asks for {asked}, which no state dict needs")
+            raise _Refused(f"its pickle asks for {asked}, which no fuser needs")
         self.stack.append(_Global((module, name)))
 
     def _set_items(self, items: list[Any]) -> None:

@@ -200,9 +200,12 @@ def _answer_once(
 ) -> None:
     if heading and not as_json:
         print(f"{mode}:")
+    begun = False
     for event in session.ask(prompt, mode):
         if isinstance(event, Text) and not as_json:
-            print(event.text, end="", flush=True)
+            text = event.text if begun else event.text.lstrip()
+            begun = begun or bool(text)
+            print(text, end="", flush=True)
         elif isinstance(event, Finished):
             print(json.dumps(_record(event), ensure_ascii=False) if as_json else "", flush=True)
 

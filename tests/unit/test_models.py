@@ -137,7 +137,7 @@ def base_model(folder: Path) -> LanguageModel:
 
 def test_a_base_model_gets_the_plain_template(base_model: LanguageModel) -> None:
     assert not base_model.has_own_template
-    assert base_model.stop_strings == ("\nQuestion:",)
+    assert base_model.stop_strings == ("\nQuestion:", "\n\n")
     text = base_model.tokenizer.apply_chat_template(
         CHAT, tokenize=False, add_generation_prompt=True
     )

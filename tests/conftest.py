@@ -1,0 +1,75 @@
+"""Tiny real models that the tests run for real: a Qwen3, a Llama, and a sliding-window Gemma 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import gemma3_text
+
+from c2c_mlx import Fuser, LanguageModel, kv, load_model
+from c2c_mlx.config import FuserConfig
+
+TINY = Path(__file__).parent / "golden" / "data" / "e2e" / "qwen3_llama"
+MakeFuser = Callable[..., Fuser]
+
+
+@pytest.fixture(scope="session")
+def receiver() -> LanguageModel:
+    """4 layers, 2 KV heads x 16, 512 ids."""
+    return load_model(TINY / "receiver")
+
+
+@pytest.fixture(scope="session")
+def sharer() -> LanguageModel:
+    """6 layers, 3 KV heads x 8, 512 ids."""
+    return load_model(TINY / "sharer")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> nn.Module:
+    """3 layers, 1 KV head x 16, 512 ids; layers 0 and 1 see 8 positions."""
+    args = gemma3_text.ModelArgs(
+        model_type="gemma3_text",
+        hidden_size=32,
+        num_hidden_layers=3,
+        intermediate_size=64,
+        num_attention_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        vocab_size=512,
+        sliding_window=8,
+        sliding_window_pattern=3,
+    )
+    mx.random.seed(3)
+    model = gemma3_text.Model(args)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_fuser() -> MakeFuser:
+    """Makes a small random fuser between two models, with every gate at `gate`."""
+
+    def make(receiver: nn.Module, sharer: nn.Module, gate: float = 1.0, **options: Any) -> Fuser:
+        r, s = kv.model_shape(receiver, "receiver"), kv.model_shape(sharer, "sharer")
+        layer_map = [(i, min(i + 1, s.layers - 1)) for i in range(1, r.layers)]
+        options = {
+            "layer_map": tuple(layer_map),
+            "hidden_dim": 24,
+            "intermediate_dim": 20,
+        } | options
+        mx.random.seed(1)
+        fuser = Fuser(FuserConfig(r, s, **options))
+        fuser.gate_logit = mx.full(fuser.gate_logit.shape, gate)
+        mx.eval(fuser.parameters())
+        fuser.eval()
+        return fuser
+
+    return make

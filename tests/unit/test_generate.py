@@ -1,0 +1,363 @@
+"""C2C on token ids: what a fused cache is, and that a growing one equals one made from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+
+from c2c_mlx import C2C, Fuser, LanguageModel, generate, kv
+from c2c_mlx.config import FuserConfig, ModelShape, SamplingConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.generate import FusedPrefix, Prefix, decode
+
+POSITIONS = ["all", "from_first_message", "messages"]
+MakeC2C = Callable[..., C2C]
+Prompt = tuple[list[int], list[int], np.ndarray, np.ndarray]
+
+
+@pytest.fixture(params=["qwen3", "gemma3"])
+def make(
+    request: pytest.FixtureRequest,
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    gemma: nn.Module,
+    make_fuser: Callable[..., Fuser],
+) -> MakeC2C:
+    """C2C from the tiny Llama to the tiny Qwen3 or the tiny Gemma 3."""
+    answering = receiver.model if request.param == "qwen3" else gemma
+
+    def make(gate: float = 1.0, **options: Any) -> C2C:
+        fuser = make_fuser(answering, sharer.model, gate, **options)
+        return C2C(answering, sharer.model, fuser)
+
+    return make
+
+
+def prompt(*turns: Sequence[int]) -> Prompt:
+    """As of a chat: two ids of opening, then each message's text followed by two template ids.
+
+    The sharer's template is one id longer, and its tokens are half as many.
+    """
+    ids, other, index, messages = [1, 2], [3, 4, 5], [0, 0], [-1, -1]
+    for number, text in enumerate(turns):
+        first = len(other)
+        other += [t + 7 for t in text[::2]]
+        ids += text
+        index += [first + i // 2 for i in range(len(text))]
+        messages += [number] * len(text)
+        ids, other = [*ids, 6, 7 + number % 2], [*other, 8, 9, 10 + number % 2]
+        index += [index[-1]] * 2
+        messages += [-1, -1]
+    return ids, other, np.array(index, np.int32), np.array(messages, np.int32)
+
+
+FIRST, ANSWER, SECOND = list(range(20, 31)), list(range(50, 58)), list(range(80, 89))
+
+
+def greedy(model: nn.Module, last: list[int], cache: kv.Cache, n: int = 6) -> list[int]:
+    steps = generate_step(mx.array(last), model, max_tokens=n, prompt_cache=cache)
+    return [int(token) for token, _ in steps]
+
+
+def contents(cache: kv.Cache) -> kv.StackedKV:
+    return kv.read(cache, kv.attention_layers(cache), 0, kv.length(cache))
+
+
+def assert_same(found: kv.Cache, expected: kv.Cache, tolerance: float = 0.0) -> None:
+    assert kv.length(found) == kv.length(expected)
+    for a, b in zip(contents(found), contents(expected), strict=True):
+        assert mx.abs(a - b).max().item() <= tolerance
+
+
+def differs(found: kv.Cache, expected: kv.Cache) -> bool:
+    pairs = zip(contents(found), contents(expected), strict=True)
+    return any(mx.abs(a - b).max().item() > 1e-3 for a, b in pairs)
+
+
+def scratch(c2c: C2C, chat: Prompt) -> kv.Cache:
+    return FusedPrefix(c2c).extend(*chat)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_closed_gates_give_the_receiver_alone(make: MakeC2C, positions: str) -> None:
+    c2c, chat = make(gate=-1.0, positions=positions), prompt(FIRST, ANSWER, SECOND)
+    alone = Prefix(c2c.receiver)
+    alone.extend(chat[0][:-1])
+    fused = scratch(c2c, chat)
+    assert_same(fused, alone.cache)
+    last = chat[0][-1:]
+    assert greedy(c2c.receiver, last, fused) == greedy(c2c.receiver, last, alone.cache)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_open_gates_change_just_the_mapped_layers_and_positions(
+    make: MakeC2C, positions: str
+) -> None:
+    c2c, chat = make(positions=positions), prompt(FIRST, ANSWER)
+    alone = Prefix(c2c.receiver)
+    alone.extend(chat[0][:-1])
+    a, b = contents(scratch(c2c, chat)), contents(alone.cache)
+    fused = {
+        "all": np.ones(len(chat[0]) - 1, bool),
+        "from_first_message": np.arange(len(chat[0]) - 1) >= 2,
+        "messages": chat[3][:-1] >= 0,
+    }[positions]
+    for x, y in zip(a, b, strict=True):
+        changed = np.array(mx.abs(x - y).max(axis=(1, 2, 4)) > 1e-6)  # [layers, positions]
+        assert not changed[0].any()
+        assert (changed[1:] == fused).all()
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("message_gate", [False, True])
+@pytest.mark.parametrize("rotated_keys", [False, True])
+def test_turn_by_turn_equals_from_scratch(
+    make: MakeC2C, positions: str, message_gate: bool, rotated_keys: bool
+) -> None:
+    c2c = make(positions=positions, message_gate=message_gate, rotated_keys=rotated_keys)
+    if message_gate:
+        c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
+    growing, turns = FusedPrefix(c2c), [FIRST, ANSWER, SECOND, FIRST[:3], ANSWER[2:]]
+    for n in (1, 3, 5):
+        chat = prompt(*turns[:n])
+        cache = growing.extend(*chat)
+        assert_same(cache, scratch(c2c, chat), 1e-5)
+        greedy(c2c.receiver, chat[0][-1:], cache)  # what decoding leaves behind is in nobody's way
+    assert growing.last is not None and growing.last.start > 0
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("message_gate", [False, True])
+@pytest.mark.parametrize(
+    "after",
+    [
+        prompt(FIRST),
+        prompt(FIRST, [50, 51, 99, 53], SECOND),
+        prompt(FIRST[:5], ANSWER),
+        prompt([*FIRST, 99, 98]),
+        prompt([99], ANSWER, SECOND),
+    ],
+    ids=["taken back", "answer changed", "shortened", "grown", "first changed"],
+)
+def test_an_earlier_message_changes(
+    make: MakeC2C, positions: str, message_gate: bool, after: Prompt
+) -> None:
+    c2c = make(positions=positions, message_gate=message_gate)
+    if message_gate:
+        c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
+    growing = FusedPrefix(c2c)
+    growing.extend(*prompt(FIRST, ANSWER, SECOND))
+    assert_same(growing.extend(*after), scratch(c2c, after), 1e-5)
+
+
+def test_the_sharer_alone_changes(make: MakeC2C) -> None:
+    c2c, (ids, other, index, messages) = make(), prompt(FIRST, ANSWER)
+    growing = FusedPrefix(c2c)
+    growing.extend(ids, other, index, messages)
+    changed = ids, [*other[:9], 77, *other[10:]], index, messages
+    assert_same(growing.extend(*changed), scratch(c2c, changed), 1e-5)
+    assert growing.last is not None and 0 < growing.last.start < len(ids) - 1
+
+
+def test_the_same_prompt_again_costs_nothing(make: MakeC2C) -> None:
+    c2c, chat = make(), prompt(FIRST)
+    growing = FusedPrefix(c2c)
+    growing.extend(*chat)
+    before = scratch(c2c, chat)
+    assert_same(growing.extend(*chat), before)
+    assert growing.last is not None
+    assert (growing.last.start, growing.last.sharer_tokens) == (len(chat[0]) - 1, 0)
+    assert growing.stats() is None
+
+
+def test_progress_counts_both_prefills_to_the_end(
+    make: MakeC2C, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 4)
+    c2c, chat = make(), prompt(FIRST, ANSWER)
+    seen: list[tuple[int, int]] = []
+    FusedPrefix(c2c).extend(*chat, lambda done, total: seen.append((done, total)))
+    assert {total for _, total in seen} == {seen[-1][0]}
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[0][0] == 4
+
+
+def test_chunked_prefill_equals_one_pass(make: MakeC2C, monkeypatch: pytest.MonkeyPatch) -> None:
+    c2c, chat = make(), prompt(FIRST, ANSWER)
+    whole = scratch(c2c, chat)
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 3)
+    assert_same(scratch(c2c, chat), whole, 1e-5)
+
+
+def test_prefill_is_the_plain_form(make: MakeC2C) -> None:
+    c2c = make()
+    ids, other, index, _ = prompt(FIRST)
+    fused = FusedPrefix(c2c).extend(ids, other, index, np.zeros(len(ids), np.int32))
+    assert_same(c2c.prefill(ids, other, index), fused)
+    assert_same(c2c.prefill(ids, other, index[:-1]), fused)  # the last id is fed by nothing
+    itself = np.arange(len(ids))
+    assert_same(c2c.prefill(ids), c2c.prefill(ids, ids, itself))
+
+
+def test_a_prompt_of_one_id_leaves_the_cache_empty(make: MakeC2C) -> None:
+    c2c = make()
+    cache = c2c.prefill([5])
+    assert kv.length(cache) == 0
+    assert len(greedy(c2c.receiver, [5], cache)) == 6
+
+
+@pytest.mark.parametrize("name", ["receiver", "sharer", "gemma"])
+@pytest.mark.parametrize("start", [0, 1, 17])
+def test_unrotate_undoes_rope(
+    name: str, start: int, receiver: LanguageModel, sharer: LanguageModel, gemma: nn.Module
+) -> None:
+    model = {"receiver": receiver.model, "sharer": sharer.model, "gemma": gemma}[name]
+    keys = mx.random.normal((2, 3, 9, kv.model_shape(model, name).head_dim))
+    for layer in range(len(model.layers)):
+        rope = kv.rope_of(model, layer, name)
+        bare = kv.unrotate(rope, keys, start)
+        assert mx.abs(rope(bare, offset=start) - keys).max().item() < 1e-5
+        assert mx.abs(kv.unrotate(rope, rope(keys, offset=start), start) - keys).max() < 1e-5
+        assert mx.abs(bare - keys).max().item() > 0.1
+
+
+def test_read_sharer_picks_the_feeding_positions_of_the_mapped_layers(make: MakeC2C) -> None:
+    c2c = make()
+    prefix = Prefix(c2c.sharer)
+    prefix.extend(list(range(30, 45)))
+    index = np.array([[3, 3, 7, 12]])
+    keys, values = c2c.read_sharer(prefix.cache, index)
+    for at, (_, layer) in enumerate(c2c.fuser.config.layer_map):
+        held = prefix.cache[layer]
+        assert mx.array_equal(keys[at], held.keys[:, :, mx.array(index[0])])
+        assert mx.array_equal(values[at], held.values[:, :, mx.array(index[0])])
+
+
+def test_bare_keys_do_not_know_their_position(make: MakeC2C) -> None:
+    """One id at the first layer has the same key everywhere, once RoPE is taken off."""
+    c2c = make(rotated_keys=False, layer_map=((0, 0),))
+    prefix = Prefix(c2c.sharer)
+    prefix.extend([33] * 12)
+    keys, _ = c2c.read_sharer(prefix.cache, np.array([[2, 9, 5]]))
+    assert mx.abs(keys - keys[..., :1, :]).max().item() < 1e-5
+    turned = make(layer_map=((0, 0),)).read_sharer(prefix.cache, np.array([[2, 9, 5]]))[0]
+    assert mx.abs(turned - turned[..., :1, :]).max().item() > 0.1
+
+
+def test_message_gate_below_a_half_adds_nothing(make: MakeC2C) -> None:
+    c2c, chat = make(message_gate=True, positions="messages"), prompt(FIRST, ANSWER)
+    head = c2c.fuser.message_head
+    alone = Prefix(c2c.receiver)
+    alone.extend(chat[0][:-1])
+    head.weight = mx.zeros_like(head.weight)
+    head.bias = mx.full(head.bias.shape, -0.01)
+    assert_same(scratch(c2c, chat), alone.cache)
+    head.bias = mx.full(head.bias.shape, 0.01)
+    assert differs(scratch(c2c, chat), alone.cache)
+
+
+def test_stats_describe_the_last_extension(make: MakeC2C) -> None:
+    c2c, chat = make(), prompt(FIRST, ANSWER)
+    c2c.fuser.set_gate(0, 1, False)
+    growing = FusedPrefix(c2c)
+    assert growing.stats() is None
+    fused, alone = growing.extend(*chat), Prefix(c2c.receiver)
+    alone.extend(chat[0][:-1])
+    stats = growing.stats()
+    assert stats is not None
+    assert stats.layers == tuple(c2c.receiver_layers) and stats.start == 0
+    assert stats.gates.tolist() == c2c.fuser.gates.tolist()
+    for kind, (a, b) in enumerate(zip(contents(fused), contents(alone.cache), strict=True)):
+        moved = np.array(mx.linalg.norm(a - b, axis=-1))[list(stats.layers), 0]
+        np.testing.assert_allclose(stats.change[kind], moved, atol=1e-4)
+    assert (stats.weight[0, 1] == 0).all() and (stats.relative_change[0, 1] == 0).all()
+    assert (stats.weight[1] > 0).all() and (stats.weight <= 1).all()
+    assert (stats.relative_change[1] > 0).all()
+    assert stats.mean_weight.shape == stats.weight.shape[:-1]
+
+
+def test_refuses_models_of_other_shapes(make: MakeC2C) -> None:
+    c2c = make()
+    config = c2c.fuser.config
+    wrong = FuserConfig(ModelShape("other", 9, 1, 8), config.sharer, config.layer_map)
+    with pytest.raises(C2CError, match=r"the fuser's receiver is other \(9 layers"):
+        C2C(c2c.receiver, c2c.sharer, Fuser(wrong))
+    with pytest.raises(C2CError, match="the fuser's sharer is"):
+        C2C(c2c.receiver, c2c.receiver, c2c.fuser)
+
+
+def test_refuses_an_empty_prompt_and_an_index_that_does_not_fit(make: MakeC2C) -> None:
+    c2c = make()
+    with pytest.raises(C2CError, match="empty"):
+        c2c.prefill([])
+    for sharer_ids, index in (
+        ([1, 2], [0, 2, 0]),
+        ([1, 2], [0, -1, 0]),
+        ([1, 2], [0]),
+        ([1], None),
+    ):
+        with pytest.raises(C2CError, match="index must name"):
+            c2c.prefill([5, 6, 7], sharer_ids, index)
+
+
+# --- decoding
+
+
+def written(lm: LanguageModel, stop_strings: Sequence[str] = (), n: int = 24) -> list[str]:
+    prefix = Prefix(lm.model)
+    prefix.extend([10, 11, 12])
+    sampling = SamplingConfig(max_tokens=n, temp=1.5, seed=4)
+    pieces = decode(lm.model, lm.tokenizer, prefix.cache, [13], sampling, stop_strings)
+    return [piece for _, piece in pieces]
+
+
+def test_decoding_is_repeatable_and_whole(receiver: LanguageModel) -> None:
+    once = written(receiver)
+    assert once == written(receiver)
+    assert len("".join(once)) > 10
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@pytest.mark.parametrize("start", [3, 8])
+def test_no_part_of_a_stop_string_is_ever_shown(
+    receiver: LanguageModel, start: int, length: int
+) -> None:
+    text = "".join(written(receiver))
+    stop = text[start : start + length]
+    pieces = written(receiver, ["never written", stop])
+    assert "".join(pieces) == text[: text.index(stop)]
+    assert len(pieces) < 24
+
+
+def test_the_beginning_of_a_stop_string_comes_out_at_the_end(receiver: LanguageModel) -> None:
+    text = "".join(written(receiver))
+    pieces = written(receiver, [text[-2:] + "and what never comes"])
+    assert "".join(pieces) == text
+    assert pieces[-1].endswith(text[-2:])
+
+
+def test_settle_keeps_what_was_written_for_the_next_turn(receiver: LanguageModel) -> None:
+    prefix, ids = Prefix(receiver.model), [10, 11, 12, 13]
+    prefix.extend(ids[:-1])
+    sampling = SamplingConfig(max_tokens=9)
+    tokens = []
+    for token, _ in decode(receiver.model, receiver.tokenizer, prefix.cache, ids[-1:], sampling):
+        tokens.append(token)
+        if len(tokens) == 4:
+            break
+    prefix.settle([*ids, *tokens])
+    assert prefix.ids == [*ids, *tokens][: len(prefix.ids)]
+    assert kv.length(prefix.cache) == len(prefix.ids) >= len(ids) + 3
+    longer = [*ids, *tokens, 44, 45]
+    again = Prefix(receiver.model)
+    again.extend(longer)
+    prefix.extend(longer)
+    assert_same(prefix.cache, again.cache, 1e-5)

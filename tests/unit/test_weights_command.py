@@ -1,0 +1,118 @@
+"""c2c-weights as a person or a script meets it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch_files import write_checkpoint
+
+from c2c_mlx.commands import one_line, run, weights
+from c2c_mlx.errors import C2CError
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "c2c_mlx.commands.weights", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_convert_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = write_checkpoint(tmp_path / "source"), tmp_path / "fuser"
+    assert weights.main(["convert", str(source), str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{target}: org/sharer -> org/receiver\n"
+    assert err == ""
+
+    assert weights.main(["show", str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for text in (
+        "org/receiver (2 layers, 2 KV heads x 16), tokenizer unknown",
+        "0-1 from 1-2",
+        "alignment same, positions all",
+        "converted from the checkpoint source",
+        "4 of 4 open",
+    ):
+        assert text in out
+    assert out.splitlines()[-1].split() == ["1", "2", "open", "open"]
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert weights.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "* smollm2-135m" in out
+    assert "\nfusers" in out
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["show", "nowhere"], ["convert", str(tmp_path / "x"), str(tmp_path / "y")]):
+        assert weights.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("c2c-weights: ")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["melt"], ["show"], ["convert", "one"]])
+def test_usage_errors(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        weights.main(arguments)
+    assert e.value.code == 2
+
+
+def test_help_imports_neither_mlx_nor_textual() -> None:
+    program = (
+        "import sys; from c2c_mlx.commands import weights\n"
+        "try: weights.main(['--help'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "bad = {m.partition('.')[0] for m in sys.modules} & {'mlx', 'mlx_lm', 'textual', 'numpy'}\n"
+        "assert not bad, bad"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "examples:" in result.stdout
+    assert time.perf_counter() - started < 3  # 0.1 s on an idle machine
+
+
+def test_a_process_ends_with_the_exit_code() -> None:
+    result = call("show", "nowhere")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_goes_away() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "c2c_mlx.commands.weights", "list"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# The wrapper that all commands share.
+
+
+def raising(error: BaseException) -> int:
+    def body() -> int:
+        raise error
+
+    return run(body, "program")
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda: None, "program") == 0
+    assert run(lambda: 3, "program") == 3
+    assert raising(KeyboardInterrupt()) == 130
+    assert raising(C2CError("two\nlines \x1b[31m")) == 2
+    assert capsys.readouterr().err == "program: two lines  [31m\n"
+    with pytest.raises(ZeroDivisionError):
+        raising(ZeroDivisionError())
+
+
+def test_one_line() -> None:
+    assert one_line("  é\tü\u202ex\x07y\n") == "  é ü x y"
