@@ -98,6 +98,10 @@ def _train(args: argparse.Namespace, command: str) -> None:
     folders = [_folder(text) for text in args.data]
     _claim(args.out, args.resume)
 
+    import c2c_mlx.blas  # noqa: F401
+
+    import mlx.core as mx
+
     from c2c_mlx import checkpoint
     from c2c_mlx.generate import C2C
     from c2c_mlx.models import load_model
@@ -106,7 +110,8 @@ def _train(args: argparse.Namespace, command: str) -> None:
 
     receiver, sharer = load_model(args.receiver), load_model(args.sharer)
     if args.fuser:
-        fuser = checkpoint.load(args.fuser)
+        fuser = checkpoint.load(checkpoint.find_folder(args.fuser))
+        fuser.set_dtype(mx.float32)  # a shipped fuser is half precision; AdamW's steps are smaller
         checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
     else:
         fuser = new_fuser(_fuser_config(args.preset, receiver, sharer), config.gates, config.seed)
