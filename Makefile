@@ -4,6 +4,7 @@ PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin
+override PROMPT := $(value PROMPT)
 export PROMPT
 
 .PHONY: help setup blas chat test check bench
@@ -56,3 +57,4 @@ check: setup
 bench: setup
 	@$(BIN)/python benchmarks/fuser.py
 	@$(BIN)/python benchmarks/turns.py
+	@$(BIN)/python benchmarks/help.py
