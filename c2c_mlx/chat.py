@@ -286,8 +286,9 @@ def _shape(lm: LanguageModel, wanted: ModelShape) -> ModelShape:
 def no_fuser(receiver: str, sharer: str) -> str:
     """What to do when a pair has no fuser."""
     return (
-        f"no fuser is known for sharer {sharer} and receiver {receiver}; train one with: "
-        f"c2c-train --sharer {sharer} --receiver {receiver} --data DIR --out DIR"
+        f"no fuser is known for sharer {sharer} and receiver {receiver}: name one with --fuser, "
+        f"train one with 'c2c-train --sharer {sharer} --receiver {receiver} --data DIR --out DIR', "
+        f"or take --mode relay"
     )
 
 

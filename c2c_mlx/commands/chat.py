@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=defaults.top_p, metavar="P", help="(%(default)s)")
     add("--seed", type=int, default=defaults.seed, metavar="N", help="(%(default)s)")
     add("--json", action="store_true", help="one object per mode and line, with figures")
-    add("--plain", action="store_true", help="a conversation line by line")
+    add("--plain", action="store_true", help="a conversation line by line, through a pipe, too")
     return parser
 
 
@@ -76,7 +76,8 @@ def _chat(args: argparse.Namespace) -> None:
     modes = parse_modes(args.mode)
     fields = ("max_tokens", "temp", "top_p", "seed")
     sampling = from_dict(SamplingConfig, {f: getattr(args, f) for f in fields}, "arguments")
-    interactive = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = args.prompt is None and (args.plain or on_terminal)
     prompt = None if interactive else _prompt(args.prompt)
     session = _session(args, modes, sampling)
     if prompt is None:
@@ -143,15 +144,12 @@ def _fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
     if given is None:
         folder = registry.find_fuser(receiver, sharer)
         if folder is None:
+            from c2c_mlx.chat import no_fuser
             from c2c_mlx.models import check_name
 
             for name in (sharer, receiver):  # a model that can't be had is the first thing to say
                 check_name(name)
-            raise C2CError(
-                f"no fuser is known for sharer {sharer} and receiver {receiver}: name one with "
-                f"--fuser, train one with 'c2c-train --sharer {sharer} --receiver {receiver} "
-                f"--data DIR --out DIR', or take --mode relay"
-            )
+            raise C2CError(no_fuser(receiver, sharer))
         return folder
     from c2c_mlx.checkpoint import find_folder
 

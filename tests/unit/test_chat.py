@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -12,7 +11,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import pytest
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
+from c2c_mlx import ChatSession, Fuser, LanguageModel
 from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
@@ -20,19 +19,6 @@ from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText
 SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
 modes = pytest.mark.parametrize("mode", MODES)
 MakeSession = Callable[..., ChatSession]
-TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
-
-
-@pytest.fixture(scope="module")
-def receiver() -> LanguageModel:
-    """A tiny Qwen3: 4 layers, 2 KV heads x 16."""
-    return load_model(TINY / "receiver")
-
-
-@pytest.fixture(scope="module")
-def sharer() -> LanguageModel:
-    """A tiny Llama: 6 layers, 3 KV heads x 8."""
-    return load_model(TINY / "sharer")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -12,47 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models import gemma3_text
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
 
-from c2c_mlx import LanguageModel, kv, load_model
+from c2c_mlx import LanguageModel, kv
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training.data import pad
 from c2c_mlx.training.loss import prefill
-
-TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
-
-
-@pytest.fixture(scope="module")
-def receiver() -> LanguageModel:
-    """A tiny Qwen3: 4 layers, 2 KV heads x 16."""
-    return load_model(TINY / "receiver")
-
-
-@pytest.fixture(scope="module")
-def sharer() -> LanguageModel:
-    """A tiny Llama: 6 layers, 3 KV heads x 8."""
-    return load_model(TINY / "sharer")
-
-
-@pytest.fixture(scope="module")
-def gemma() -> nn.Module:
-    """A tiny Gemma 3: 3 layers, 1 KV head x 16; the first two see 8 positions."""
-    args = gemma3_text.ModelArgs(
-        model_type="gemma3_text",
-        hidden_size=32,
-        num_hidden_layers=3,
-        intermediate_size=64,
-        num_attention_heads=2,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        vocab_size=512,
-        sliding_window=8,
-        sliding_window_pattern=3,
-    )
-    mx.random.seed(3)
-    return gemma3_text.Model(args)
-
 
 B, H, N, D = 2, 3, 10, 64
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from c2c_mlx import C2C, Fuser, LanguageModel, kv, load_model
+from c2c_mlx import C2C, Fuser, LanguageModel, kv
 from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fuser import inputs
@@ -23,20 +23,7 @@ from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Dataset, Example, Source, collate
 from c2c_mlx.training.trainer import Report, Trainer, checkpoints, measure_inputs, new_fuser
 
-TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 POSITIONS = ["all", "from_first_message", "messages"]
-
-
-@pytest.fixture(scope="module")
-def receiver() -> LanguageModel:
-    """A tiny Qwen3: 4 layers, 2 KV heads x 16."""
-    return load_model(TINY / "receiver")
-
-
-@pytest.fixture(scope="module")
-def sharer() -> LanguageModel:
-    """A tiny Llama: 6 layers, 3 KV heads x 8."""
-    return load_model(TINY / "sharer")
 
 
 @pytest.fixture(scope="module")

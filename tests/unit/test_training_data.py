@@ -13,24 +13,10 @@ import c2c_mlx.blas  # noqa: F401
 import numpy as np
 import pytest
 
-from c2c_mlx import LanguageModel, load_model
+from c2c_mlx import LanguageModel
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import data
 from c2c_mlx.training.data import Dataset, Example, Source, collate, make_example, pad, read_rows
-
-TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
-
-
-@pytest.fixture(scope="module")
-def receiver() -> LanguageModel:
-    """A tiny Qwen3: 4 layers, 2 KV heads x 16."""
-    return load_model(TINY / "receiver")
-
-
-@pytest.fixture(scope="module")
-def sharer() -> LanguageModel:
-    """A tiny Llama: 6 layers, 3 KV heads x 8."""
-    return load_model(TINY / "sharer")
 
 
 def user(content: str) -> dict[str, str]:
