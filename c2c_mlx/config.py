@@ -181,13 +181,15 @@ class TrainConfig:
     initial_temperature: float = 1.0  # of the Gumbel-sigmoid gates
     final_temperature: float = 0.001
     anneal_steps: int = 1929
-    message_gate_cost: float = 0.0  # price of an open message gate, added to the loss
+    message_gate_weight: float = 0.1  # of the message gates' own loss, which is added
     max_tokens: int = 512  # of a prompt or a response; longer items are counted and left out
     seed: int = 0
     report_every: int = 10
     eval_every: int = 200
     save_every: int = 200
     keep_checkpoints: int = 2
+    prefill_cache: str = ""  # folder that keeps frozen prefills for later epochs and runs
+    prefill_cache_gb: float = 20.0  # at most; what does not fit is computed each time
     zero_sharer: bool = False  # the control: the same fuser with nothing to read
 
     def __post_init__(self) -> None:

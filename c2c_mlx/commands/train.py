@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from c2c_mlx.errors import C2CError
 if TYPE_CHECKING:
     from c2c_mlx.fuser import Fuser
     from c2c_mlx.models import LanguageModel
-    from c2c_mlx.training.data import Example, Source
+    from c2c_mlx.training.data import Chat, Example, Source
 
 PROGRAM = "c2c-train"
 EPILOG = """\
 examples:
+  c2c-train --config run.yaml --iters 4000        # flags override the file
   c2c-train --sharer gemma3-270m --receiver smollm2-135m --data chats --out runs/mine
   c2c-train --sharer qwen --receiver llama --data chats=3 --data more=1 --out runs/mine
   c2c-train ... --out runs/mine --resume          # continue exactly where it stopped
@@ -31,6 +32,9 @@ DIR holds train.jsonl and optionally valid.jsonl, one object per line: {"message
 {"prompt": ..., "completion": ...}. With --answer-with, rows without an answer are answered by one
 of the two models first: by the receiver, and the fuser learns to leave alone what it can do by
 itself; by the sharer, and the fuser learns what the sharer knows.
+
+The file of --config is YAML with any of these flags as keys (answer_with, batch_size, ...), data as
+a list or as DIR: WEIGHT, and fuser_config: fields of the fuser that the preset does not fix.
 """
 
 # What a preset changes of FuserConfig; 'small' is the recipe that won on the embedded pair.
@@ -47,13 +51,26 @@ RECIPE: dict[str, Any] = {
     "message_gate": True,
     "dropout": 0.0,
 }
+ANSWERERS = ("receiver", "sharer")
+ANSWER_TOKENS = 40
 STATISTICS = 128  # examples that the normalisation is measured on
+
+# Of what a config file may hold and TrainConfig does not check.
+_FILE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "sharer": str,
+    "receiver": str,
+    "data": (str, list, dict),
+    "out": str,
+    "answer_tokens": int,
+    "fuser": str,
+    "fuser_config": dict,
+}
+_CHOICES: dict[str, Iterable[str]] = {"answer_with": ANSWERERS, "preset": PRESETS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: parses arguments, trains, returns an exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     command = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
     return run(lambda: _train(args, command), PROGRAM)
 
@@ -66,19 +83,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--sharer", required=True, metavar="MODEL", help="alias, folder or hub id")
-    add("--receiver", required=True, metavar="MODEL", help="alias, folder or hub id")
+    add("--config", type=Path, metavar="FILE", help="YAML with what is not given as a flag")
+    add("--sharer", metavar="MODEL", help="alias, folder or hub id")
+    add("--receiver", metavar="MODEL", help="alias, folder or hub id")
     add(
         "--data",
-        required=True,
         action="append",
         metavar="DIR[=WEIGHT]",
         help="folder with train.jsonl and, if you like, valid.jsonl; may be given several times",
     )
-    add("--out", required=True, type=Path, metavar="DIR", help="the run's folder, and the fuser's")
-    add("--answer-with", choices=("receiver", "sharer"), help="answers rows that have no answer")
-    add("--answer-tokens", type=int, default=40, metavar="N", help="at most (default: 40)")
-    add("--preset", choices=PRESETS, default="small", help="size of the fuser (default: small)")
+    add("--out", type=Path, metavar="DIR", help="the run's folder, and the fuser's")
+    add("--answer-with", choices=ANSWERERS, help="answers rows that have no answer")
+    add("--answer-tokens", type=int, metavar="N", help=f"at most (default: {ANSWER_TOKENS})")
+    add("--preset", choices=PRESETS, help="size of the fuser (default: small)")
     add("--fuser", metavar="DIR", help="start from this fuser instead of a fresh one")
     add("--resume", action="store_true", help="continue the run in --out exactly")
     for field in dataclasses.fields(TrainConfig):
@@ -92,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace, command: str) -> None:
+    _complete(args)
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     config = from_dict(TrainConfig, given, "arguments")
@@ -114,7 +132,8 @@ def _train(args: argparse.Namespace, command: str) -> None:
         fuser.set_dtype(mx.float32)  # a shipped fuser is half precision; AdamW's steps are smaller
         checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
     else:
-        fuser = new_fuser(_fuser_config(args.preset, receiver, sharer), config.gates, config.seed)
+        wanted = _fuser_config(args.preset, args.fuser_config, receiver, sharer)
+        fuser = new_fuser(wanted, config.gates, config.seed)
     c2c = C2C(receiver.model, sharer.model, fuser)
     sources, valid = _read(folders, args, receiver, sharer)
     alignment = fuser.config.alignment
@@ -146,6 +165,49 @@ def _train(args: argparse.Namespace, command: str) -> None:
     )
 
 
+def _complete(args: argparse.Namespace) -> None:
+    """Fills what no flag gave from the file of --config, then from the defaults."""
+    args.fuser_config = None
+    for name, value in (_config_file(args.config, vars(args)) if args.config else {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("sharer", "receiver", "data", "out"):
+        if getattr(args, name) is None:
+            raise C2CError(f"--{name} is missing; c2c-train --help has examples")
+    args.out = Path(args.out)
+    args.preset = args.preset or "small"
+    args.answer_tokens = args.answer_tokens or ANSWER_TOKENS
+    args.fuser_config = args.fuser_config or {}
+    if args.fuser and args.fuser_config:
+        raise C2CError("fuser_config is for a new fuser: leave it out, or --fuser")
+
+
+def _config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    except yaml.YAMLError as e:
+        raise C2CError(f"{path}: not YAML ({' '.join(str(e).split())})") from None
+    if not isinstance(values, dict):
+        raise C2CError(f"{path}: expected keys with values, such as iters: 1000")
+    names = sorted(set(known) - {"config", "resume"})
+    for name, value in values.items():
+        if name not in names:
+            raise C2CError(f"{path}: unknown key '{name}' (known: {', '.join(names)})")
+        if name in _FILE_TYPES and not isinstance(value, _FILE_TYPES[name]):
+            raise C2CError(f"{path}: '{name}' cannot be {value!r}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise C2CError(f"{path}: '{name}' must be one of {', '.join(_CHOICES[name])}")
+    if isinstance(data := values.get("data"), dict):
+        values["data"] = [f"{folder}={weight}" for folder, weight in data.items()]
+    elif isinstance(data, str):
+        values["data"] = [data]
+    return values
+
+
 def _folder(text: str) -> tuple[Path, float | None]:
     """DIR or DIR=WEIGHT."""
     name, _, weight = text.rpartition("=")
@@ -175,14 +237,20 @@ def _claim(out: Path, resume: bool) -> None:
         raise C2CError(f"--out {out}: cannot make the folder ({e.strerror})") from None
 
 
-def _fuser_config(preset: str, receiver: LanguageModel, sharer: LanguageModel) -> FuserConfig:
+def _fuser_config(
+    preset: str, fields: dict[str, Any], receiver: LanguageModel, sharer: LanguageModel
+) -> FuserConfig:
     from c2c_mlx.layers import k_nearest, last_aligned
 
     r, s = receiver.shape, sharer.shape
     if preset == "paper":
-        return FuserConfig(r, s, tuple(last_aligned(r.layers, s.layers)))
-    upper_half = tuple(p for p in k_nearest(r.layers, s.layers) if p[0] >= r.layers // 2)
-    return FuserConfig(r, s, upper_half, **RECIPE, **PRESETS[preset])
+        layer_map, recipe = last_aligned(r.layers, s.layers), {}
+    else:
+        nearest = k_nearest(r.layers, s.layers)
+        layer_map, recipe = [p for p in nearest if p[0] >= r.layers // 2], RECIPE
+    own = {"receiver": dataclasses.asdict(r), "sharer": dataclasses.asdict(s)}
+    values = {"layer_map": layer_map, **recipe, **PRESETS[preset], **fields, **own}
+    return from_dict(FuserConfig, values, "fuser_config")
 
 
 def _read(
@@ -190,7 +258,7 @@ def _read(
     args: argparse.Namespace,
     receiver: LanguageModel,
     sharer: LanguageModel,
-) -> tuple[list[Source], list[list[dict[str, str]]]]:
+) -> tuple[list[Source], list[Chat]]:
     from c2c_mlx.training.answers import answer_rows
     from c2c_mlx.training.data import Source, read_rows
 
@@ -207,6 +275,7 @@ def _read(
                     lm,
                     args.out / f"answers-{args.answer_with}.jsonl",
                     args.answer_tokens,
+                    args.answer_with == "receiver",
                     lambda done, total: _say(f"answered {done} of {total} prompts"),
                 )
             if name == "train.jsonl":

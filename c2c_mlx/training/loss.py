@@ -108,9 +108,14 @@ def response_loss(receiver: nn.Module, cache: kv.Cache, batch: Batch) -> mx.arra
     return (losses * mx.array(batch.mask.astype(np.float32))).sum()
 
 
-def message_cost(change: Change | None, messages: np.ndarray) -> mx.array:
-    """Mean of the message gates over the fused positions, in [0, 1]."""
+def message_loss(change: Change | None, batch: Batch) -> mx.array:
+    """Cross-entropy of the message gates, a mean over slices and fused positions (nats).
+
+    A gate is to be shut where the receiver's own answer is wanted, and open everywhere else.
+    """
     if change is None or change.message_weight is None:
         return mx.array(0.0)
-    member = mx.array((messages >= 0)[None, :, None, :, None].astype(np.float32))
-    return (change.message_weight * member).mean(axis=0).sum() / member.sum()
+    member = mx.array((batch.messages >= 0)[None, :, None, :, None].astype(np.float32))
+    shut = mx.array(batch.own[None, :, None, None, None])
+    right = mx.where(shut, 1 - change.message_weight, change.message_weight)
+    return -(mx.log(right + 1e-6) * member).mean(axis=0).sum() / member.sum()

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from c2c_mlx import kv
 from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fuser import KV, Fuser, inputs
+from c2c_mlx.fuser import Fuser, inputs
 from c2c_mlx.generate import C2C
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Dataset, Example, Position, collate
+from c2c_mlx.training.prefills import Prefiller, Prefills
 
 Report = dict[str, float]
-
-
-@dataclass
-class Prefills:
-    """The frozen half of a step: what both models hold before anything is learned."""
-
-    own: Any
-    sharer: KV
 
 
 class Trainer:
@@ -65,26 +58,23 @@ class Trainer:
             betas=list(config.betas),
             weight_decay=config.weight_decay,
         )
-        self._memos: tuple[step_loss.PrefixMemo, step_loss.PrefixMemo] = ({}, {})
+        self.prefills = Prefiller(
+            c2c,
+            Path(config.prefill_cache) if config.prefill_cache else None,
+            config.prefill_cache_gb,
+            config.zero_sharer,
+        )
         self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
 
     # --- one step -----------------------------------------------------------------------------
-
-    def prefills(self, batch: Batch) -> Prefills:
-        """Runs both frozen models over the prompts."""
-        own = step_loss.prefill(self.c2c.receiver, batch.receiver, self._memos[0])
-        if self.config.zero_sharer or batch.start == batch.stop:
-            return Prefills(own, step_loss.zeroed(self.c2c, batch))
-        cache = step_loss.prefill(self.c2c.sharer, batch.sharer, self._memos[1])
-        return Prefills(own, step_loss.read_sharer(self.c2c, cache, batch))
 
     def _loss(self, prefills: Prefills, batch: Batch, tokens: int) -> tuple[mx.array, mx.array]:
         fused, change = step_loss.fuse(self.c2c, prefills.own, prefills.sharer, batch)
         loss = step_loss.response_loss(self.c2c.receiver, fused, batch)
         total = loss / tokens
-        if self.config.message_gate_cost:
-            cost = step_loss.message_cost(change, batch.messages)
-            total = total + self.config.message_gate_cost * cost * batch.tokens / tokens
+        if self.config.message_gate_weight:
+            gates = step_loss.message_loss(change, batch)
+            total = total + self.config.message_gate_weight * gates * batch.tokens / tokens
         return total, loss
 
     def train_step(self, batches: list[Batch]) -> float:
@@ -108,10 +98,11 @@ class Trainer:
         gradient, norm = optim.clip_grad_norm(gradient, self.config.clip)
         mean, size = float(total) / tokens, float(norm)
         if not math.isfinite(mean + size):
+            rows = ", ".join(e.where for b in batches for e in b.examples)
             raise C2CError(
                 f"step {self.step + 1}: the loss is {mean} and the gradient's norm {size}; "
-                f"nothing was updated. The latest checkpoint is good: --resume it with a smaller "
-                f"--learning-rate"
+                f"nothing was updated. The batch: {rows}. The latest checkpoint is good: --resume "
+                f"it with a smaller --learning-rate, or without these chats"
             )
         self.optimizer.update(fuser, gradient)
         mx.eval(fuser.parameters(), self.optimizer.state)

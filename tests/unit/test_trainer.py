@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.fuser import inputs
 from c2c_mlx.generate import FusedPrefix
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.data import Batch, Dataset, Example, Source, collate
+from c2c_mlx.training.data import Batch, Chat, Dataset, Example, Source, collate
 from c2c_mlx.training.trainer import Report, Trainer, checkpoints, measure_inputs, new_fuser
 
 POSITIONS = ["all", "from_first_message", "messages"]
@@ -29,10 +30,14 @@ POSITIONS = ["all", "from_first_message", "messages"]
 @pytest.fixture(scope="module")
 def dataset(receiver: LanguageModel, sharer: LanguageModel) -> Dataset:
     rows = [
-        [
-            {"role": "user", "content": f"say {i}" + " please" * (i % 4)},
-            {"role": "assistant", "content": f"{i}" + " so" * (i % 3)},
-        ]
+        Chat(
+            [
+                {"role": "user", "content": f"say {i}" + " please" * (i % 4)},
+                {"role": "assistant", "content": f"{i}" + " so" * (i % 3)},
+            ],
+            own=i % 4 == 0,
+            where=f"chats, line {i}",
+        )
         for i in range(11)
     ]
     source = Source(rows, 1.0)
@@ -155,29 +160,65 @@ def test_the_loss_goes_down(make: Make, examples: list[Example], tmp_path: Path)
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_open_message_gates_have_a_price(
+def test_message_gates_learn_which_answers_are_the_receivers_own(
     make: Make, examples: list[Example], tmp_path: Path
 ) -> None:
-    def bias(cost: float) -> float:
-        trainer = make(tmp_path / str(cost), message_gate=True, message_gate_cost=cost, warmup=0)
-        for _ in range(3):
-            trainer.train_step([collate(examples, "all")])
-        return float(np.mean(weights(trainer)["message_head.bias"]))
-
-    assert bias(100.0) < bias(0.0)
+    trainer = make(tmp_path, message_gate=True, message_gate_weight=10.0, warmup=0, iters=60)
+    batch = collate(examples, "all")
+    for _ in range(60):
+        trainer.train_step([batch])
+    prefills = trainer.prefills(batch)
+    _, change = step_loss.fuse(trainer.c2c, prefills.own, prefills.sharer, batch)
+    assert change is not None and change.message_weight is not None
+    gate = np.array(change.message_weight).mean(axis=(0, 2, 3, 4))
+    assert batch.own.any() and gate[batch.own].max() < gate[~batch.own].min()
 
 
 # --- runs that are cut
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("rotated_keys", [False, True])
+def test_kept_prefills_are_the_computed_ones(
+    make: Make, examples: list[Example], tmp_path: Path, positions: str, rotated_keys: bool
+) -> None:
+    options = {"positions": positions, "rotated_keys": rotated_keys}
+    computed = make(tmp_path / "a", **options)
+    keeping = make(tmp_path / "b", prefill_cache=str(tmp_path / "kept"), **options)
+    for rows in (examples[:6], examples[6:]):
+        keeping.prefills(collate(rows, positions))
+    reading = make(tmp_path / "c", prefill_cache=str(tmp_path / "kept"), **options)
+    reading.c2c.sharer = None  # it must not be needed
+    batch = collate(examples[3:9], positions)  # batches of another epoch
+    assert loss_of(reading, batch) == pytest.approx(loss_of(computed, batch), rel=1e-3)
+    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == len(examples)
+
+
+def test_prefills_are_kept_up_to_the_limit(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    trainer = make(tmp_path, prefill_cache=str(kept), prefill_cache_gb=20e-6)
+    batch = collate(examples, "all")
+    first = loss_of(trainer, batch)
+    files = list(kept.rglob("*.safetensors"))
+    assert 0 < len(files) < len(examples)
+    assert sum(f.stat().st_size for f in files) < 25e3
+    files[0].write_bytes(b"torn")
+    assert loss_of(make(tmp_path, prefill_cache=str(kept)), batch) == first
 
 
 NOISY = {"gates": "learned", "dropout": 0.3}
 RECIPE = {"positions": "messages", "message_gate": True, "rotated_keys": False, "normalise": True}
 
 
-@pytest.mark.parametrize("options", [NOISY, RECIPE, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [NOISY, RECIPE, {"accumulate": 2}, {"prefill_cache": "kept"}], ids=str
+)
 def test_a_resumed_run_gives_the_same_weights(
-    make: Make, tmp_path: Path, options: dict[str, Any]
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     whole = make(tmp_path / "whole", **options)
     before = weights(whole)
     reports = run(whole)
@@ -226,7 +267,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_changes_nothing(
     before = weights(trainer)
     with pytest.raises(C2CError, match="step 1: the loss is nan") as e:
         run(trainer)
-    assert "--resume" in str(e.value)
+    assert "--resume" in str(e.value) and len(re.findall("chats, line", str(e.value))) == 3
     after = weights(trainer)
     assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
     assert trainer.step == 0 and checkpoints(tmp_path) == []
