@@ -75,7 +75,7 @@ class Trainer:
 
     # --- one step -----------------------------------------------------------------------------
 
-    def _loss(self, prefills: Prefills, batch: Batch, tokens: int) -> tuple[mx.array, mx.array]:
+    def _loss(self, prefills: Prefills, batch: Batch, tokens: float) -> tuple[mx.array, mx.array]:
         fused, change = step_loss.fuse(self.c2c, prefills.own, prefills.sharer, batch)
         loss = step_loss.response_loss(self.c2c.receiver, fused, batch, self.config.grad_checkpoint)
         total = loss / tokens
@@ -96,6 +96,7 @@ class Trainer:
         # Noise that depends on the step alone needs no state to be saved: a resumed run draws it.
         mx.random.seed((self.config.seed << 32) + self.step * size + rank)
         tokens = sum(len(e.response_ids) for rows in batches for e in rows)
+        share = tokens / size  # sums over processes come out of averages
         total = mx.array(0.0)
         gradient = tree_map(mx.zeros_like, fuser.trainable_parameters())
         for rows in batches:
@@ -103,11 +104,12 @@ class Trainer:
                 continue
             batch = collate(rows, fuser.config.positions)
             prefills = self.prefills(batch)
-            (_, loss), part = self._loss_and_grad(prefills, batch, tokens)
+            (_, loss), part = self._loss_and_grad(prefills, batch, share)
             gradient = tree_map(mx.add, gradient, part)
             total = total + loss
             mx.eval(total, gradient)
-        total, gradient = self._all_sum(total), tree_map(self._all_sum, gradient)
+        total = mx.distributed.all_sum(total, group=self.group)
+        gradient = nn.average_gradients(gradient, self.group)
         gradient, norm = optim.clip_grad_norm(gradient, self.config.clip)
         mean = float(total) / tokens
         if not math.isfinite(mean + float(norm)):
@@ -122,9 +124,6 @@ class Trainer:
         self.step += 1
         self.tokens += tokens
         return mean
-
-    def _all_sum(self, x: mx.array) -> mx.array:
-        return mx.distributed.all_sum(x, group=self.group)
 
     @property
     def temperature(self) -> float | None:

@@ -164,8 +164,8 @@ def test_the_loss_goes_down(make: Make, examples: list[Example], tmp_path: Path)
 def test_message_gates_learn_which_answers_are_the_receivers_own(
     make: Make, examples: list[Example], tmp_path: Path
 ) -> None:
-    trainer = make(tmp_path, message_gate=True, message_gate_weight=10.0, warmup=0, iters=60)
-    for _ in range(60):
+    trainer = make(tmp_path, message_gate=True, message_gate_weight=10.0, warmup=0, iters=25)
+    for _ in range(25):
         trainer.train_step([examples])
     batch = collate(examples, "all")
     prefills = trainer.prefills(batch)
