@@ -98,12 +98,12 @@ class C2C:
         self.receiver_layers = [r for r, _ in config.layer_map]
         self.sharer_layers = sorted({s for _, s in config.layer_map})
         self._shared = mx.array([self.sharer_layers.index(s) for _, s in config.layer_map])
-        self._receiver_ropes = self._sharer_ropes = []
+        self._rotations: tuple[kv.Rotation, kv.Rotation] | None = None  # receiver's, sharer's
         if not config.rotated_keys:
-            self._receiver_ropes = [
-                kv.rope_of(receiver, i, "receiver") for i in self.receiver_layers
-            ]
-            self._sharer_ropes = [kv.rope_of(sharer, i, "sharer") for i in self.sharer_layers]
+            self._rotations = (
+                kv.Rotation(receiver, self.receiver_layers, "receiver"),
+                kv.Rotation(sharer, self.sharer_layers, "sharer"),
+            )
 
     def prefill(
         self,
@@ -153,8 +153,8 @@ class C2C:
         """
         low, high = int(index.min()), int(index.max()) + 1
         keys, values = kv.read(cache, self.sharer_layers, low, high)
-        if self._sharer_ropes:
-            keys = _each(self._sharer_ropes, kv.unrotate, keys, offset + low)
+        if self._rotations:
+            keys = self._rotations[1].take_off(keys, offset + low)
         if index.shape[0] == 1:
             at = mx.array(index[0] - low)
             return keys[..., at, :][self._shared], values[..., at, :][self._shared]
@@ -169,9 +169,9 @@ class C2C:
             own: the fused layers of the receiver's own cache.
             offset: the position that RoPE saw at the first of the N, an int or [B].
         """
-        if not self._receiver_ropes:
+        if self._rotations is None:
             return own.keys, own.values
-        return _each(self._receiver_ropes, kv.unrotate, own.keys, offset), own.values
+        return self._rotations[0].take_off(own.keys, offset), own.values
 
     def change(
         self, sharer: KV, own: kv.StackedKV, messages: np.ndarray, offset: Any = 0
@@ -186,20 +186,11 @@ class C2C:
         """
         receiver = self.fuser_view(own, offset)
         change = self.fuser.change(sharer=sharer, receiver=receiver, messages=messages)
-        if not change.slices:
+        keys = [at for kind, at in change.slices if kind == 0]
+        if self._rotations is None or not keys:
             return change
-        delta = change.delta
-        if (messages < 0).any():
-            delta = delta * mx.array((messages >= 0)[None, :, None, :, None].astype(np.float32))
-        if self._receiver_ropes:
-            ropes = [self._receiver_ropes[at] for kind, at in change.slices if kind == 0]
-            turned = [rope(d, offset=offset) for rope, d in zip(ropes, delta, strict=False)]
-            delta = mx.concatenate([mx.stack(turned), delta[len(turned) :]]) if turned else delta
-        return replace(change, delta=delta)
-
-
-def _each(ropes: list[Any], f: Callable[..., mx.array], keys: mx.array, offset: Any) -> mx.array:
-    return mx.stack([f(rope, k, offset) for rope, k in zip(ropes, keys, strict=True)])
+        turned = self._rotations[0].put_on(change.delta[: len(keys)], offset, keys)
+        return replace(change, delta=mx.concatenate([turned, change.delta[len(keys) :]]))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,18 @@ def assert_close(found: mx.array, expected: mx.array) -> None:
 # --- slices
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_is_added_outside_of_messages(training: bool) -> None:
+    fuser, given = make(), caches()
+    fuser.train(training)
+    whole = fuser.change(**given).delta
+    delta = fuser.change(**given, messages=np.array([[0, 0, -1, 1, -1], [-1, 3, 3, 3, 3]])).delta
+    assert mx.abs(delta[:, 0, :, mx.array([2, 4])]).max().item() == 0
+    assert mx.abs(delta[:, 1, :, 0]).max().item() == 0
+    if not training:
+        assert_close(delta[:, 1, :, 1:], whole[:, 1, :, 1:])
+
+
 def test_a_fresh_fuser_is_the_identity() -> None:
     fuser = Fuser(FuserConfig(RECEIVER, SHARER, LAYER_MAP, hidden_dim=12, intermediate_dim=10))
     fuser.eval()
