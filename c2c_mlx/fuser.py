@@ -68,6 +68,20 @@ class Change:
     weight: mx.array
     message_weight: mx.array | None
 
+    def added_to(self, receiver: KV) -> KV:
+        """The receiver's keys and values [L, B, Hr, N, Dr] with the change; closed slices as is."""
+        fused = list(receiver)
+        for kind in (0, 1):
+            rows = [row for row, (k, _) in enumerate(self.slices) if k == kind]
+            if rows:
+                delta = self.delta[rows[0] : rows[-1] + 1]
+                if len(rows) == len(fused[kind]):
+                    fused[kind] = fused[kind] + delta
+                else:
+                    layers = mx.array([self.slices[row][1] for row in rows])
+                    fused[kind] = fused[kind].at[layers].add(delta)
+        return fused[0], fused[1]
+
 
 class Fuser(nn.Module):
     """The trained part of C2C: projects the sharer's cache into the receiver's.
@@ -124,7 +138,6 @@ class Fuser(nn.Module):
         """Opens or closes one slice; `layer` indexes the layer map, `kind` is 0 for keys."""
         row = self.kinds.index(kind)
         self.gate_logit[row, layer] = 1.0 if is_open else -1.0
-        self._selected = None  # written in place: the array is still the same object
 
     @property
     def kinds(self) -> list[int]:
@@ -143,16 +156,7 @@ class Fuser(nn.Module):
             Keys and values, each [L, B, Hr, N, Dr]. Closed slices come back as they are.
         """
         change = self.change(sharer=sharer, receiver=receiver, messages=messages)
-        fused = list(receiver)
-        for kind in (0, 1):
-            rows = [i for i, (k, _) in enumerate(change.slices) if k == kind]
-            layers = [change.slices[i][1] for i in rows]
-            if len(rows) == len(self.config.layer_map):
-                fused[kind] = fused[kind] + change.delta[rows[0] : rows[-1] + 1]
-            elif rows:
-                delta = change.delta[rows[0] : rows[-1] + 1]
-                fused[kind] = fused[kind].at[mx.array(layers)].add(delta)
-        return fused[0], fused[1]
+        return change.added_to(receiver)
 
     def change(self, *, sharer: KV, receiver: KV, messages: np.ndarray | None = None) -> Change:
         """The change alone, for the open slices alone; nothing is computed for the others.
@@ -197,9 +201,15 @@ class Fuser(nn.Module):
             return every, tree_map(lambda p: p.reshape(-1, *p.shape[2:]), parameters)
         flat: dict[str, mx.array] = tree_flatten(parameters, destination={})  # type: ignore[assignment]
         leaves = list(flat.values())
+        is_open = np.array(self.gate_logit).reshape(-1) > 0  # strict: a fresh gate is closed
+        slices = [s for s, o in zip(every, is_open, strict=True) if o]
         known = self._selected
-        if known is None or any(a is not b for a, b in zip(known[0], leaves, strict=True)):
-            is_open = np.array(self.gate_logit).reshape(-1) > 0  # strict: a fresh gate is closed
+        # Gates are compared by value: they may be written in place, in the same array object.
+        if (
+            known is None
+            or known[1] != slices
+            or any(a is not b for a, b in zip(known[0], leaves, strict=True))
+        ):
             rows = mx.array(np.flatnonzero(is_open))
             select = tree_map(
                 lambda p: (
@@ -209,7 +219,6 @@ class Fuser(nn.Module):
                 ),
                 parameters,
             )
-            slices = [s for s, o in zip(every, is_open, strict=True) if o]
             known = (leaves, slices, select)
             self._selected = known
         return known[1], known[2]

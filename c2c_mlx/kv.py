@@ -73,19 +73,22 @@ def model_shape(model: nn.Module, name: str, tokenizer: str = "") -> ModelShape:
 
 
 def length(cache: Cache) -> int:
-    """Positions that the cache holds."""
-    return next((c.offset for c in _pick(cache, attention_layers(cache))), 0)
+    """Positions that every layer holds."""
+    return min((c.offset for c in _pick(cache, attention_layers(cache))), default=0)
 
 
 def trim(cache: Cache, n: int) -> bool:
-    """Rolls back to the first `n` positions; False if a layer can't (state-space layers)."""
-    surplus = length(cache) - n
-    if surplus <= 0:
+    """Rolls back to the first `n` positions; False if a layer can't (state-space layers).
+
+    Some layers may hold more than others: those that a pass had reached when it was interrupted.
+    """
+    longest = max((c.offset for c in _pick(cache, attention_layers(cache))), default=0)
+    if longest <= n:
         return True
     if not all(c.is_trimmable() for c in cache):
         return False
     for c in cache:
-        c.trim(surplus)
+        c.trim(max(getattr(c, "offset", longest) - n, 0))
     return True
 
 
@@ -98,6 +101,12 @@ def read(cache: Cache, layers: Sequence[int], start: int, stop: int) -> StackedK
 def append(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
     """Adds positions to one layer; keys and values are [B, H, N, D]."""
     cache[layer].update_and_fetch(keys, values)
+
+
+def replace(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
+    """Puts keys and values [B, H, N, D] in the place of one layer's last N positions."""
+    cache[layer].trim(keys.shape[2])
+    append(cache, layer, keys, values)
 
 
 def copy_state(source: Cache, target: Cache) -> None:

@@ -132,6 +132,16 @@ def test_changed_parameters_are_noticed() -> None:
     assert same(fuser(**given), given["receiver"])
 
 
+def test_gates_written_in_place_are_noticed() -> None:
+    fuser, given = make(), caches()
+    before = fuser(**given)
+    fuser.gate_logit[1, 2] = -1.0
+    after = fuser(**given)
+    assert mx.array_equal(after[1][2], given["receiver"][1][2])
+    fuser.gate_logit[1, 2] = 3.0
+    assert same(fuser(**given), before)
+
+
 def test_every_parameter_is_used() -> None:
     fuser, given = make(message_gate=True, depth=4), caches()
 
