@@ -56,4 +56,5 @@ check: setup
 bench: setup
 	@$(BIN)/python benchmarks/fuser.py
 	@$(BIN)/python benchmarks/turns.py
+	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/help.py
