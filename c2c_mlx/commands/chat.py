@@ -141,19 +141,23 @@ def _session(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConf
 
 
 def _fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
-    if given is None:
-        folder = registry.find_fuser(receiver, sharer)
-        if folder is None:
-            from c2c_mlx.chat import no_fuser
-            from c2c_mlx.models import check_name
+    from c2c_mlx.store import find_folder
 
-            for name in (sharer, receiver):  # a model that can't be had is the first thing to say
-                check_name(name)
-            raise C2CError(no_fuser(receiver, sharer))
-        return folder
-    from c2c_mlx.checkpoint import find_folder
+    name = given or registry.find_fuser(receiver, sharer)
+    if name is None:
+        from c2c_mlx.chat import no_fuser
+        from c2c_mlx.models import check_name
 
-    return find_folder(given, Status(sys.stderr).loading)
+        for model in (sharer, receiver):  # a model that can't be had is the first thing to say
+            check_name(model)
+        raise C2CError(no_fuser(receiver, sharer))
+    with closing(Status(sys.stderr)) as status:
+
+        def note(text: str) -> None:
+            status.close()
+            print(f"{PROGRAM}: {text}", file=sys.stderr)
+
+        return find_folder(name, status.loading, note)
 
 
 class Status:

@@ -102,7 +102,7 @@ def _train(args: argparse.Namespace, command: str) -> None:
 
     import mlx.core as mx
 
-    from c2c_mlx import checkpoint
+    from c2c_mlx import checkpoint, store
     from c2c_mlx.generate import C2C
     from c2c_mlx.models import load_model
     from c2c_mlx.training.data import Dataset
@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace, command: str) -> None:
 
     receiver, sharer = load_model(args.receiver), load_model(args.sharer)
     if args.fuser:
-        fuser = checkpoint.load(checkpoint.find_folder(args.fuser))
+        fuser = checkpoint.load(store.find_folder(args.fuser))
         fuser.set_dtype(mx.float32)  # a shipped fuser is half precision; AdamW's steps are smaller
         checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
     else:
