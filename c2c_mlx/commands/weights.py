@@ -169,16 +169,16 @@ def _push(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as staging:
         checkpoint.copy(folder, Path(staging))  # what is uploaded has been looked through
         checkpoint.write_description(Path(staging), config, replace(provenance, licence=licence))
+        if not args.dry_run:
+            url = hub.push(Path(staging), hub.FUSER_FILES, args.hub_id, private=args.private)
         for name in hub.FUSER_FILES:
             _print(f"{_size((Path(staging) / name).stat().st_size):>8}  {name}")
         if args.dry_run:
-            print()
-            print(
-                *map(one_line, (Path(staging) / checkpoint.CARD).read_text().splitlines()), sep="\n"
-            )
+            card = (Path(staging) / checkpoint.CARD).read_text(encoding="utf-8")
+            print("", *map(one_line, card.splitlines()), sep="\n")
             print(f"{PROGRAM}: nothing was uploaded (--dry-run)", file=sys.stderr)
         else:
-            _print(hub.push(Path(staging), hub.FUSER_FILES, args.hub_id, private=args.private))
+            _print(url)
 
 
 def _convert(args: argparse.Namespace) -> None:
