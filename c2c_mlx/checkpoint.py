@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -235,6 +235,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     is_new = not folder.exists()
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _move_up(folder)  # an earlier save that was interrupted after it was complete
@@ -249,6 +250,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     except BaseException as e:
         if not (folder / STAGED).exists():
             shutil.rmtree(folder if is_new else folder / STAGING, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # somebody else has put something there since
+                    parent.rmdir()
         if isinstance(e, OSError):
             raise C2CError(f"{folder}: can't be written ({e.strerror or e})") from None
         raise

@@ -89,7 +89,7 @@ def cached() -> Iterator[tuple[str, Path]]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder has the published PyTorch layout."""
-    return (folder / "final" / "projector_config.json").is_file()
+    return (folder / "final").is_dir()
 
 
 def _install(remote: Remote, folder: Path, report: Report, note: Callable[[str], None]) -> None:

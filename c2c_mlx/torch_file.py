@@ -9,6 +9,7 @@ CVE-2025-32434 and CVE-2026-24747.)
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pickletools
@@ -97,7 +98,7 @@ class TorchFile:
         names = archive.namelist()
         pickles = [n for n in names if n.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise _Refused("not a torch file (no data.pkl in it)")
+            raise _Refused("not a torch file (it needs one data.pkl)")
         self._root = pickles[0].removesuffix("data.pkl")
         if self._root.count("/") != 1 or any(not n.startswith(self._root) for n in names):
             raise _Refused("not a torch file (an entry lies outside of its folder)")
@@ -134,9 +135,9 @@ class _refusing:  # noqa: N801 - reads as a verb in the with statement
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise C2CError(f"{self.path}: {error.strerror or error}") from None
-        if isinstance(error, _ZIP_ERRORS):
+        if isinstance(error, (OSError, *_ZIP_ERRORS)):  # EINVAL: offsets that lead nowhere
             raise C2CError(f"{self.path}: damaged, or not a torch zip file ({error})") from None
         if isinstance(error, KeyError):
             raise C2CError(f"{self.path}: a storage is missing") from None
