@@ -60,7 +60,7 @@ class Change:
         slices: [S] (kind, index into the layer map), kind 0 for keys and 1 for values.
         delta: [S, B, Hr, N, Dr], gate and dynamic weights included.
         weight: [S, B, Hr, N, 1], the dynamic weights in [0, 1].
-        message_weight: [S, B, 1, N, 1], the message gate; None if the fuser has none.
+        message_weight: [1, B, 1, N, 1], the message gate; None if the fuser has none.
     """
 
     slices: list[tuple[int, int]]
@@ -181,7 +181,7 @@ class Fuser(nn.Module):
         s = s.reshape(len(slices), batch, length, heads, 1).transpose(0, 1, 3, 2, 4)
         weight = s
         if m is not None:
-            m = m[:, :, None]  # [S, B, 1, N, 1]
+            m = m[:, :, None]  # [1, B, 1, N, 1]
             # As the paper's gate: soft while it learns, then nothing is added below a half.
             weight = weight * (m if self.training else mx.where(m > 0.5, m, 0.0))
         if messages is not None and (messages < 0).any():
@@ -258,7 +258,7 @@ def project(
 
     Returns:
         The projection [S, B, N, Hr*Dr], the dynamic weights [S, B, N, Hr], and the message gate
-        [S, B, N, 1] or None.
+        [1, B, N, 1] or None.
     """
     shape = (len(slices), receiver[0].shape[1], receiver[0].shape[3], -1)
     act = ACTIVATIONS[config.activation]
@@ -281,13 +281,14 @@ def project(
         p = p * params["output_scale"][:, None]
     m = None
     if config.message_gate:
-        score = _linear(params["message_head"], h).reshape(shape)
+        # All slices vote on one gate: thirty gates of their own would leave some open by mistake.
+        score = _linear(params["message_head"], h).reshape(shape).mean(axis=0, keepdims=True)
         m = mx.sigmoid(_message_mean(score, messages))
     return p.reshape(shape), s.reshape(shape), m
 
 
 def _message_mean(score: mx.array, messages: np.ndarray | None) -> mx.array:
-    """Replaces each position's score [S, B, N, 1] by the mean over its message."""
+    """Replaces each position's score [1, B, N, 1] by the mean over its message."""
     if messages is None:
         return mx.broadcast_to(score.mean(axis=2, keepdims=True), score.shape)
     member = messages[..., None] == np.arange(max(messages.max(), 0) + 1)  # [B, N, M]
