@@ -115,9 +115,9 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "items": _digest(json.dumps([asdict(item) for item in items]).encode()),
         "receiver": receiver,
         "sharer": sharer,
+        "modes": names,
         "fuser": _fuser_digest(folder),
         "method": args.method if task.kind == "choice" else "",
-        "modes": names,
         "seed": args.seed,
         "max_tokens": max_tokens,
         "latency": args.latency,
@@ -145,16 +145,28 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
             args.seed,
             max_tokens,
         )
-        run_items(
-            task,
-            items,
-            names,
-            modes,
-            log,
-            batch_size=args.batch_size,
-            alone=args.latency,
-            progress=lambda mode, done, total: status.loading(Progress(mode, done, total)),
-        )
+
+        def progress(mode: str, done: int, total: int) -> None:
+            status.loading(Progress(f"{mode}: {done} of {total} items,", done, total))
+            if done == total and not status.on:
+                print(f"{mode}: {total} items done", file=sys.stderr, flush=True)
+
+        try:
+            run_items(
+                task,
+                items,
+                names,
+                modes,
+                log,
+                batch_size=args.batch_size,
+                alone=args.latency,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            status.close()
+            if log.path:
+                print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
+            raise
     records = {mode: log.records[mode] for mode in names}
     about = {
         "task": args.task,
