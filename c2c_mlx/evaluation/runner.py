@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,22 +106,16 @@ def run(
         progress: called after every batch.
     """
     for mode in names:
-        done = log.records.get(mode, {})
+        done = log.records.setdefault(mode, {})
         timed = [[item] for item in items[:alone] if item.id not in done]
         rest = [item for item in items[alone:] if item.id not in done]
-        for batch in timed:
-            modes.forget()
-            log.append(_ask(task, batch, mode, modes, log, timed=True))
-            progress(mode, len(log.records[mode]), len(items))
-        modes.forget()
-        for batch in _chunks(rest, batch_size):
-            log.append(_ask(task, batch, mode, modes, log, timed=False))
-            progress(mode, len(log.records[mode]), len(items))
-
-
-def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
+        batches = [rest[at : at + batch_size] for at in range(0, len(rest), batch_size)]
+        for number, batch in enumerate([*timed, *batches]):
+            is_timed = number < len(timed)
+            if is_timed:
+                modes.forget()
+            log.append(_ask(task, batch, mode, modes, log, is_timed))
+            progress(mode, len(done), len(items))
 
 
 def _ask(
