@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from c2c_mlx import registry
 from c2c_mlx.commands import run
@@ -24,6 +24,7 @@ from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item, Task
 from c2c_mlx.progress import Progress
 
 if TYPE_CHECKING:
+    from c2c_mlx.evaluation.choice import Method
     from c2c_mlx.fuser import Fuser
 
 PROGRAM = "c2c-eval"
@@ -204,7 +205,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise C2CError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
-def _read(name: str, method: Any) -> tuple[Task, list[Item]]:
+def _read(name: str, method: Method) -> tuple[Task, list[Item]]:
     from c2c_mlx.evaluation import benchmarks, files
 
     path = Path(name).expanduser()

@@ -20,7 +20,7 @@ from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item
 from c2c_mlx.events import MODES as CHAT_MODES
 from c2c_mlx.events import Finished, Mode
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.data import Example, collate, make_example
+from c2c_mlx.training.data import Chat, Example, collate, make_example
 
 TOKENS = 9
 ITEMS = [
@@ -115,7 +115,7 @@ def test_controls_lose_what_training_says_they_lose(make: Make, mode: str) -> No
 
         def example(item: Item) -> Example:
             said = {"role": "assistant", "content": item.reference}
-            return make_example([*item.messages, said], *tokenizers, "span")
+            return make_example(Chat([*item.messages, said]), *tokenizers, "span")
 
         fed = example(item)
         if mode == "c2c-shuffled":
