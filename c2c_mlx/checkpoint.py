@@ -66,7 +66,7 @@ def load(folder: str | Path) -> Fuser:
     """
     folder = Path(folder)
     config, provenance = read_description(folder)
-    path = _locate(folder, WEIGHTS)
+    path = locate(folder, WEIGHTS)
     found = _header(folder, path)
     fuser = skeleton(config, len(found), str(folder))
     _compare(folder, found, {name: p.shape for name, p in parameters(fuser).items()})
@@ -163,7 +163,7 @@ def read_description(folder: str | Path) -> tuple[FuserConfig, Provenance]:
     folder = Path(folder)
     if not folder.is_dir():
         raise C2CError(f"{folder}: no such fuser folder")
-    data = read_json(_locate(folder, CONFIG))
+    data = read_json(locate(folder, CONFIG))
     where = str(folder / CONFIG)
     if not isinstance(data, dict):
         raise C2CError(f"{where}: expected an object with fields, not {type(data).__name__}")
@@ -252,7 +252,12 @@ def _move_up(folder: Path) -> None:
     staged.rmdir()
 
 
-def _locate(folder: Path, name: str) -> Path:
+def locate(folder: Path, name: str) -> Path:
+    """Where a fuser folder holds one of its files.
+
+    Raises:
+        C2CError: if it does not.
+    """
     staged = folder / STAGED / name
     path = staged if staged.exists() else folder / name
     if not path.is_file():
