@@ -31,6 +31,7 @@ from c2c_mlx.rendering import render as render
 
 Strategy: TypeAlias = Literal["span", "first", "longest", "same"]
 
+_WINDOW = 5  # tokens; more than any character is made of
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eom_id|>")
 
 
@@ -96,6 +97,81 @@ def align_chat(
     return TokenAlignment(
         receiver.ids, sharer.ids, np.maximum.accumulate(index).astype(np.int32), message
     )
+
+
+class AnswerAlignment:
+    """Aligns an answer, while it is being written, to how the sharer reads it.
+
+    Both models go on from the ends of their prompts. Under *span* the sharer reads the text so far
+    in its own tokens, so the tokens that feed the answer's end may still change.
+
+    Args:
+        messages: the conversation that is being answered.
+        prompt: its alignment by `align_chat`.
+        receiver_tokenizer: the answering model's.
+        sharer_tokenizer: the reading model's.
+        strategy: the one that `prompt` was made with.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        prompt: TokenAlignment,
+        receiver_tokenizer: Tokenizer,
+        sharer_tokenizer: Tokenizer,
+        *,
+        strategy: Strategy = "span",
+    ) -> None:
+        self.prompt, self.strategy = prompt, strategy
+        self._receiver, self._sharer = receiver_tokenizer, sharer_tokenizer
+        self._number = len(messages)
+        self._end_of_turn = _end_ids(receiver_tokenizer)
+        self._ids: list[int] = []
+        self._stops = [0]  # where in the text each token stops, behind a 0
+        self._lead = _lead(messages, sharer_tokenizer) if strategy == "span" else ""
+
+    def add(self, ids: Sequence[int]) -> TokenAlignment:
+        """The alignment of the prompt and all of the answer, `ids` being what is new in it."""
+        for token in ids:
+            # A token's text depends on its neighbours: spaces, characters of several tokens.
+            window = self._ids[-_WINDOW:]
+            grown = len(self._text([*window, token])) - len(self._text(window))
+            self._stops.append(self._stops[-1] + grown)
+            self._ids.append(token)
+        tail, index = self._read()
+        message = [-1 if token in self._end_of_turn else self._number for token in self._ids]
+        return TokenAlignment(
+            [*self.prompt.receiver_ids, *self._ids],
+            [*self.prompt.sharer_ids, *tail],
+            np.maximum.accumulate(np.append(self.prompt.index, index)).astype(np.int32),
+            np.append(self.prompt.message, message).astype(np.int32),
+        )
+
+    def _read(self) -> tuple[list[int], Ints]:
+        """The sharer's ids for the answer, and which position feeds each of the answer's tokens."""
+        end = len(self.prompt.sharer_ids)
+        if self.strategy != "span":
+            tail = self._ids
+            if self.strategy != "same":
+                tail = align_ids(self._ids, self._receiver, self._sharer, self.strategy)
+            return list(tail), np.arange(end, end + len(tail))
+        text = self._text(self._ids).rstrip("\ufffd")  # pieces of a character still to come
+        tail, first, _ = _encode(self._lead + text, self._sharer)
+        last = np.minimum(self._stops[1:], len(text)) + len(self._lead) - 1
+        return tail, end + np.searchsorted(first, last, side="right") - 1
+
+    def _text(self, ids: Sequence[int]) -> str:
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(fast_tokenizer(self._receiver).decode(ids, **options))
+
+
+def _lead(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
+    """What the template writes between the generation prompt and the answer's text."""
+    prompt = render(messages, tokenizer)
+    answered = [*messages, {"role": "assistant", "content": "x"}]
+    rest = render(answered, tokenizer, add_generation_prompt=False).removeprefix(prompt)
+    lead, found, _ = rest.partition("x")
+    return lead if found and not lead.strip() else ""
 
 
 def message_groups(message: npt.NDArray[np.int32], positions: str) -> npt.NDArray[np.int32]:
