@@ -31,7 +31,6 @@ from c2c_mlx.rendering import render as render
 
 Strategy: TypeAlias = Literal["span", "first", "longest", "same"]
 
-_WINDOW = 5  # tokens; more than any character is made of
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eom_id|>")
 
 
@@ -127,17 +126,14 @@ class AnswerAlignment:
         self._number = len(messages)
         self._end_of_turn = _end_ids(receiver_tokenizer)
         self._ids: list[int] = []
-        self._stops = [0]  # where in the text each token stops, behind a 0
+        self._stops: list[int] = []  # how long the text was with each token
         self._lead = _lead(messages, sharer_tokenizer) if strategy == "span" else ""
 
     def add(self, ids: Sequence[int]) -> TokenAlignment:
         """The alignment of the prompt and all of the answer, `ids` being what is new in it."""
         for token in ids:
-            # A token's text depends on its neighbours: spaces, characters of several tokens.
-            window = self._ids[-_WINDOW:]
-            grown = len(self._text([*window, token])) - len(self._text(window))
-            self._stops.append(self._stops[-1] + grown)
             self._ids.append(token)
+            self._stops.append(len(self._text()))
         tail, index = self._read()
         message = [-1 if token in self._end_of_turn else self._number for token in self._ids]
         return TokenAlignment(
@@ -155,14 +151,16 @@ class AnswerAlignment:
             if self.strategy != "same":
                 tail = align_ids(self._ids, self._receiver, self._sharer, self.strategy)
             return list(tail), np.arange(end, end + len(tail))
-        text = self._text(self._ids).rstrip("\ufffd")  # pieces of a character still to come
+        text = self._text().rstrip("\ufffd")  # a character of which pieces are still to come
         tail, first, _ = _encode(self._lead + text, self._sharer)
-        last = np.minimum(self._stops[1:], len(text)) + len(self._lead) - 1
+        # A text with pieces of a character may be longer than it is with the whole character.
+        stops = np.minimum.accumulate([*self._stops, len(text)][::-1])[::-1][:-1]
+        last = stops + len(self._lead) - 1
         return tail, end + np.searchsorted(first, last, side="right") - 1
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _text(self) -> str:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(fast_tokenizer(self._receiver).decode(ids, **options))
+        return str(fast_tokenizer(self._receiver).decode(self._ids, **options))
 
 
 def _lead(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
