@@ -123,6 +123,11 @@ def copy_state(source: Cache, target: Cache) -> None:
             t.state = tree_map(lambda x: x, s.state)  # never the list that the source writes into
 
 
+def merge(caches: Sequence[Cache]) -> Cache:
+    """One batch of several caches, whatever their lengths; they stay as they are."""
+    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
+
+
 def arrays(cache: Cache) -> list[Any]:
     """What to evaluate so that the cache holds numbers, not a graph."""
     return [c.state for c in cache if not c.empty()]

@@ -117,7 +117,7 @@ def _session(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConf
     """Loads what the modes need and no more; a missing fuser is said before any model is read."""
     default_receiver, default_sharer = registry.default_pair()
     receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
-    folder = _fuser_folder(args.fuser, receiver, sharer) if "c2c" in modes else None
+    folder = fuser_folder(args.fuser, receiver, sharer) if "c2c" in modes else None
     status = Status(sys.stderr)
 
     from c2c_mlx import blas
@@ -140,7 +140,12 @@ def _session(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConf
         )
 
 
-def _fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
+def fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
+    """The folder of the fuser that was asked for, or of the one that ships for the pair.
+
+    Raises:
+        C2CError: if there is none, or one of the models can't be had.
+    """
     if given is None:
         folder = registry.find_fuser(receiver, sharer)
         if folder is None:

@@ -50,21 +50,53 @@ def read_rows(path: Path, unanswered: bool = False) -> list[Chat]:
         lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028 in a text
     except (OSError, UnicodeDecodeError) as e:
         raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    rows = [
-        Chat(_messages(line, f"{path}, line {n}", unanswered), where=f"{path}, line {n}")
-        for n, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {n}"
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise C2CError(f"{where}: not JSON") from None
+            rows.append(Chat(_messages(row, where, unanswered), where=where))
     if not rows:
         raise C2CError(f"{path} is empty: it needs one JSON object per line")
     return rows
 
 
-def _messages(line: str, where: str, unanswered: bool) -> Messages:
+def read_hub_rows(name: str, split: str, unanswered: bool = False) -> list[Chat]:
+    """Reads a data set of the hub, whose rows must have the fields of `read_rows`.
+
+    Args:
+        name: its hub id.
+        split: e.g. "train"; an absent "validation" gives no rows.
+        unanswered: whether rows without an answer are let through.
+
+    Raises:
+        C2CError: if the `datasets` extra is missing, the data set can't be had, or a row is of
+            another form.
+    """
     try:
-        row = json.loads(line)
-    except ValueError:
-        raise C2CError(f"{where}: not JSON") from None
+        import datasets
+    except ImportError:
+        raise C2CError(
+            f"--data {name}: a data set of the hub needs pip install 'c2c-mlx[datasets]'"
+        ) from None
+    try:
+        if split not in datasets.get_dataset_split_names(name):
+            return []
+        found = datasets.load_dataset(name, split=split)
+    except Exception as e:  # whatever the hub, the network and its file formats raise
+        line = " ".join(str(e).split())[:200]
+        raise C2CError(f"--data {name}: cannot be loaded from the hub ({line})") from None
+    wheres = [f"{name} ({split}), row {n}" for n in range(len(found))]
+    return [
+        Chat(_messages(row, where, unanswered), where=where)
+        for row, where in zip(found, wheres, strict=True)
+    ]
+
+
+def _messages(row: Any, where: str, unanswered: bool) -> Messages:
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         prompt = [{"role": "user", "content": row["prompt"]}]
         if "completion" not in row and unanswered:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -98,14 +100,51 @@ def zeroed(c2c: C2C, batch: Batch) -> KV:
     return zeros, zeros
 
 
-def response_loss(receiver: nn.Module, cache: kv.Cache, batch: Batch) -> mx.array:
+def response_loss(
+    receiver: nn.Module, cache: kv.Cache, batch: Batch, recompute: bool = False
+) -> mx.array:
     """Cross-entropy summed over the response's tokens (nats); the prompt is never scored.
 
     Only the last prompt id and the response run here, so no other logits exist.
+
+    Args:
+        receiver: the frozen model.
+        cache: its fused cache over the prompts but their last ids.
+        batch: the responses.
+        recompute: whether a layer's insides are computed again for the gradient, not kept.
     """
-    logits = receiver(mx.array(batch.inputs), cache=cache)
+    with _recomputed(receiver) if recompute else nullcontext():
+        logits = receiver(mx.array(batch.inputs), cache=cache)
     losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
     return (losses * mx.array(batch.mask.astype(np.float32))).sum()
+
+
+@contextmanager
+def _recomputed(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer of the model is a checkpoint: its output is kept, its insides are not.
+
+    mlx-lm's own `grad_checkpoint` follows parameters; here the gradient flows through the caches.
+    """
+    layers = list(model.layers)
+    model.layers[:] = [_Recomputed(layer) for layer in layers]
+    try:
+        yield
+    finally:
+        model.layers[:] = layers
+
+
+class _Recomputed:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, h: mx.array, mask: Any, cache: kv.TrainingCache) -> Any:
+        def run(h: mx.array, keys: mx.array, values: mx.array) -> Any:
+            return self.layer(h, mask, cache=cache.copy(keys, values))
+
+        return mx.checkpoint(run)(h, *cache.keys_and_values())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
 
 
 def message_loss(change: Change | None, batch: Batch) -> mx.array:

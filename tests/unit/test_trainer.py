@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,8 @@ def test_accumulated_batches_step_like_one(
     one, parts = make(tmp_path / "one"), make(tmp_path / "parts")
     rows = examples[:6]
     losses = [
-        one.train_step([collate(rows, "all")]),
-        parts.train_step([collate(part, "all") for part in (rows[:1], rows[1:4], rows[4:])]),
+        one.train_step([rows]),
+        parts.train_step([rows[:1], rows[1:4], rows[4:]]),
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for a, b in zip(weights(one).values(), weights(parts).values(), strict=True):
@@ -155,18 +156,18 @@ def test_accumulated_batches_step_like_one(
 
 
 def test_the_loss_goes_down(make: Make, examples: list[Example], tmp_path: Path) -> None:
-    trainer, batch = make(tmp_path, iters=30, warmup=0), collate(examples, "all")
-    losses = [trainer.train_step([batch]) for _ in range(12)]
+    trainer = make(tmp_path, iters=30, warmup=0)
+    losses = [trainer.train_step([examples]) for _ in range(12)]
     assert losses[-1] < losses[0] - 0.2
 
 
 def test_message_gates_learn_which_answers_are_the_receivers_own(
     make: Make, examples: list[Example], tmp_path: Path
 ) -> None:
-    trainer = make(tmp_path, message_gate=True, message_gate_weight=10.0, warmup=0, iters=60)
+    trainer = make(tmp_path, message_gate=True, message_gate_weight=10.0, warmup=0, iters=25)
+    for _ in range(25):
+        trainer.train_step([examples])
     batch = collate(examples, "all")
-    for _ in range(60):
-        trainer.train_step([batch])
     prefills = trainer.prefills(batch)
     _, change = step_loss.fuse(trainer.c2c, prefills.own, prefills.sharer, batch)
     assert change is not None and change.message_weight is not None
@@ -239,12 +240,17 @@ def test_ctrl_c_saves_a_checkpoint_that_continues_exactly(make: Make, tmp_path: 
     whole, cut = make(tmp_path / "whole", **NOISY), make(tmp_path / "cut", report_every=1, **NOISY)
     run(whole)
 
-    def interrupt(report: Report) -> None:
-        if report["step"] == 2:
-            raise KeyboardInterrupt
+    loss_and_grad = cut._loss_and_grad
 
+    def interrupted(*args: Any) -> Any:  # in the middle of the second step
+        if cut.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return loss_and_grad(*args)
+
+    cut._loss_and_grad = interrupted
     with pytest.raises(KeyboardInterrupt):
-        cut.run(interrupt)
+        cut.run()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = make(tmp_path / "cut", **NOISY)
     resumed.resume(checkpoints(tmp_path / "cut")[-1])
     assert resumed.step == 2
