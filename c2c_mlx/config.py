@@ -226,3 +226,8 @@ class Provenance:
     data: tuple[str, ...] = ()
     licence: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.metrics.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"metrics: {name!r} must be a number")
