@@ -119,7 +119,8 @@ class FuserConfig:
     # What of the prompt is fused: all of it, everything from the first message on (what stands
     # before it is the same in every chat), or the messages' own text.
     positions: Literal["all", "from_first_message", "messages"] = "all"
-    message_gate: bool = False  # one dynamic weight more for each message, closed below a half
+    message_gate: bool = False  # one more dynamic weight per message, closed below a half
+    fuse_response: bool = False  # the answer is fused, too, token by token as it is written
 
     def __post_init__(self) -> None:
         if self.depth < 3:

@@ -8,7 +8,7 @@ keys and values never mix, nor do layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,27 @@ class Change:
     weight: mx.array
     message_weight: mx.array | None
 
-    def added_to(self, receiver: KV) -> KV:
-        """The receiver's keys and values [L, B, Hr, N, Dr] with the change; closed slices as is."""
+    def added_to(self, receiver: KV, rows: Sequence[int] | None = None) -> KV:
+        """The receiver's keys and values with the change; all that is closed stays as it is.
+
+        Args:
+            receiver: keys and values, each [M, B, Hr, N, Dr].
+            rows: where among the M the layers of the fuser's layer map stand; None: they are all.
+        """
         fused = list(receiver)
         for kind in (0, 1):
-            rows = [row for row, (k, _) in enumerate(self.slices) if k == kind]
-            if rows:
-                delta = self.delta[rows[0] : rows[-1] + 1]
-                if len(rows) == len(fused[kind]):
-                    fused[kind] = fused[kind] + delta
-                else:
-                    layers = mx.array([self.slices[row][1] for row in rows])
-                    fused[kind] = fused[kind].at[layers].add(delta)
+            at = [i for i, (k, _) in enumerate(self.slices) if k == kind]
+            if not at:
+                continue
+            layers = [self.slices[i][1] for i in at]
+            changed = layers if rows is None else [rows[layer] for layer in layers]
+            x, delta = fused[kind], self.delta[at[0] : at[-1] + 1]
+            order = np.arange(len(x))
+            if changed == order.tolist():
+                fused[kind] = x + delta
+                continue
+            order[changed] = len(x) + np.arange(len(changed))
+            fused[kind] = mx.concatenate([x, x[mx.array(changed)] + delta])[mx.array(order)]
         return fused[0], fused[1]
 
 
