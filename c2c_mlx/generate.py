@@ -73,6 +73,7 @@ class Fusion:
     sharer_s: float
     receiver_s: float
     fuse_s: float
+    texts: tuple[TokenAlignment, ...]  # what has been read, as each sharer feeds it
     changes: tuple[Change | None, ...]
 
 
@@ -214,7 +215,8 @@ class FusedPrefix:
         times.append(time.perf_counter())
         self.feeds = feeds[: stop - given]
         *sharers, own, fusing = np.diff(times).tolist()
-        self.last = Fusion(start, stop, sum(unread[:-1]), sum(sharers), own, fusing, changes)
+        costs = sum(unread[:-1]), sum(sharers), own, fusing
+        self.last = Fusion(start, stop, *costs, tuple(texts), changes)
         return rest
 
     def _feeds(self, texts: Sequence[TokenAlignment], stop: int) -> list[tuple[Any, ...]]:
