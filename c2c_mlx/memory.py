@@ -212,11 +212,11 @@ def _per_position(config: FuserConfig) -> int:
 
 
 def _fuser_pass(config: FuserConfig) -> int:
-    """Bytes per position of a pass over all slices; twice its widest step, as measured."""
+    """Bytes per position of a pass over all slices, as measured at two sizes of fuser."""
     width = config.sharer.width + config.receiver.width
+    inside = 7 * (config.hidden_dim + config.intermediate_dim)
     slices = len(config.fused_kinds) * len(config.layer_map)
-    widest = max(2 * width, 2 * config.hidden_dim + 2 * config.intermediate_dim)
-    return _floats(2 * slices * (widest + 2 * config.receiver.width))
+    return _floats(slices * (width + inside + 2 * config.receiver.width))
 
 
 def _fuser_weights(folder: Path) -> int:
