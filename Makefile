@@ -4,6 +4,7 @@ PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin
+PAIR := smollm2-135m gemma3-270m
 override PROMPT := $(value PROMPT)
 export PROMPT
 
@@ -22,21 +23,21 @@ setup: $(BIN)/.installed blas
 $(BIN)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "c2c-mlx needs Python 3.11 or newer on the PATH"; exit 2; }
 	@echo "installing into .venv (a few minutes the first time)"
-	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	@$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
 
-# Linux only: MLX's wheel bundles a reference BLAS that is about 60 times slower.
-blas:
-	@if [ "$$(uname)" = Linux ] && ! ldconfig -p | grep -q libopenblas.so.0; then \
-		if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-			echo "installing libopenblas0-pthread (a fast BLAS)"; \
-			{ apt-get update -qq && apt-get install -y -qq libopenblas0-pthread; } >/dev/null 2>&1 || true; \
-		fi; \
-		ldconfig -p | grep -q libopenblas.so.0 || echo "no fast BLAS: MLX will be about 60 times" \
-			"slower here; install it with: sudo apt-get install libopenblas0-pthread"; \
+# Linux only: MLX's wheel bundles a slow reference BLAS. c2c_mlx.blas says what is missing.
+BLAS_NOTICE := $(BIN)/python -c "from c2c_mlx import blas; print(blas.notice or '', end='')"
+blas: $(BIN)/.installed
+	@if [ -n "$$($(BLAS_NOTICE))" ] && command -v apt-get >/dev/null; then \
+		if [ "$$(id -u)" = 0 ]; then sudo=; else sudo="sudo -n"; fi; \
+		echo "installing libopenblas0-pthread (a fast BLAS)"; \
+		{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq libopenblas0-pthread; } \
+			>/dev/null 2>&1 || true; \
 	fi
+	@$(BLAS_NOTICE)
 
 chat: setup
 	@if [ -n "$$PROMPT" ]; then \
@@ -44,9 +45,7 @@ chat: setup
 	else $(BIN)/c2c-chat; fi
 
 test: setup
-	@$(BIN)/python -c "from c2c_mlx import registry; from c2c_mlx.models import find_folder; \
-		[find_folder(name) for name in registry.default_pair()]" 2>/dev/null \
-		|| echo "the embedded pair could not be fetched: the tests that need it are skipped"
+	@$(BIN)/c2c-weights pull $(PAIR) || echo "so the tests that need the embedded pair are skipped"
 	@$(BIN)/python -m pytest -q
 
 check: setup
@@ -57,4 +56,5 @@ check: setup
 bench: setup
 	@$(BIN)/python benchmarks/fuser.py
 	@$(BIN)/python benchmarks/turns.py
+	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/help.py

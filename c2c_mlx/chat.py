@@ -32,7 +32,7 @@ class _Cost:
     prompt_tokens: int = 0
     new_prompt_tokens: int = 0
     generated: int = 0
-    most: int = 0  # tokens that the answer may have
+    reason: Reason = "stop"
     relayed: int = 0
     align_s: float = 0.0
     sharer_s: float = 0.0
@@ -156,13 +156,12 @@ class ChatSession:
                 self.history.setdefault(mode, []).extend(turn)
             else:
                 self._background = background
-        reason: Reason = "length" if cost.generated >= cost.most else "stop"
         gates = int(self.c2c.fuser.gates.sum()) if self.c2c and mode == "c2c" else 0
         yield Finished(
             mode,
             said.strip(),
             relayed.strip(),
-            "stopped" if self._stopping else reason,
+            "stopped" if self._stopping else cost.reason,
             cost.figures(gates),
         )
 
@@ -208,7 +207,6 @@ class ChatSession:
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
         sampling = _fitting(lm, ids, sampling)
         prefix = self._prefixes.setdefault(f"{mode} {lm.name}", Prefix(lm.model))
-        cost.most = sampling.max_tokens
         cost.prompt_tokens = len(ids)
         cost.new_prompt_tokens = len(ids) - common_prefix(prefix.ids, ids)
         tic = time.perf_counter()
@@ -220,9 +218,7 @@ class ChatSession:
             cost.sharer_s += seconds
         written: list[int] = []
         try:
-            for token, piece in decode(
-                lm.model, lm.tokenizer, prefix.cache, ids[-1:], sampling, lm.stop_strings
-            ):
+            for token, piece in _decode(lm, prefix.cache, ids[-1:], sampling, cost):
                 written.append(token)
                 yield piece
         finally:
@@ -251,7 +247,6 @@ class ChatSession:
         )
         fusion = self._fused.last
         assert fusion is not None
-        cost.most = sampling.max_tokens
         cost.prompt_tokens = len(aligned.receiver_ids)
         cost.new_prompt_tokens = fusion.stop - fusion.start + 1
         cost.sharer_s, cost.receiver_s, cost.fuse_s = (
@@ -259,10 +254,8 @@ class ChatSession:
             fusion.receiver_s,
             fusion.fuse_s,
         )
-        lm = self.receiver
-        for _, piece in decode(
-            lm.model, lm.tokenizer, cache, aligned.receiver_ids[-1:], sampling, lm.stop_strings
-        ):
+        last = aligned.receiver_ids[-1:]
+        for _, piece in _decode(self.receiver, cache, last, sampling, cost):
             yield piece
 
     @property
@@ -276,6 +269,13 @@ class ChatSession:
 
     def _report(self, mode: Mode) -> Callable[[int, int], None]:
         return lambda done, total: self.on_prefill(Prefilling(mode, done, total))
+
+
+def _decode(
+    lm: LanguageModel, cache: kv.Cache, last: Sequence[int], sampling: SamplingConfig, cost: _Cost
+) -> Iterator[tuple[int, str]]:
+    """`decode`, with the reason why it ended noted in `cost`."""
+    cost.reason = yield from decode(lm.model, lm.tokenizer, cache, last, sampling, lm.stop_strings)
 
 
 def _shape(lm: LanguageModel, wanted: ModelShape) -> ModelShape:

@@ -163,32 +163,40 @@ class SamplingConfig:
             raise ValueError(f"seed must be in [0, 2^64), not {self.seed}")
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    """A field with what `--help` says of it."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The defaults are the recipe that won on the embedded pair."""
 
-    iters: int = 1000  # optimiser steps
-    batch_size: int = 8
-    accumulate: int = 1  # batches per optimiser step, averaged by tokens
-    learning_rate: float = 3e-3
-    schedule: Literal["cosine", "linear"] = "cosine"
-    warmup: int = 20  # steps
-    final_learning_rate: float = 0.02  # as a fraction of the peak
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0  # of the gradient's global norm
-    gates: Literal["learned", "open"] = "open"  # open: gate logits stay above zero, untrained
-    initial_temperature: float = 1.0  # of the Gumbel-sigmoid gates
-    final_temperature: float = 0.001
-    anneal_steps: int = 1929
-    message_gate_cost: float = 0.0  # price of an open message gate, added to the loss
-    max_tokens: int = 512  # of a prompt or a response; longer items are counted and left out
-    seed: int = 0
-    report_every: int = 10
-    eval_every: int = 200
-    save_every: int = 200
-    keep_checkpoints: int = 2
-    zero_sharer: bool = False  # the control: the same fuser with nothing to read
+    iters: int = _setting(1000, "optimiser steps")
+    batch_size: int = _setting(8, "chats per batch")
+    accumulate: int = _setting(1, "batches per optimiser step, averaged by tokens")
+    learning_rate: float = _setting(3e-3, "at its peak")
+    schedule: Literal["cosine", "linear"] = _setting("cosine", "of the learning rate")
+    warmup: int = _setting(20, "steps up to the peak")
+    final_learning_rate: float = _setting(0.02, "as a fraction of the peak")
+    weight_decay: float = _setting(0.01, "of AdamW")
+    betas: tuple[float, float] = _setting((0.9, 0.98), "of AdamW")
+    clip: float = _setting(1.0, "of the gradient's global norm")
+    gates: Literal["learned", "open"] = _setting("open", "open: every gate open and untrained")
+    initial_temperature: float = _setting(1.0, "of learned gates")
+    final_temperature: float = _setting(0.001, "of learned gates")
+    anneal_steps: int = _setting(1929, "from the initial to the final temperature")
+    message_gate_weight: float = _setting(0.1, "of the loss that opens and shuts message gates")
+    max_tokens: int = _setting(512, "longer prompts or answers are left out, and counted")
+    seed: int = _setting(0, "of weights, noise and data order")
+    report_every: int = _setting(10, "steps between lines of metrics.jsonl")
+    eval_every: int = _setting(200, "steps between validations")
+    save_every: int = _setting(200, "steps between checkpoints")
+    keep_checkpoints: int = _setting(2, "the latest ones that stay on disk")
+    grad_checkpoint: bool = _setting(False, "recompute layers: less memory, more time")
+    prefill_cache: str = _setting("", "folder that keeps frozen prefills for later epochs and runs")
+    prefill_cache_gb: float = _setting(20.0, "size of that folder, at most")
+    zero_sharer: bool = _setting(False, "the control: the same fuser with nothing to read")
 
     def __post_init__(self) -> None:
         for name in (

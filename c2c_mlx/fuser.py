@@ -68,6 +68,20 @@ class Change:
     weight: mx.array
     message_weight: mx.array | None
 
+    def added_to(self, receiver: KV) -> KV:
+        """The receiver's keys and values [L, B, Hr, N, Dr] with the change; closed slices as is."""
+        fused = list(receiver)
+        for kind in (0, 1):
+            rows = [row for row, (k, _) in enumerate(self.slices) if k == kind]
+            if rows:
+                delta = self.delta[rows[0] : rows[-1] + 1]
+                if len(rows) == len(fused[kind]):
+                    fused[kind] = fused[kind] + delta
+                else:
+                    layers = mx.array([self.slices[row][1] for row in rows])
+                    fused[kind] = fused[kind].at[layers].add(delta)
+        return fused[0], fused[1]
+
 
 class Fuser(nn.Module):
     """The trained part of C2C: projects the sharer's cache into the receiver's.
@@ -124,7 +138,6 @@ class Fuser(nn.Module):
         """Opens or closes one slice; `layer` indexes the layer map, `kind` is 0 for keys."""
         row = self.kinds.index(kind)
         self.gate_logit[row, layer] = 1.0 if is_open else -1.0
-        self._selected = None  # written in place: the array is still the same object
 
     @property
     def kinds(self) -> list[int]:
@@ -143,16 +156,7 @@ class Fuser(nn.Module):
             Keys and values, each [L, B, Hr, N, Dr]. Closed slices come back as they are.
         """
         change = self.change(sharer=sharer, receiver=receiver, messages=messages)
-        fused = list(receiver)
-        for kind in (0, 1):
-            rows = [i for i, (k, _) in enumerate(change.slices) if k == kind]
-            layers = [change.slices[i][1] for i in rows]
-            if len(rows) == len(self.config.layer_map):
-                fused[kind] = fused[kind] + change.delta[rows[0] : rows[-1] + 1]
-            elif rows:
-                delta = change.delta[rows[0] : rows[-1] + 1]
-                fused[kind] = fused[kind].at[mx.array(layers)].add(delta)
-        return fused[0], fused[1]
+        return change.added_to(receiver)
 
     def change(self, *, sharer: KV, receiver: KV, messages: np.ndarray | None = None) -> Change:
         """The change alone, for the open slices alone; nothing is computed for the others.
@@ -162,8 +166,8 @@ class Fuser(nn.Module):
         Args:
             sharer: keys and values, each [L, B, Hs, N, Ds], L over the layer map.
             receiver: keys and values, each [L, B, Hr, N, Dr].
-            messages: [B, N] the number of the message that a position belongs to, -1 for padding;
-                None: one message. Only the message gate looks at it.
+            messages: [B, N] the number of the message that a position belongs to, -1 where nothing
+                is to be added; None: one message.
         """
         slices, params = self._select()
         heads, head_dim = self.config.receiver.kv_heads, self.config.receiver.head_dim
@@ -171,9 +175,8 @@ class Fuser(nn.Module):
         if not slices:
             empty = mx.zeros((0, batch, heads, length, head_dim), receiver[0].dtype)
             return Change([], empty, empty[..., :1], None)
-        x = inputs(sharer, receiver, slices)
         dropout = self.config.dropout if self.training else 0.0
-        p, s, m = project(params, x, self.config, dropout, messages)
+        p, s, m = project(params, sharer, receiver, slices, self.config, dropout, messages)
         p = p.reshape(len(slices), batch, length, heads, head_dim).transpose(0, 1, 3, 2, 4)
         s = s.reshape(len(slices), batch, length, heads, 1).transpose(0, 1, 3, 2, 4)
         weight = s
@@ -181,6 +184,8 @@ class Fuser(nn.Module):
             m = m[:, :, None]  # [S, B, 1, N, 1]
             # As the paper's gate: soft while it learns, then nothing is added below a half.
             weight = weight * (m if self.training else mx.where(m > 0.5, m, 0.0))
+        if messages is not None and (messages < 0).any():
+            weight = weight * mx.array((messages >= 0)[None, :, None, :, None], weight.dtype)
         if self.training and self.temperature is not None:
             logit = params["gate_logit"].reshape(-1, 1, 1, 1, 1)
             uniform = mx.random.uniform(shape=weight.shape)  # keys' noise before values'
@@ -196,9 +201,15 @@ class Fuser(nn.Module):
             return every, tree_map(lambda p: p.reshape(-1, *p.shape[2:]), parameters)
         flat: dict[str, mx.array] = tree_flatten(parameters, destination={})  # type: ignore[assignment]
         leaves = list(flat.values())
+        is_open = np.array(self.gate_logit).reshape(-1) > 0  # strict: a fresh gate is closed
+        slices = [s for s, o in zip(every, is_open, strict=True) if o]
         known = self._selected
-        if known is None or any(a is not b for a, b in zip(known[0], leaves, strict=True)):
-            is_open = np.array(self.gate_logit).reshape(-1) > 0  # strict: a fresh gate is closed
+        # Gates are compared by value: they may be written in place, in the same array object.
+        if (
+            known is None
+            or known[1] != slices
+            or any(a is not b for a, b in zip(known[0], leaves, strict=True))
+        ):
             rows = mx.array(np.flatnonzero(is_open))
             select = tree_map(
                 lambda p: (
@@ -208,7 +219,6 @@ class Fuser(nn.Module):
                 ),
                 parameters,
             )
-            slices = [s for s, o in zip(every, is_open, strict=True) if o]
             known = (leaves, slices, select)
             self._selected = known
         return known[1], known[2]
@@ -228,7 +238,9 @@ def soft_gates(logit: mx.array, uniform: mx.array, temperature: float) -> mx.arr
 
 def project(
     params: dict[str, Any],
-    x: mx.array,
+    sharer: KV,
+    receiver: KV,
+    slices: list[tuple[int, int]],
     config: FuserConfig,
     dropout: float,
     messages: np.ndarray | None,
@@ -237,7 +249,9 @@ def project(
 
     Args:
         params: the fuser's parameters with one leading axis [S, ...].
-        x: [S, B, N, Hs*Ds + Hr*Dr], the two caches side by side, the sharer's first.
+        sharer: keys and values, each [L, B, Hs, N, Ds].
+        receiver: keys and values, each [L, B, Hr, N, Dr].
+        slices: which of them, keys before values.
         config: the fuser's configuration.
         dropout: probability of dropping a channel inside a block.
         messages: [B, N] message numbers, or None.
@@ -246,12 +260,16 @@ def project(
         The projection [S, B, N, Hr*Dr], the dynamic weights [S, B, N, Hr], and the message gate
         [S, B, N, 1] or None.
     """
-    slices, batch, length, _ = x.shape
-    x = x.reshape(slices, batch * length, -1)
+    shape = (len(slices), receiver[0].shape[1], receiver[0].shape[3], -1)
     act = ACTIVATIONS[config.activation]
-    if config.normalise:
-        x = (x - params["input_mean"][:, None]) * params["input_scale"][:, None]
-    h = _linear(params["proj_in"], x)
+    h, width = params["proj_in"]["bias"][:, None], config.sharer.width
+    # The two caches have a part of the weights each; laying them side by side would be a copy.
+    for side, part in ((sharer, slice(width)), (receiver, slice(width, None))):
+        x = _rows(side, slices).flatten(1, 2)
+        if config.normalise:
+            mean, scale = (params[f"input_{n}"][:, None, part] for n in ("mean", "scale"))
+            x = (x - mean) * scale
+        h = mx.addmm(h, x, params["proj_in"]["weight"][..., part].swapaxes(-1, -2))
     h = _block(params["mlp1"], h, act, dropout)
     s = _block(params["scalar_mlp2"], h, act, dropout)
     s = mx.sigmoid(_linear(params["scalar_head"], s))
@@ -263,9 +281,8 @@ def project(
         p = p * params["output_scale"][:, None]
     m = None
     if config.message_gate:
-        score = _linear(params["message_head"], h).reshape(slices, batch, length, 1)
+        score = _linear(params["message_head"], h).reshape(shape)
         m = mx.sigmoid(_message_mean(score, messages))
-    shape = (slices, batch, length, -1)
     return p.reshape(shape), s.reshape(shape), m
 
 
@@ -298,7 +315,7 @@ def _rows(kv: KV, slices: list[tuple[int, int]]) -> mx.array:
 
 
 def _linear(params: dict[str, Any], x: mx.array) -> mx.array:
-    return x @ params["weight"].swapaxes(-1, -2) + params["bias"][:, None]
+    return mx.addmm(params["bias"][:, None], x, params["weight"].swapaxes(-1, -2))
 
 
 def _block(

@@ -6,7 +6,7 @@ A fused cache *is* an mlx-lm prompt cache, so decoding is mlx-lm's own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from mlx_lm.sample_utils import make_sampler
 
 from c2c_mlx import kv
 from c2c_mlx.alignment import message_groups
+from c2c_mlx.checkpoint import check_models
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.errors import C2CError
+from c2c_mlx.events import Reason
 from c2c_mlx.fuser import KV, Change, Fuser
 
 PREFILL_CHUNK = 512  # tokens per pass; bounds the memory of attention scores
@@ -48,9 +50,12 @@ class Prefix:
     def extend(self, ids: Sequence[int], progress: Progress | None = None) -> None:
         """Makes the cache hold exactly `ids`, from their common prefix on, in chunks."""
         keep = common_prefix(self.ids, ids)
+        self.ids = list(
+            ids[:keep]
+        )  # first of all: an interruption leaves more in the cache, not less
         if not kv.trim(self.cache, keep):
-            self.cache, keep = kv.make_cache(self.model), 0
-        self.ids = list(ids[:keep])
+            self.ids, keep = [], 0
+            self.cache = kv.make_cache(self.model)
         while len(self.ids) < len(ids):
             chunk = ids[len(self.ids) : len(self.ids) + PREFILL_CHUNK]
             self.model(mx.array(list(chunk))[None], cache=self.cache)
@@ -65,8 +70,8 @@ class Prefix:
         Args:
             ids: the prompt and all ids that were yielded; a stopped decoder may have run one ahead.
         """
-        kv.trim(self.cache, len(ids))
         self.ids = list(ids[: kv.length(self.cache)])
+        kv.trim(self.cache, len(self.ids))
 
 
 class C2C:
@@ -84,32 +89,24 @@ class C2C:
     def __init__(self, receiver: nn.Module, sharer: nn.Module, fuser: Fuser) -> None:
         self.receiver, self.sharer, self.fuser = receiver, sharer, fuser
         config = fuser.config
-        for role, model, wanted in (
-            ("receiver", receiver, config.receiver),
-            ("sharer", sharer, config.sharer),
-        ):
-            shape = kv.model_shape(model, f"this {role}")
-            if (shape.layers, shape.kv_heads, shape.head_dim) != (
-                wanted.layers,
-                wanted.kv_heads,
-                wanted.head_dim,
-            ):
-                raise C2CError(f"the fuser's {role} is {wanted}, but {shape} was given")
+        shapes = (kv.model_shape(model, "a model") for model in (receiver, sharer))
+        check_models(config, *shapes)
         self.receiver_layers = [r for r, _ in config.layer_map]
         self.sharer_layers = sorted({s for _, s in config.layer_map})
         self._shared = mx.array([self.sharer_layers.index(s) for _, s in config.layer_map])
-        self._receiver_ropes = self._sharer_ropes = []
+        self._rotations: tuple[kv.Rotation, kv.Rotation] | None = None  # receiver's, sharer's
         if not config.rotated_keys:
-            self._receiver_ropes = [
-                kv.rope_of(receiver, i, "receiver") for i in self.receiver_layers
-            ]
-            self._sharer_ropes = [kv.rope_of(sharer, i, "sharer") for i in self.sharer_layers]
+            self._rotations = (
+                kv.Rotation(receiver, self.receiver_layers, "receiver"),
+                kv.Rotation(sharer, self.sharer_layers, "sharer"),
+            )
 
     def prefill(
         self,
         receiver_ids: Sequence[int],
         sharer_ids: Sequence[int] | None = None,
         index: Sequence[int] | None = None,
+        sections: Sequence[tuple[int, bool]] | None = None,
     ) -> kv.Cache:
         """Prefills both models and fuses every position but the last.
 
@@ -117,27 +114,42 @@ class C2C:
             receiver_ids: the receiver's prompt, n ids.
             sharer_ids: the sharer's prompt; None: the receiver's ids.
             index: position in `sharer_ids` that feeds receiver position i; None: i itself.
+            sections: (length, whether it is fused) of consecutive parts of `receiver_ids[:-1]`; the
+                receiver reads a part on top of the fused parts before it. None: one part, fused.
 
         Returns:
             An mlx-lm prompt cache over `receiver_ids[:-1]`.
 
         Raises:
-            C2CError: for an empty prompt, or an index that does not fit the two prompts.
+            C2CError: for an empty prompt, or an index or sections that do not fit the prompts.
         """
-        n = len(receiver_ids)
-        sharer_ids = receiver_ids if sharer_ids is None else sharer_ids
-        positions = np.arange(n) if index is None else np.asarray(index, dtype=np.int32)
-        if n == 0:
+        n = len(receiver_ids) - 1
+        if n < 0:
             raise C2CError("the prompt is empty: C2C needs at least one token")
-        feeding = positions[: n - 1]
-        if len(feeding) < n - 1 or (
-            n > 1 and not 0 <= feeding.min() <= feeding.max() < len(sharer_ids)
-        ):
+        sharer_ids = receiver_ids if sharer_ids is None else sharer_ids
+        feeding = np.arange(n) if index is None else np.asarray(index[:n], dtype=np.int32)
+        if len(feeding) < n or (n and not 0 <= feeding.min() <= feeding.max() < len(sharer_ids)):
             raise C2CError(
                 f"index must name one of the sharer's {len(sharer_ids)} positions for each of the "
-                f"receiver's {n - 1}"
+                f"receiver's {n}"
             )
-        return FusedPrefix(self).extend(receiver_ids, sharer_ids, positions, np.zeros(n, np.int32))
+        sections = [(n, True)] if sections is None else sections
+        if sum(length for length, _ in sections) != n or any(length < 0 for length, _ in sections):
+            raise C2CError(f"sections must have {n} positions, the prompt's but its last")
+        shared = Prefix(self.sharer)
+        shared.extend(sharer_ids[: feeding.max(initial=-1) + 1])
+        prefix = Prefix(self.receiver)
+        for length, fused in sections:
+            start, stop = len(prefix.ids), len(prefix.ids) + length
+            prefix.extend(receiver_ids[:stop])
+            if fused and length:
+                own = kv.read(prefix.cache, self.receiver_layers, start, stop)
+                sharer = self.read_sharer(shared.cache, feeding[None, start:stop])
+                change = self.change(sharer, own, np.zeros((1, length), np.int32), start)
+                for layer, *pair in zip(self.receiver_layers, *change.added_to(own), strict=True):
+                    kv.replace(prefix.cache, layer, *pair)
+                mx.eval(kv.arrays(prefix.cache))
+        return prefix.cache
 
     def read_sharer(self, cache: kv.Cache, index: np.ndarray, offset: Any = 0) -> KV:
         """What the sharer holds for each receiver position.
@@ -153,8 +165,8 @@ class C2C:
         """
         low, high = int(index.min()), int(index.max()) + 1
         keys, values = kv.read(cache, self.sharer_layers, low, high)
-        if self._sharer_ropes:
-            keys = _each(self._sharer_ropes, kv.unrotate, keys, offset + low)
+        if self._rotations:
+            keys = self._rotations[1].take_off(keys, offset + low)
         if index.shape[0] == 1:
             at = mx.array(index[0] - low)
             return keys[..., at, :][self._shared], values[..., at, :][self._shared]
@@ -169,9 +181,9 @@ class C2C:
             own: the fused layers of the receiver's own cache.
             offset: the position that RoPE saw at the first of the N, an int or [B].
         """
-        if not self._receiver_ropes:
+        if self._rotations is None:
             return own.keys, own.values
-        return _each(self._receiver_ropes, kv.unrotate, own.keys, offset), own.values
+        return self._rotations[0].take_off(own.keys, offset), own.values
 
     def change(
         self, sharer: KV, own: kv.StackedKV, messages: np.ndarray, offset: Any = 0
@@ -186,20 +198,11 @@ class C2C:
         """
         receiver = self.fuser_view(own, offset)
         change = self.fuser.change(sharer=sharer, receiver=receiver, messages=messages)
-        if not change.slices:
+        keys = [at for kind, at in change.slices if kind == 0]
+        if self._rotations is None or not keys:
             return change
-        delta = change.delta
-        if (messages < 0).any():
-            delta = delta * mx.array((messages >= 0)[None, :, None, :, None].astype(np.float32))
-        if self._receiver_ropes:
-            ropes = [self._receiver_ropes[at] for kind, at in change.slices if kind == 0]
-            turned = [rope(d, offset=offset) for rope, d in zip(ropes, delta, strict=False)]
-            delta = mx.concatenate([mx.stack(turned), delta[len(turned) :]]) if turned else delta
-        return replace(change, delta=delta)
-
-
-def _each(ropes: list[Any], f: Callable[..., mx.array], keys: mx.array, offset: Any) -> mx.array:
-    return mx.stack([f(rope, k, offset) for rope, k in zip(ropes, keys, strict=True)])
+        turned = self._rotations[0].put_on(change.delta[: len(keys)], offset, keys)
+        return replace(change, delta=mx.concatenate([turned, change.delta[len(keys) :]]))
 
 
 @dataclass(frozen=True)
@@ -295,9 +298,10 @@ class FusedPrefix:
             beyond = [m for *_, m in self.feeds[start:] + feeds[start:] if m >= 0]
             cut = np.flatnonzero(np.isin(messages[:start], beyond))
             start = int(cut[0]) if len(cut) else start
+        self.feeds = self.feeds[:start]  # before the cache: as in Prefix.extend
         if not kv.trim(self.cache, start):
-            self.cache, start = kv.make_cache(self.c2c.receiver), 0
-        self.feeds = self.feeds[:start]
+            self.feeds, start = [], 0
+            self.cache = kv.make_cache(self.c2c.receiver)
 
         to_share = len(sharer_ids) - same_sharer
         total = to_share + n - start
@@ -323,22 +327,20 @@ class FusedPrefix:
         """Appends the receiver's own positions [start, stop) to the fused cache, changed."""
         if start == stop:
             return None
-        change = None
-        added: dict[tuple[int, int], mx.array] = {}
+        change, mapped = None, self.c2c.receiver_layers
+        own = kv.read(self.own.cache, mapped, start, stop)
+        fused: KV = own
         if (messages >= 0).any() and self.c2c.fuser.gates.any():
-            own = kv.read(self.own.cache, self.c2c.receiver_layers, start, stop)
             sharer = self.c2c.read_sharer(self.sharer.cache, index)
             change = self.c2c.change(sharer, own, messages, start)
-            for (kind, at), delta in zip(change.slices, change.delta, strict=True):
-                added[kind, self.c2c.receiver_layers[at]] = delta
+            fused = change.added_to(own)
         kv.copy_state(self.own.cache, self.cache)
+        pairs = dict(zip(mapped, zip(*fused, strict=True), strict=True))
         for layer in kv.attention_layers(self.own.cache):
-            fresh = kv.read(self.own.cache, [layer], start, stop)
-            keys, values = (
-                x[0] + added[kind, layer] if (kind, layer) in added else x[0]
-                for kind, x in enumerate(fresh)
-            )
-            kv.append(self.cache, layer, keys, values)
+            if layer not in pairs:
+                keys, values = kv.read(self.own.cache, [layer], start, stop)
+                pairs[layer] = keys[0], values[0]
+            kv.append(self.cache, layer, *pairs[layer])
         return change
 
     def stats(self) -> GateStats | None:
@@ -368,7 +370,7 @@ def decode(
     last_ids: Sequence[int],
     sampling: SamplingConfig,
     stop_strings: Sequence[str] = (),
-) -> Iterator[tuple[int, str]]:
+) -> Generator[tuple[int, str], None, Reason]:
     """mlx-lm's own decoding from a prefilled cache, the same for every mode.
 
     Args:
@@ -382,6 +384,9 @@ def decode(
     Yields:
         (token id, text that is now certain); the text is empty while it might become a stop string.
         The last id that is yielded may be the end-of-turn token.
+
+    Returns:
+        "stop" if the answer ended by itself or at a stop string, "length" if it was cut.
     """
     mx.random.seed(sampling.seed)
     text, shown = "", 0
@@ -402,7 +407,8 @@ def decode(
         yield response.token, text[shown:certain]
         shown = max(shown, certain)
         if stop >= 0:
-            return
+            return "stop"
+    return "stop" if response.finish_reason == "stop" else "length"
 
 
 def _held_back(text: str, stop_strings: Sequence[str]) -> int:

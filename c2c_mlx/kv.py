@@ -7,13 +7,15 @@ carried along untouched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
@@ -71,19 +73,22 @@ def model_shape(model: nn.Module, name: str, tokenizer: str = "") -> ModelShape:
 
 
 def length(cache: Cache) -> int:
-    """Positions that the cache holds."""
-    return next((c.offset for c in _pick(cache, attention_layers(cache))), 0)
+    """Positions that every layer holds."""
+    return min((c.offset for c in _pick(cache, attention_layers(cache))), default=0)
 
 
 def trim(cache: Cache, n: int) -> bool:
-    """Rolls back to the first `n` positions; False if a layer can't (state-space layers)."""
-    surplus = length(cache) - n
-    if surplus <= 0:
+    """Rolls back to the first `n` positions; False if a layer can't (state-space layers).
+
+    Some layers may hold more than others: those that a pass had reached when it was interrupted.
+    """
+    longest = max((c.offset for c in _pick(cache, attention_layers(cache))), default=0)
+    if longest <= n:
         return True
     if not all(c.is_trimmable() for c in cache):
         return False
     for c in cache:
-        c.trim(surplus)
+        c.trim(max(getattr(c, "offset", longest) - n, 0))
     return True
 
 
@@ -98,11 +103,22 @@ def append(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
     cache[layer].update_and_fetch(keys, values)
 
 
+def replace(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
+    """Puts keys and values [B, H, N, D] in the place of one layer's last N positions."""
+    cache[layer].trim(keys.shape[2])
+    append(cache, layer, keys, values)
+
+
 def copy_state(source: Cache, target: Cache) -> None:
-    """Hands the state of layers without keys and values over, by reference."""
+    """Hands the state of layers without keys and values over; the arrays are shared."""
     for s, t in zip(source, target, strict=True):
         if not isinstance(s, _ATTENTION):
-            t.state = s.state
+            t.state = tree_map(lambda x: x, s.state)  # never the list that the source writes into
+
+
+def merge(caches: Sequence[Cache]) -> Cache:
+    """One batch of several caches, whatever their lengths; they stay as they are."""
+    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
 
 
 def arrays(cache: Cache) -> list[Any]:
@@ -122,7 +138,61 @@ def rope_of(model: nn.Module, layer: int, name: str) -> Any:
     raise C2CError(f"{name}: layer {layer} has no rotary embedding; train with rotated_keys: true")
 
 
-def unrotate(rope: Any, keys: mx.array, start: int) -> mx.array:
+class Rotation:
+    """The rotary embeddings of several layers; those that are alike rotate in one pass.
+
+    Args:
+        model: an mlx-lm model.
+        layers: L of its layers.
+        name: of the model, in the message of an error.
+
+    Raises:
+        C2CError: if a layer has none that can be found.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], name: str) -> None:
+        self._ropes: list[Any] = []
+        self._rope_of: list[int] = []  # per layer, into `_ropes`
+        for layer in layers:
+            rope = rope_of(model, layer, name)
+            alike = (i for i, known in enumerate(self._ropes) if _alike(rope, known))
+            self._rope_of.append(next(alike, len(self._ropes)))
+            if self._rope_of[-1] == len(self._ropes):
+                self._ropes.append(rope)
+
+    def put_on(self, x: mx.array, offset: Any, rows: Sequence[int] | None = None) -> mx.array:
+        """Rotates [S, B, H, N, D], which stands at positions offset, offset + 1, ...
+
+        Args:
+            x: keys, or what is to be added to keys.
+            offset: the position of the first of the N, an int or [B].
+            rows: the S rows as indices into the L layers; None: all of them.
+        """
+        return self._each(lambda rope, x, offset: rope(x, offset=offset), x, offset, rows)
+
+    def take_off(self, x: mx.array, offset: Any) -> mx.array:
+        """Undoes the rotation of keys [L, B, H, N, D] at positions offset, offset + 1, ..."""
+        return self._each(unrotate, x, offset, None)
+
+    def _each(
+        self,
+        turn: Callable[[Any, mx.array, Any], mx.array],
+        x: mx.array,
+        offset: Any,
+        rows: Sequence[int] | None,
+    ) -> mx.array:
+        ropes = np.array(self._rope_of)[slice(None) if rows is None else list(rows)]
+        order = np.argsort(ropes, kind="stable")
+        parts = []
+        for number in sorted({*ropes.tolist()}):
+            part = x if (ropes == number).all() else x[mx.array(np.flatnonzero(ropes == number))]
+            at = mx.tile(offset, part.shape[0]) if isinstance(offset, mx.array) else offset
+            turned = turn(self._ropes[number], part.flatten(0, 1), at)
+            parts.append(turned.reshape(part.shape))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)[mx.array(np.argsort(order))]
+
+
+def unrotate(rope: Any, keys: mx.array, start: Any) -> mx.array:
     """Takes the rotation off keys [B, H, N, D] that stand at positions start, start + 1, ...
 
     Rotating by the angle of position -p undoes position p. Running backwards through the sequence
@@ -130,6 +200,17 @@ def unrotate(rope: Any, keys: mx.array, start: int) -> mx.array:
     """
     n = keys.shape[2]
     return rope(keys[:, :, ::-1], offset=-(start + n - 1))[:, :, ::-1]
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules of one kind have equal settings and equal arrays."""
+    if type(a) is not type(b) or vars(a) != vars(b):
+        return False
+    ours: list[Any] = tree_flatten(dict(a))  # type: ignore[assignment]
+    theirs: list[Any] = tree_flatten(dict(b))  # type: ignore[assignment]
+    return [name for name, _ in ours] == [name for name, _ in theirs] and all(
+        bool(mx.array_equal(x, y)) for (_, x), (_, y) in zip(ours, theirs, strict=True)
+    )
 
 
 class TrainingCache:

@@ -21,7 +21,9 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("module", ["", ".config", ".events", ".layers", ".alignment"])
+@pytest.mark.parametrize(
+    "module", ["", ".config", ".events", ".layers", ".rendering", ".alignment"]
+)
 def test_no_mlx_before_it_is_needed(module):
     assert not {"mlx", "mlx_lm", "textual"} & loaded_by(f"import c2c_mlx{module}")
 

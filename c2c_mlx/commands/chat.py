@@ -120,7 +120,7 @@ def _session(
     """Loads what the modes need and no more; a missing fuser is said before any model is read."""
     default_receiver, default_sharer = registry.default_pair()
     receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
-    folder = _fuser_folder(args.fuser, receiver, sharer) if "c2c" in modes else None
+    folder = fuser_folder(args.fuser, receiver, sharer) if "c2c" in modes else None
     status = Status(sys.stderr)
 
     from c2c_mlx import blas, memory
@@ -152,7 +152,12 @@ def _session(
     return session, need
 
 
-def _fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
+def fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
+    """The folder of the fuser that was asked for, or of the one that is known for the pair.
+
+    Raises:
+        C2CError: if there is none, or it or one of the models can't be had.
+    """
     from c2c_mlx.store import find_folder
 
     name = given or registry.find_fuser(receiver, sharer)
@@ -167,7 +172,7 @@ def _fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
 
         def note(text: str) -> None:
             status.close()
-            print(f"{PROGRAM}: {text}", file=sys.stderr)
+            print(text, file=sys.stderr)
 
         return find_folder(name, status.loading, note)
 

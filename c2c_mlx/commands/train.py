@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+from c2c_mlx import hub
 from c2c_mlx.commands import run
 from c2c_mlx.config import FuserConfig, Provenance, TrainConfig, from_dict
 from c2c_mlx.errors import C2CError
@@ -17,20 +18,27 @@ from c2c_mlx.errors import C2CError
 if TYPE_CHECKING:
     from c2c_mlx.fuser import Fuser
     from c2c_mlx.models import LanguageModel
-    from c2c_mlx.training.data import Example, Source
+    from c2c_mlx.training.data import Chat, Example, Source
+    from c2c_mlx.training.display import Display
 
 PROGRAM = "c2c-train"
 EPILOG = """\
 examples:
+  c2c-train --config run.yaml --iters 4000        # flags override the file
   c2c-train --sharer gemma3-270m --receiver smollm2-135m --data chats --out runs/mine
   c2c-train --sharer qwen --receiver llama --data chats=3 --data more=1 --out runs/mine
   c2c-train ... --out runs/mine --resume          # continue exactly where it stopped
+  c2c-train --plot runs/mine                      # draw its curves, train nothing
+  mlx.launch -n 2 -- c2c-train --config run.yaml  # share each batch between two processes
   c2c-chat --sharer gemma3-270m --receiver smollm2-135m --fuser runs/mine
 
-DIR holds train.jsonl and optionally valid.jsonl, one object per line: {"messages": [...]}, or
-{"prompt": ..., "completion": ...}. With --answer-with, rows without an answer are answered by one
-of the two models first: by the receiver, and the fuser learns to leave alone what it can do by
-itself; by the sharer, and the fuser learns what the sharer knows.
+DATA is a hub data set or a folder with train.jsonl and, if you like, valid.jsonl: one object per
+line, {"messages": [...]}, or {"prompt": ..., "completion": ...}. With --answer-with, rows without
+an answer are answered by one of the two models first: by the receiver, and the fuser learns to
+leave alone what it can do by itself; by the sharer, and the fuser learns what the sharer knows.
+
+The file of --config is YAML with any of these flags as keys (answer_with, batch_size, ...), data as
+a list or as DATA: WEIGHT, and fuser_config: fields of the fuser that the preset does not fix.
 """
 
 # What a preset changes of FuserConfig; 'small' is the recipe that won on the embedded pair.
@@ -47,13 +55,32 @@ RECIPE: dict[str, Any] = {
     "message_gate": True,
     "dropout": 0.0,
 }
+TRACKERS = ("wandb", "swanlab")
+ANSWERERS = ("receiver", "sharer")
+ANSWER_TOKENS = 40
 STATISTICS = 128  # examples that the normalisation is measured on
+
+# Of what a config file may hold and TrainConfig does not check.
+_FILE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "sharer": str,
+    "receiver": str,
+    "data": (str, list, dict),
+    "out": str,
+    "answer_tokens": int,
+    "fuser": str,
+    "track": str,
+    "fuser_config": dict,
+}
+_CHOICES: dict[str, Iterable[str]] = {
+    "answer_with": ANSWERERS,
+    "preset": PRESETS,
+    "track": TRACKERS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: parses arguments, trains, returns an exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     command = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
     return run(lambda: _train(args, command), PROGRAM)
 
@@ -66,36 +93,56 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--sharer", required=True, metavar="MODEL", help="alias, folder or hub id")
-    add("--receiver", required=True, metavar="MODEL", help="alias, folder or hub id")
+    add("--config", type=Path, metavar="FILE", help="YAML with what is not given as a flag")
+    add("--sharer", metavar="MODEL", help="alias, folder or hub id")
+    add("--receiver", metavar="MODEL", help="alias, folder or hub id")
     add(
         "--data",
-        required=True,
         action="append",
-        metavar="DIR[=WEIGHT]",
-        help="folder with train.jsonl and, if you like, valid.jsonl; may be given several times",
+        metavar="DATA[=WEIGHT]",
+        help="folder or hub data set; may be given several times",
     )
-    add("--out", required=True, type=Path, metavar="DIR", help="the run's folder, and the fuser's")
-    add("--answer-with", choices=("receiver", "sharer"), help="answers rows that have no answer")
-    add("--answer-tokens", type=int, default=40, metavar="N", help="at most (default: 40)")
-    add("--preset", choices=PRESETS, default="small", help="size of the fuser (default: small)")
+    add("--out", type=Path, metavar="DIR", help="the run's folder, and the fuser's")
+    add("--answer-with", choices=ANSWERERS, help="answers rows that have no answer")
+    add("--answer-tokens", type=int, metavar="N", help=f"at most (default: {ANSWER_TOKENS})")
+    add("--preset", choices=PRESETS, help="size of the fuser (default: small)")
     add("--fuser", metavar="DIR", help="start from this fuser instead of a fresh one")
     add("--resume", action="store_true", help="continue the run in --out exactly")
+    add("--track", choices=TRACKERS, help="also report there (needs the extra of that name)")
+    add("--plot", type=Path, metavar="RUN", help="only draw a run's curves into RUN/curves.png")
+    group = parser.add_argument_group("the run (defaults in brackets)")
     for field in dataclasses.fields(TrainConfig):
-        flag = "--" + field.name.replace("_", "-")
-        if field.type == "bool":
-            add(flag, action="store_true", default=None)
-        elif field.name not in ("betas",):
-            kind = {"int": int, "float": float}.get(str(field.type), str)
-            add(flag, type=kind, metavar=str(field.type)[0].upper(), help=f"({field.default})")
+        flag, kind = "--" + field.name.replace("_", "-"), get_type_hints(TrainConfig)[field.name]
+        meaning = field.metadata["help"]
+        if kind is bool:
+            group.add_argument(flag, action="store_true", default=None, help=meaning)
+        elif get_origin(kind) is tuple:
+            group.add_argument(
+                flag, type=float, nargs=2, metavar="B", help=f"{meaning} ({field.default})"
+            )
+        else:
+            values = get_args(kind) or None
+            group.add_argument(
+                flag,
+                type=str if values else kind,
+                choices=values,
+                metavar=None if values else kind.__name__[0].upper(),
+                help=f"{meaning} ({field.default})" if field.default != "" else meaning,
+            )
     return parser
 
 
 def _train(args: argparse.Namespace, command: str) -> None:
+    if args.plot:
+        from c2c_mlx.training.plot import plot
+
+        print(plot(args.plot))
+        return
+    _complete(args)
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     config = from_dict(TrainConfig, given, "arguments")
-    folders = [_folder(text) for text in args.data]
+    folders = [_source(text) for text in args.data]
     _claim(args.out, args.resume)
 
     import c2c_mlx.blas  # noqa: F401
@@ -106,60 +153,124 @@ def _train(args: argparse.Namespace, command: str) -> None:
     from c2c_mlx.generate import C2C
     from c2c_mlx.models import load_model
     from c2c_mlx.training.data import Dataset
+    from c2c_mlx.training.display import Display, tracker
     from c2c_mlx.training.trainer import Trainer, checkpoints, measure_inputs, new_fuser
 
-    receiver, sharer = load_model(args.receiver), load_model(args.sharer)
-    if args.fuser:
-        fuser = checkpoint.load(store.find_folder(args.fuser))
-        fuser.set_dtype(mx.float32)  # a shipped fuser is half precision; AdamW's steps are smaller
-        checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
-    else:
-        fuser = new_fuser(_fuser_config(args.preset, receiver, sharer), config.gates, config.seed)
-    c2c = C2C(receiver.model, sharer.model, fuser)
-    sources, valid = _read(folders, args, receiver, sharer)
-    alignment = fuser.config.alignment
-    train = Dataset(sources, receiver.tokenizer, sharer.tokenizer, alignment, config.max_tokens)
-    examples = [e for e in map(train.example, valid) if e is not None]
-    trainer = Trainer(c2c, train, examples, config, args.out)
-    if args.resume:
-        trainer.resume(checkpoints(args.out)[-1])
-        _say(f"resumed at step {trainer.step}")
-    elif not args.fuser and fuser.config.normalise:
-        measure_inputs(c2c, _first(train, config), config.batch_size)
-    _say(
-        f"{sum(len(s.rows) for s in sources)} chats, {len(examples)} for validation, "
-        f"{_parameters(fuser) / 1e6:.2f} M parameters, {config.iters} steps"
-    )
-    trainer.run(lambda report: _say(_line(report, config.iters)))
-    if train.skipped:
-        _say(f"{train.skipped} chats were longer than {config.max_tokens} tokens and left out")
-    fuser.provenance = Provenance(
-        source=command,
-        steps=trainer.step,
-        data=tuple(path.name for path, _ in folders),
-        metrics={k: v for k, v in trainer.final.items() if k.startswith("valid_")},
-    )
-    checkpoint.save(fuser, args.out)
-    _say(
-        f"fuser saved in {args.out}; chat with it: c2c-chat --fuser {args.out} "
-        f"--sharer {args.sharer} --receiver {args.receiver}"
-    )
+    group = mx.distributed.init()
+    with Display(config.iters, group.rank() == 0) as display:
+        receiver, sharer = load_model(args.receiver), load_model(args.sharer)
+        if args.fuser:
+            fuser = checkpoint.load(store.find_folder(args.fuser))
+            fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
+            checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
+        else:
+            wanted = _fuser_config(args.preset, args.fuser_config, receiver, sharer)
+            fuser = new_fuser(wanted, config.gates, config.seed)
+        c2c = C2C(receiver.model, sharer.model, fuser)
+        for rank in range(group.size()):
+            # One process after the other: the first answers, the others read its answers.
+            if rank == group.rank():
+                sources, valid = _read(folders, args, receiver, sharer, display)
+            mx.eval(mx.distributed.all_sum(mx.array(0), group=group))
+        alignment = fuser.config.alignment
+        train = Dataset(sources, receiver.tokenizer, sharer.tokenizer, alignment, config.max_tokens)
+        examples = [e for e in map(train.example, valid) if e is not None]
+        trainer = Trainer(c2c, train, examples, config, args.out)
+        if args.resume:
+            trainer.resume(checkpoints(args.out)[-1])
+            display.say(f"resumed at step {trainer.step}")
+        elif not args.fuser and fuser.config.normalise:
+            measure_inputs(c2c, _first(train, config), config.batch_size)
+        display.say(
+            f"{sum(len(s.rows) for s in sources)} chats, {len(examples)} for validation, "
+            f"{_parameters(fuser) / 1e6:.2f} M parameters, {config.iters} steps"
+        )
+        tracking = None
+        if args.track and group.rank() == 0:
+            tracking = tracker(args.track, args.out, dataclasses.asdict(config))
+
+        def report(figures: dict[str, float]) -> None:
+            display.report(figures)
+            if tracking:
+                tracking.log(figures, step=int(figures["step"]))
+
+        trainer.run(report, display.step)
+        if tracking:
+            tracking.finish()
+        if train.skipped:
+            display.say(
+                f"{train.skipped} chats were longer than {config.max_tokens} tokens and left out"
+            )
+        if group.rank() == 0:
+            fuser.provenance = Provenance(
+                source=command,
+                steps=trainer.step,
+                data=tuple(name for name, _ in folders),
+                metrics={k: v for k, v in trainer.final.items() if k.startswith("valid_")},
+            )
+            checkpoint.save(fuser, args.out)
+            display.say(
+                f"fuser saved in {args.out}; chat with it: c2c-chat --fuser {args.out} "
+                f"--sharer {args.sharer} --receiver {args.receiver}"
+            )
 
 
-def _folder(text: str) -> tuple[Path, float | None]:
-    """DIR or DIR=WEIGHT."""
+def _complete(args: argparse.Namespace) -> None:
+    """Fills what no flag gave from the file of --config, then from the defaults."""
+    args.fuser_config = None
+    for name, value in (_config_file(args.config, vars(args)) if args.config else {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("sharer", "receiver", "data", "out"):
+        if getattr(args, name) is None:
+            raise C2CError(f"--{name} is missing; c2c-train --help has examples")
+    args.out = Path(args.out)
+    args.preset = args.preset or "small"
+    args.answer_tokens = args.answer_tokens or ANSWER_TOKENS
+    args.fuser_config = args.fuser_config or {}
+    if args.fuser and args.fuser_config:
+        raise C2CError("fuser_config is for a new fuser: leave it out, or --fuser")
+
+
+def _config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    except yaml.YAMLError as e:
+        raise C2CError(f"{path}: not YAML ({' '.join(str(e).split())})") from None
+    if not isinstance(values, dict):
+        raise C2CError(f"{path}: expected keys with values, such as iters: 1000")
+    names = sorted(set(known) - {"config", "resume"})
+    for name, value in values.items():
+        if name not in names:
+            raise C2CError(f"{path}: unknown key '{name}' (known: {', '.join(names)})")
+        if name in _FILE_TYPES and not isinstance(value, _FILE_TYPES[name]):
+            raise C2CError(f"{path}: '{name}' cannot be {value!r}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise C2CError(f"{path}: '{name}' must be one of {', '.join(_CHOICES[name])}")
+    if isinstance(data := values.get("data"), dict):
+        values["data"] = [f"{folder}={weight}" for folder, weight in data.items()]
+    elif isinstance(data, str):
+        values["data"] = [data]
+    return values
+
+
+def _source(text: str) -> tuple[str, float | None]:
+    """DATA or DATA=WEIGHT."""
     name, _, weight = text.rpartition("=")
     try:
-        folder, share = (Path(name), float(weight)) if name else (Path(text), None)
+        name, share = (name, float(weight)) if name else (text, None)
     except ValueError:
-        folder, share = Path(text), None
+        name, share = text, None
     if share is not None and not share > 0:
         raise C2CError(f"--data {text}: the weight must be above zero")
-    if not (folder / "train.jsonl").is_file():
-        raise C2CError(
-            f"--data {folder}: no train.jsonl there; see c2c-train --help for its format"
-        )
-    return folder, share
+    is_there = (Path(name) / "train.jsonl").is_file()
+    if not is_there and (Path(name).is_dir() or not hub.is_hub_id(name)):
+        raise C2CError(f"--data {name}: no train.jsonl there; see c2c-train --help for its format")
+    return name, share
 
 
 def _claim(out: Path, resume: bool) -> None:
@@ -175,44 +286,57 @@ def _claim(out: Path, resume: bool) -> None:
         raise C2CError(f"--out {out}: cannot make the folder ({e.strerror})") from None
 
 
-def _fuser_config(preset: str, receiver: LanguageModel, sharer: LanguageModel) -> FuserConfig:
+def _fuser_config(
+    preset: str, fields: dict[str, Any], receiver: LanguageModel, sharer: LanguageModel
+) -> FuserConfig:
     from c2c_mlx.layers import k_nearest, last_aligned
 
     r, s = receiver.shape, sharer.shape
     if preset == "paper":
-        return FuserConfig(r, s, tuple(last_aligned(r.layers, s.layers)))
-    upper_half = tuple(p for p in k_nearest(r.layers, s.layers) if p[0] >= r.layers // 2)
-    return FuserConfig(r, s, upper_half, **RECIPE, **PRESETS[preset])
+        layer_map, recipe = last_aligned(r.layers, s.layers), {}
+    else:
+        nearest = k_nearest(r.layers, s.layers)
+        layer_map, recipe = [p for p in nearest if p[0] >= r.layers // 2], RECIPE
+    own = {"receiver": dataclasses.asdict(r), "sharer": dataclasses.asdict(s)}
+    values = {"layer_map": layer_map, **recipe, **PRESETS[preset], **fields, **own}
+    return from_dict(FuserConfig, values, "fuser_config")
 
 
 def _read(
-    folders: list[tuple[Path, float | None]],
+    folders: list[tuple[str, float | None]],
     args: argparse.Namespace,
     receiver: LanguageModel,
     sharer: LanguageModel,
-) -> tuple[list[Source], list[list[dict[str, str]]]]:
+    display: Display,
+) -> tuple[list[Source], list[Chat]]:
     from c2c_mlx.training.answers import answer_rows
-    from c2c_mlx.training.data import Source, read_rows
+    from c2c_mlx.training.data import Source, read_hub_rows, read_rows
 
     lm = {"receiver": receiver, "sharer": sharer}.get(args.answer_with)
+
+    def answered(rows: list[Chat]) -> list[Chat]:
+        if lm is None:
+            return rows
+        return answer_rows(
+            rows,
+            lm,
+            args.out / f"answers-{args.answer_with}.jsonl",
+            args.answer_tokens,
+            lm is receiver,
+            lambda done, total: display.count("answering prompts", done, total),
+        )
+
     sources, valid = [], []
-    for folder, weight in folders:
-        for name in ("train.jsonl", "valid.jsonl"):
-            if name == "valid.jsonl" and not (folder / name).is_file():
-                continue
-            rows = read_rows(folder / name, unanswered=lm is not None)
-            if lm is not None:
-                rows = answer_rows(
-                    rows,
-                    lm,
-                    args.out / f"answers-{args.answer_with}.jsonl",
-                    args.answer_tokens,
-                    lambda done, total: _say(f"answered {done} of {total} prompts"),
-                )
-            if name == "train.jsonl":
-                sources.append(Source(rows, weight or float(len(rows))))
-            else:
-                valid.extend(rows)
+    for name, weight in folders:
+        if Path(name).is_dir():
+            rows = read_rows(Path(name) / "train.jsonl", unanswered=lm is not None)
+            measured = Path(name) / "valid.jsonl"
+            others = read_rows(measured, lm is not None) if measured.is_file() else []
+        else:
+            rows = read_hub_rows(name, "train", unanswered=lm is not None)
+            others = read_hub_rows(name, "validation", unanswered=lm is not None)
+        sources.append(Source(answered(rows), weight or float(len(rows))))
+        valid.extend(answered(others))
     return sources, valid
 
 
@@ -228,20 +352,3 @@ def _parameters(fuser: Fuser) -> int:
     from c2c_mlx.checkpoint import parameters
 
     return sum(p.size for p in parameters(fuser).values())
-
-
-def _line(report: dict[str, float | int], iters: int) -> str:
-    line = (
-        f"step {report['step']}/{iters}  loss {report['loss']:.3f}  "
-        f"{report['tokens_per_s']:.0f} tokens/s  {report['peak_memory_gb']:.1f} GB"
-    )
-    if "valid_loss" in report:
-        line += (
-            f"  valid: c2c {report['valid_loss']:.3f}, shuffled sharer "
-            f"{report['valid_shuffled_loss']:.3f}, receiver {report['valid_receiver_loss']:.3f}"
-        )
-    return line
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,28 @@ from c2c_mlx.errors import C2CError
 
 Messages = list[dict[str, str]]
 
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation to learn from; the last message is what the receiver is to say.
+
+    Attributes:
+        messages: role and content, in order.
+        own: the answer is the receiver's own, so the sharer has nothing to add.
+        cut: the answer was cut at a limit: that it ends there is not taught.
+        where: file and line, for messages.
+    """
+
+    messages: Messages
+    own: bool = False
+    cut: bool = False
+    where: str = field(default="", compare=False)
+
+
 WINDOW = 256  # batches that are sorted by length together: little padding, still shuffled
 
 
-def read_rows(path: Path, unanswered: bool = False) -> list[Messages]:
+def read_rows(path: Path, unanswered: bool = False) -> list[Chat]:
     """Reads mlx-lm's JSON lines: `messages`, or `prompt` with `completion`.
 
     Args:
@@ -32,21 +50,53 @@ def read_rows(path: Path, unanswered: bool = False) -> list[Messages]:
         lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028 in a text
     except (OSError, UnicodeDecodeError) as e:
         raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    rows = [
-        _messages(line, f"{path}, line {n}", unanswered)
-        for n, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {n}"
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise C2CError(f"{where}: not JSON") from None
+            rows.append(Chat(_messages(row, where, unanswered), where=where))
     if not rows:
         raise C2CError(f"{path} is empty: it needs one JSON object per line")
     return rows
 
 
-def _messages(line: str, where: str, unanswered: bool) -> Messages:
+def read_hub_rows(name: str, split: str, unanswered: bool = False) -> list[Chat]:
+    """Reads a data set of the hub, whose rows must have the fields of `read_rows`.
+
+    Args:
+        name: its hub id.
+        split: e.g. "train"; an absent "validation" gives no rows.
+        unanswered: whether rows without an answer are let through.
+
+    Raises:
+        C2CError: if the `datasets` extra is missing, the data set can't be had, or a row is of
+            another form.
+    """
     try:
-        row = json.loads(line)
-    except ValueError:
-        raise C2CError(f"{where}: not JSON") from None
+        import datasets
+    except ImportError:
+        raise C2CError(
+            f"--data {name}: a data set of the hub needs pip install 'c2c-mlx[datasets]'"
+        ) from None
+    try:
+        if split not in datasets.get_dataset_split_names(name):
+            return []
+        found = datasets.load_dataset(name, split=split)
+    except Exception as e:  # whatever the hub, the network and its file formats raise
+        line = " ".join(str(e).split())[:200]
+        raise C2CError(f"--data {name}: cannot be loaded from the hub ({line})") from None
+    wheres = [f"{name} ({split}), row {n}" for n in range(len(found))]
+    return [
+        Chat(_messages(row, where, unanswered), where=where)
+        for row, where in zip(found, wheres, strict=True)
+    ]
+
+
+def _messages(row: Any, where: str, unanswered: bool) -> Messages:
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         prompt = [{"role": "user", "content": row["prompt"]}]
         if "completion" not in row and unanswered:
@@ -79,6 +129,8 @@ class Example:
         index: [n] the position in `sharer_ids` that feeds each receiver position.
         messages: [n] the message of each position, -1 for template text.
         response_ids: what the receiver is to say, the end-of-turn token included.
+        own: whether the response is the receiver's own.
+        where: file and line, for messages.
     """
 
     receiver_ids: list[int]
@@ -86,6 +138,8 @@ class Example:
     index: np.ndarray
     messages: np.ndarray
     response_ids: list[int]
+    own: bool = False
+    where: str = ""
 
     def with_sharer_of(self, other: Example) -> Example:
         """The same chat fed by another chat's sharer: a control."""
@@ -94,15 +148,18 @@ class Example:
         return replace(self, sharer_ids=other.sharer_ids, index=index)
 
 
-def make_example(messages: Messages, receiver: Any, sharer: Any, alignment: Strategy) -> Example:
+def make_example(chat: Chat, receiver: Any, sharer: Any, alignment: Strategy) -> Example:
     """Tokenises and aligns one chat; `receiver` and `sharer` are tokenizers."""
-    aligned = align_chat(messages[:-1], receiver, sharer, strategy=alignment)
+    aligned = align_chat(chat.messages[:-1], receiver, sharer, strategy=alignment)
+    response = response_ids(chat.messages, receiver)
     return Example(
         aligned.receiver_ids,
         aligned.sharer_ids,
         aligned.index,
         aligned.message,
-        response_ids(messages, receiver),
+        response[:-1] if chat.cut and len(response) > 1 else response,
+        chat.own,
+        chat.where,
     )
 
 
@@ -139,6 +196,7 @@ class Batch:
     """What one step needs, B rows.
 
     Attributes:
+        examples: the rows as they came.
         receiver: all of the prompts but their last ids, N columns.
         sharer: the sharer's prompts, as far as they feed anything.
         start: the first column that is fused in any row.
@@ -150,6 +208,7 @@ class Batch:
         mask: [B, R] True where a target counts.
     """
 
+    examples: Sequence[Example]
     receiver: Padded
     sharer: Padded
     start: int
@@ -159,6 +218,11 @@ class Batch:
     inputs: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
+
+    @property
+    def own(self) -> np.ndarray:
+        """[B] True where the response is the receiver's own."""
+        return np.array([e.own for e in self.examples])
 
     @property
     def tokens(self) -> int:
@@ -195,7 +259,7 @@ def collate(examples: Sequence[Example], positions: str) -> Batch:
     last = np.array([[e.receiver_ids[-1]] for e in examples], dtype=np.int32)
     mask = np.arange(longest)[None] < np.array([[len(e.response_ids)] for e in examples])
     inputs = np.concatenate([last, targets[:, :-1]], axis=1)
-    return Batch(receiver, sharer, start, stop, index, messages, inputs, targets, mask)
+    return Batch(examples, receiver, sharer, start, stop, index, messages, inputs, targets, mask)
 
 
 Position = tuple[int, int]  # window, and batch within it: where a stream of batches stands
@@ -205,7 +269,7 @@ Position = tuple[int, int]  # window, and batch within it: where a stream of bat
 class Source:
     """Chats from one place, and how often they are drawn."""
 
-    rows: list[Messages]
+    rows: list[Chat]
     weight: float
 
 
@@ -232,7 +296,7 @@ class Dataset:
         self.alignment, self.max_tokens = alignment, max_tokens
         self.skipped = 0
 
-    def example(self, row: Messages) -> Example | None:
+    def example(self, row: Chat) -> Example | None:
         """The row's example; None if it is too long."""
         example = make_example(row, self.receiver, self.sharer, self.alignment)
         parts = (example.receiver_ids, example.sharer_ids, example.response_ids)

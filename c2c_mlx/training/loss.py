@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -98,19 +100,61 @@ def zeroed(c2c: C2C, batch: Batch) -> KV:
     return zeros, zeros
 
 
-def response_loss(receiver: nn.Module, cache: kv.Cache, batch: Batch) -> mx.array:
+def response_loss(
+    receiver: nn.Module, cache: kv.Cache, batch: Batch, recompute: bool = False
+) -> mx.array:
     """Cross-entropy summed over the response's tokens (nats); the prompt is never scored.
 
     Only the last prompt id and the response run here, so no other logits exist.
+
+    Args:
+        receiver: the frozen model.
+        cache: its fused cache over the prompts but their last ids.
+        batch: the responses.
+        recompute: whether a layer's insides are computed again for the gradient, not kept.
     """
-    logits = receiver(mx.array(batch.inputs), cache=cache)
+    with _recomputed(receiver) if recompute else nullcontext():
+        logits = receiver(mx.array(batch.inputs), cache=cache)
     losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
     return (losses * mx.array(batch.mask.astype(np.float32))).sum()
 
 
-def message_cost(change: Change | None, messages: np.ndarray) -> mx.array:
-    """Mean of the message gates over the fused positions, in [0, 1]."""
+@contextmanager
+def _recomputed(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer of the model is a checkpoint: its output is kept, its insides are not.
+
+    mlx-lm's own `grad_checkpoint` follows parameters; here the gradient flows through the caches.
+    """
+    layers = list(model.layers)
+    model.layers[:] = [_Recomputed(layer) for layer in layers]
+    try:
+        yield
+    finally:
+        model.layers[:] = layers
+
+
+class _Recomputed:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, h: mx.array, mask: Any, cache: kv.TrainingCache) -> Any:
+        def run(h: mx.array, keys: mx.array, values: mx.array) -> Any:
+            return self.layer(h, mask, cache=cache.copy(keys, values))
+
+        return mx.checkpoint(run)(h, *cache.keys_and_values())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+def message_loss(change: Change | None, batch: Batch) -> mx.array:
+    """Cross-entropy of the message gates, a mean over slices and fused positions (nats).
+
+    A gate is to be shut where the receiver's own answer is wanted, and open everywhere else.
+    """
     if change is None or change.message_weight is None:
         return mx.array(0.0)
-    member = mx.array((messages >= 0)[None, :, None, :, None].astype(np.float32))
-    return (change.message_weight * member).mean(axis=0).sum() / member.sum()
+    member = mx.array((batch.messages >= 0)[None, :, None, :, None].astype(np.float32))
+    shut = mx.array(batch.own[None, :, None, None, None])
+    right = mx.where(shut, 1 - change.message_weight, change.message_weight)
+    return -(mx.log(right + 1e-6) * member).mean(axis=0).sum() / member.sum()

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +20,26 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from c2c_mlx import kv
 from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fuser import KV, Fuser, inputs
+from c2c_mlx.fuser import Fuser, inputs
 from c2c_mlx.generate import C2C
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Dataset, Example, Position, collate
+from c2c_mlx.training.prefills import Prefiller, Prefills
 
 Report = dict[str, float]
 
 
-@dataclass
-class Prefills:
-    """The frozen half of a step: what both models hold before anything is learned."""
-
-    own: Any
-    sharer: KV
-
-
 class Trainer:
-    """One run.
+    """One run, or one process of a run that several share (`mlx.launch`).
+
+    Every process draws the same batches and takes its own rows of them; gradients are added up, so
+    the run is the one that a single process would make. The first process alone measures and
+    writes.
 
     Args:
         c2c: both models and the fuser that learns.
@@ -60,64 +59,70 @@ class Trainer:
         self.position: Position = (0, 0)
         self.best = math.inf
         self.final: Report = {}
+        self.group = mx.distributed.init()
         self.optimizer = optim.AdamW(
             learning_rate=_schedule(config),
             betas=list(config.betas),
             weight_decay=config.weight_decay,
         )
-        self._memos: tuple[step_loss.PrefixMemo, step_loss.PrefixMemo] = ({}, {})
+        self.prefills = Prefiller(
+            c2c,
+            Path(config.prefill_cache) if config.prefill_cache else None,
+            config.prefill_cache_gb,
+            config.zero_sharer,
+        )
         self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
 
     # --- one step -----------------------------------------------------------------------------
 
-    def prefills(self, batch: Batch) -> Prefills:
-        """Runs both frozen models over the prompts."""
-        own = step_loss.prefill(self.c2c.receiver, batch.receiver, self._memos[0])
-        if self.config.zero_sharer or batch.start == batch.stop:
-            return Prefills(own, step_loss.zeroed(self.c2c, batch))
-        cache = step_loss.prefill(self.c2c.sharer, batch.sharer, self._memos[1])
-        return Prefills(own, step_loss.read_sharer(self.c2c, cache, batch))
-
-    def _loss(self, prefills: Prefills, batch: Batch, tokens: int) -> tuple[mx.array, mx.array]:
+    def _loss(self, prefills: Prefills, batch: Batch, tokens: float) -> tuple[mx.array, mx.array]:
         fused, change = step_loss.fuse(self.c2c, prefills.own, prefills.sharer, batch)
-        loss = step_loss.response_loss(self.c2c.receiver, fused, batch)
+        loss = step_loss.response_loss(self.c2c.receiver, fused, batch, self.config.grad_checkpoint)
         total = loss / tokens
-        if self.config.message_gate_cost:
-            cost = step_loss.message_cost(change, batch.messages)
-            total = total + self.config.message_gate_cost * cost * batch.tokens / tokens
+        if self.config.message_gate_weight:
+            gates = step_loss.message_loss(change, batch)
+            total = total + self.config.message_gate_weight * gates * batch.tokens / tokens
         return total, loss
 
-    def train_step(self, batches: list[Batch]) -> float:
+    def train_step(self, batches: list[list[Example]]) -> float:
         """One optimiser step over `accumulate` batches; returns the loss per token in nats.
 
         Raises:
             C2CError: if the loss or a gradient is not a finite number.
         """
-        fuser = self.c2c.fuser
+        fuser, rank, size = self.c2c.fuser, self.group.rank(), self.group.size()
         fuser.train()
+        fuser.temperature = self.temperature
         # Noise that depends on the step alone needs no state to be saved: a resumed run draws it.
-        mx.random.seed((self.config.seed << 32) + self.step)
-        tokens = sum(b.tokens for b in batches)
-        total, gradient = mx.array(0.0), None
-        for batch in batches:
+        mx.random.seed((self.config.seed << 32) + self.step * size + rank)
+        tokens = sum(len(e.response_ids) for rows in batches for e in rows)
+        share = tokens / size  # sums over processes come out of averages
+        total = mx.array(0.0)
+        gradient = tree_map(mx.zeros_like, fuser.trainable_parameters())
+        for rows in batches:
+            if not (rows := rows[rank::size]):
+                continue
+            batch = collate(rows, fuser.config.positions)
             prefills = self.prefills(batch)
-            (_, loss), part = self._loss_and_grad(prefills, batch, tokens)
-            gradient = part if gradient is None else _add(gradient, part)
+            (_, loss), part = self._loss_and_grad(prefills, batch, share)
+            gradient = tree_map(mx.add, gradient, part)
             total = total + loss
             mx.eval(total, gradient)
+        total = mx.distributed.all_sum(total, group=self.group)
+        gradient = nn.average_gradients(gradient, self.group)
         gradient, norm = optim.clip_grad_norm(gradient, self.config.clip)
-        mean, size = float(total) / tokens, float(norm)
-        if not math.isfinite(mean + size):
+        mean = float(total) / tokens
+        if not math.isfinite(mean + float(norm)):
+            where = ", ".join(e.where for rows in batches for e in rows)
             raise C2CError(
-                f"step {self.step + 1}: the loss is {mean} and the gradient's norm {size}; "
-                f"nothing was updated. The latest checkpoint is good: --resume it with a smaller "
-                f"--learning-rate"
+                f"step {self.step + 1}: the loss is {mean} and the gradient's norm {float(norm)}; "
+                f"nothing was updated. The batch: {where}. The latest checkpoint is good: --resume "
+                f"it with a smaller --learning-rate, or without these chats"
             )
         self.optimizer.update(fuser, gradient)
         mx.eval(fuser.parameters(), self.optimizer.state)
         self.step += 1
         self.tokens += tokens
-        fuser.temperature = self.temperature
         return mean
 
     @property
@@ -131,28 +136,38 @@ class Trainer:
 
     # --- the run ------------------------------------------------------------------------------
 
-    def run(self, on_report: Callable[[Report], None]) -> None:
-        """Trains up to `config.iters` steps; saves a checkpoint on every way out but a crash."""
-        c = self.config
-        self.c2c.fuser.temperature = self.temperature
-        positions = self.c2c.fuser.config.positions
+    def run(
+        self,
+        on_report: Callable[[Report], None] = lambda report: None,
+        on_step: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> None:
+        """Trains up to `config.iters` steps.
+
+        Ctrl-C ends the step that is running, saves a checkpoint, and is raised.
+
+        Args:
+            on_report: called with what goes to `metrics.jsonl`.
+            on_step: called after each step with its number and loss.
+        """
+        c, is_first = self.config, self.group.rank() == 0
         stream = self.train.batches(c.batch_size, c.seed, self.position)
         began, losses, tokens_before = time.perf_counter(), [], self.tokens
-        try:
-            while self.step < c.iters:
+        with _interrupts_noted() as interrupted:
+            while self.step < c.iters and not interrupted:
                 drawn = [next(stream) for _ in range(c.accumulate)]
-                losses.append(self.train_step([collate(rows, positions) for _, rows in drawn]))
+                losses.append(self.train_step([rows for _, rows in drawn]))
                 self.position = drawn[-1][0]
+                on_step(self.step, losses[-1])
                 last = self.step == c.iters
                 evaluating = self.valid and (self.step % c.eval_every == 0 or last)
-                if self.step % c.report_every == 0 or evaluating or last:
+                if is_first and (self.step % c.report_every == 0 or evaluating or last):
                     seconds = time.perf_counter() - began
                     report: Report = {
                         "step": self.step,
                         "loss": float(np.mean(losses)),
                         "tokens": self.tokens,
                         "learning_rate": float(self.optimizer.learning_rate.item()),
-                        "temperature": self.c2c.fuser.temperature or 0.0,
+                        "temperature": self.temperature or 0.0,
                         "gates_open": int(self.c2c.fuser.gates.sum()),
                         "tokens_per_s": (self.tokens - tokens_before) / seconds,
                         "peak_memory_gb": mx.get_peak_memory() / 1e9,
@@ -166,11 +181,10 @@ class Trainer:
                         self.best = float(report["valid_loss"])
                         self.c2c.fuser.save(self.folder / "best")
                     began, losses, tokens_before = time.perf_counter(), [], self.tokens
-                if self.step % c.save_every == 0 or last:
+                if is_first and (self.step % c.save_every == 0 or last or interrupted):
                     self.save()
-        except KeyboardInterrupt:
-            self.save()
-            raise
+            if interrupted:
+                raise KeyboardInterrupt
 
     def evaluate(self) -> Report:
         """Validation loss per token: C2C, the receiver alone, and C2C with shuffled sharers."""
@@ -201,20 +215,37 @@ class Trainer:
         return {name: total / tokens for name, total in sums.items()}
 
     def _log(self, report: Report) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with _writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
 
     # --- checkpoints --------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes a checkpoint beside the others and drops the oldest; never a half-written one."""
+        """Writes a checkpoint beside the others and drops the oldest; never a half-written one.
+
+        Raises:
+            C2CError: if it can't be written; the earlier ones stay.
+        """
         target = self.folder / "checkpoints" / f"{self.step:07d}"
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with _writing(target):
+            try:
+                partial.mkdir(parents=True)
+                self._write_state(partial)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+        for old in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _write_state(self, folder: Path) -> None:
         state_of = {"fuser": self.c2c.fuser.parameters(), "optimizer": self.optimizer.state}
         arrays: dict[str, mx.array] = tree_flatten(state_of, destination={})  # type: ignore[assignment]
-        mx.save_safetensors(str(partial / "state.safetensors"), arrays)
+        mx.save_safetensors(str(folder / "state.safetensors"), arrays)
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -222,14 +253,10 @@ class Trainer:
             "best": self.best if math.isfinite(self.best) else None,
             "train": asdict(self.config),
         }
-        (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for file in partial.iterdir():
+        (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        for file in folder.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        for old in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
 
     def resume(self, checkpoint: Path) -> None:
         """Continues exactly: weights, moments, step, noise and data order."""
@@ -307,10 +334,33 @@ def new_fuser(config: FuserConfig, gates: str, seed: int) -> Fuser:
     return fuser
 
 
-def _add(a: Any, b: Any) -> Any:
-    return tree_unflatten(
-        [(k, x + y) for (k, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True)]
-    )
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # MLX's own writing raises the latter
+        reason = getattr(e, "strerror", None) or str(e)
+        raise C2CError(
+            f"{path}: cannot be written ({reason}); earlier checkpoints are whole: make room, then "
+            "--resume"
+        ) from None
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Inside, the first Ctrl-C is only put into the list; a second one is raised at once."""
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        noted.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _schedule(c: TrainConfig) -> Callable[[mx.array], mx.array]:

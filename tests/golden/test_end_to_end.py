@@ -83,34 +83,14 @@ def test_sections(c2c: C2C, meta: dict[str, Any], name: str) -> None:
     """Some sections of a prompt are fused, some are not; later ones attend to what was fused."""
     variant = document("extras/variants/qwen3_llama/variants.json")[name]
     golden = arrays("extras/variants/qwen3_llama/io.safetensors")
-    sections = [(s["length"], s["sharer_mask"] > 0) for s in variant["sections"]]
-    cache, logits = prefill_sections(c2c, meta["input_ids"], sections)
+    *sections, (last, _) = [(s["length"], s["sharer_mask"] > 0) for s in variant["sections"]]
+    ids = meta["input_ids"]
+    cache = c2c.prefill(ids, sections=[*sections, (last - 1, False)])
+    logits = c2c.receiver(mx.array([ids[-1:]]), cache=cache)[:, -1]
     assert_close(logits, golden[f"{name}.logits_last_prompt"])
     assert_cache(cache, golden, f"{name}.final")
     first = int(logits.argmax().item())
     assert [first, *generate(c2c.receiver, [first], cache, 11)] == variant["generated_ids"]
-
-
-def prefill_sections(
-    c2c: C2C, ids: list[int], sections: list[tuple[int, bool]]
-) -> tuple[kv.Cache, mx.array]:
-    """Runs the whole prompt section by section; returns the cache and the last logits."""
-    sharer = kv.make_cache(c2c.sharer)
-    c2c.sharer(mx.array([ids]), cache=sharer)
-    cache, start = kv.make_cache(c2c.receiver), 0
-    for length, fused in sections:
-        stop = start + length
-        logits = c2c.receiver(mx.array([ids[start:stop]]), cache=cache)[:, -1]
-        if fused:
-            own = kv.read(cache, c2c.receiver_layers, start, stop)
-            shared = kv.read(sharer, [s for _, s in c2c.fuser.config.layer_map], start, stop)
-            kv.trim(cache, start)
-            for layer, keys, values in zip(
-                c2c.receiver_layers, *c2c.fuser(sharer=shared, receiver=own), strict=True
-            ):
-                kv.append(cache, layer, keys, values)
-        start = stop
-    return cache, logits
 
 
 def assert_cache(cache: kv.Cache, golden: dict[str, mx.array], name: str) -> None:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 import c2c_mlx.fuser
 from c2c_mlx.config import FuserConfig, ModelShape
 from c2c_mlx.convert import reference_name
-from c2c_mlx.fuser import Fuser, inputs, project
+from c2c_mlx.fuser import Fuser, project
 
 CASES = ("p0", "p1", "p2")
 
@@ -50,9 +50,9 @@ def test_inference(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_projection_and_dynamic_weight_of_closed_slices_too(case: str) -> None:
     fuser, io = load(case), arrays(f"projector/{case}/io.safetensors")
-    x = inputs(pair(io, "source_{}"), pair(io, "target_{}"), [(0, 0), (1, 0)])
+    sharer, receiver, both = pair(io, "source_{}"), pair(io, "target_{}"), [(0, 0), (1, 0)]
     params = tree_map(lambda p: p[:, 0], fuser.parameters())
-    projection, weight, _ = project(params, x, fuser.config, 0.0, None)
+    projection, weight, _ = project(params, sharer, receiver, both, fuser.config, 0.0, None)
     for row, kind in enumerate(KINDS):
         assert_close(projection[row], io[f"mid.{kind}_proj_out"], kind)
         assert_close(weight[row], mx.sigmoid(io[f"mid.{kind}_scalar_head"]), kind)

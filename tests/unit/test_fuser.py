@@ -50,6 +50,18 @@ def assert_close(found: mx.array, expected: mx.array) -> None:
 # --- slices
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_is_added_outside_of_messages(training: bool) -> None:
+    fuser, given = make(), caches()
+    fuser.train(training)
+    whole = fuser.change(**given).delta
+    delta = fuser.change(**given, messages=np.array([[0, 0, -1, 1, -1], [-1, 3, 3, 3, 3]])).delta
+    assert mx.abs(delta[:, 0, :, mx.array([2, 4])]).max().item() == 0
+    assert mx.abs(delta[:, 1, :, 0]).max().item() == 0
+    if not training:
+        assert_close(delta[:, 1, :, 1:], whole[:, 1, :, 1:])
+
+
 def test_a_fresh_fuser_is_the_identity() -> None:
     fuser = Fuser(FuserConfig(RECEIVER, SHARER, LAYER_MAP, hidden_dim=12, intermediate_dim=10))
     fuser.eval()
@@ -118,6 +130,16 @@ def test_changed_parameters_are_noticed() -> None:
     assert not same(fuser(**given), before)
     fuser.gate_logit = mx.zeros_like(fuser.gate_logit)  # at zero a gate is closed
     assert same(fuser(**given), given["receiver"])
+
+
+def test_gates_written_in_place_are_noticed() -> None:
+    fuser, given = make(), caches()
+    before = fuser(**given)
+    fuser.gate_logit[1, 2] = -1.0
+    after = fuser(**given)
+    assert mx.array_equal(after[1][2], given["receiver"][1][2])
+    fuser.gate_logit[1, 2] = 3.0
+    assert same(fuser(**given), before)
 
 
 def test_every_parameter_is_used() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -12,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import KVCache
 
 from c2c_mlx import C2C, Fuser, LanguageModel, generate, kv
 from c2c_mlx.config import FuserConfig, ModelShape, SamplingConfig
@@ -178,6 +180,29 @@ def test_the_same_prompt_again_costs_nothing(make: MakeC2C) -> None:
     assert growing.stats() is None
 
 
+@pytest.mark.parametrize("reached", [2, 8, 11])
+def test_an_interruption_at_any_layer_does_no_harm(
+    make: MakeC2C, reached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C does: within the sharer's pass, the receiver's, and the fused cache's layers."""
+    c2c = make()
+    growing = FusedPrefix(c2c)
+    growing.extend(*prompt(FIRST, ANSWER))
+    update, calls = KVCache.update_and_fetch, iter(range(1000))
+
+    def interrupted(self: KVCache, keys: mx.array, values: mx.array) -> Any:
+        if next(calls) == reached:
+            raise KeyboardInterrupt
+        return update(self, keys, values)
+
+    monkeypatch.setattr(KVCache, "update_and_fetch", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        growing.extend(*prompt(FIRST, ANSWER, SECOND))
+    monkeypatch.undo()
+    for chat in (prompt(FIRST, ANSWER, SECOND, FIRST), prompt(FIRST[:4])):
+        assert_same(growing.extend(*chat), scratch(c2c, chat), 1e-4)
+
+
 def test_progress_counts_both_prefills_to_the_end(
     make: MakeC2C, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +230,21 @@ def test_prefill_is_the_plain_form(make: MakeC2C) -> None:
     assert_same(c2c.prefill(ids, other, index[:-1]), fused)  # the last id is fed by nothing
     itself = np.arange(len(ids))
     assert_same(c2c.prefill(ids), c2c.prefill(ids, ids, itself))
+
+
+def test_sections_that_are_not_fused_read_what_was(make: MakeC2C) -> None:
+    c2c, ids = make(), [*FIRST, *ANSWER, 5]
+    n, part = len(ids) - 1, len(FIRST)
+    assert_same(c2c.prefill(ids, sections=[(n, True), (0, False)]), c2c.prefill(ids))
+    alone = Prefix(c2c.receiver)
+    alone.extend(ids[:-1])
+    assert_same(c2c.prefill(ids, sections=[(part, False), (n - part, False)]), alone.cache, 1e-5)
+    cache = c2c.prefill(ids, sections=[(part, True), (n - part, False)])
+    expected = Prefix(c2c.receiver)
+    expected.cache, expected.ids = c2c.prefill(ids[: part + 1]), ids[:part]
+    expected.extend(ids[:-1])
+    assert_same(cache, expected.cache, 1e-5)
+    assert differs(cache, c2c.prefill(ids))
 
 
 def test_a_prompt_of_one_id_leaves_the_cache_empty(make: MakeC2C) -> None:
@@ -306,17 +346,37 @@ def test_refuses_an_empty_prompt_and_an_index_that_does_not_fit(make: MakeC2C) -
     ):
         with pytest.raises(C2CError, match="index must name"):
             c2c.prefill([5, 6, 7], sharer_ids, index)
+    for sections in ([(3, True)], [(1, True)], [], [(3, True), (-1, False)]):
+        with pytest.raises(C2CError, match="sections must have 2 positions"):
+            c2c.prefill([5, 6, 7], sections=sections)
 
 
 # --- decoding
 
 
-def written(lm: LanguageModel, stop_strings: Sequence[str] = (), n: int = 24) -> list[str]:
+def pieces_of(
+    lm: LanguageModel, stop_strings: Sequence[str], n: int
+) -> Generator[tuple[int, str], None, str]:
     prefix = Prefix(lm.model)
     prefix.extend([10, 11, 12])
     sampling = SamplingConfig(max_tokens=n, temp=1.5, seed=4)
-    pieces = decode(lm.model, lm.tokenizer, prefix.cache, [13], sampling, stop_strings)
-    return [piece for _, piece in pieces]
+    return decode(lm.model, lm.tokenizer, prefix.cache, [13], sampling, stop_strings)
+
+
+def written(lm: LanguageModel, stop_strings: Sequence[str] = ()) -> list[str]:
+    return [piece for _, piece in pieces_of(lm, stop_strings, 24)]
+
+
+def ended(
+    lm: LanguageModel, stop_strings: Sequence[str] = (), n: int = 24
+) -> tuple[list[int], str]:
+    """All ids, and the reason why there are no more."""
+    tokens, pieces = [], pieces_of(lm, stop_strings, n)
+    while True:
+        try:
+            tokens.append(next(pieces)[0])
+        except StopIteration as end:
+            return tokens, end.value
 
 
 def test_decoding_is_repeatable_and_whole(receiver: LanguageModel) -> None:
@@ -335,6 +395,24 @@ def test_no_part_of_a_stop_string_is_ever_shown(
     pieces = written(receiver, ["never written", stop])
     assert "".join(pieces) == text[: text.index(stop)]
     assert len(pieces) < 24
+
+
+def test_why_an_answer_ended(receiver: LanguageModel) -> None:
+    text = "".join(written(receiver))
+
+    def reason(n: int, stop_strings: Sequence[str] = ()) -> str:
+        return ended(receiver, stop_strings, n)[1]
+
+    assert reason(24) == "length"
+    assert reason(24, [text]) == "stop"  # complete with the last token that is allowed
+    eos, tokens = receiver.tokenizer.eos_token_ids, ended(receiver)[0]
+    end = tokens[9]
+    receiver.tokenizer.eos_token_ids = {end}
+    try:
+        at = tokens.index(end) + 1
+        assert (reason(at - 1), reason(at), reason(24)) == ("length", "stop", "stop")
+    finally:
+        receiver.tokenizer.eos_token_ids = eos
 
 
 def test_the_beginning_of_a_stop_string_comes_out_at_the_end(receiver: LanguageModel) -> None:

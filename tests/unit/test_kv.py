@@ -109,6 +109,9 @@ def test_layers_without_keys_and_values_are_skipped_and_handed_over() -> None:
     kv.copy_state(cache, other)
     assert other[0][0] is cache[0][0] and other[2][0] is cache[2][0]
     assert kv.length(other) == 0
+    held = cache[0][0]
+    other[0][0] = mx.zeros((1, 4))  # as decoding does
+    assert cache[0][0] is held
 
 
 def test_make_cache_never_forgets(gemma: nn.Module) -> None:
@@ -138,6 +141,36 @@ def test_a_layer_without_rope_is_refused(receiver: LanguageModel) -> None:
     with pytest.raises(C2CError, match="sharer: layer 0 has no rotary embedding"):
         kv.rope_of(Bare(), 0, "sharer")
     assert callable(kv.rope_of(receiver.model, 2, "receiver"))
+
+
+# --- rotary embeddings
+
+
+@pytest.mark.parametrize("name", ["receiver", "sharer", "gemma"])
+@pytest.mark.parametrize("offset", [0, 17, [3, -2]], ids=str)
+@pytest.mark.parametrize("rows", [None, [2], [1, 2], [0, 2, 1]], ids=str)
+def test_layers_rotate_together_as_they_do_alone(
+    name: str,
+    offset: Any,
+    rows: list[int] | None,
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    gemma: nn.Module,
+) -> None:
+    """Gemma 3 has another base where it looks at all positions than in its sliding windows."""
+    model = {"receiver": receiver.model, "sharer": sharer.model, "gemma": gemma}[name]
+    offset = mx.array(offset) if isinstance(offset, list) else offset
+    layers = [2, 0, 1]
+    rotation = kv.Rotation(model, layers, name)
+    shape = kv.model_shape(model, name)
+    size = (len(rows or layers), B, shape.kv_heads, N, shape.head_dim)
+    bare = mx.random.normal(size, key=mx.random.key(0))
+    turned = rotation.put_on(bare, offset, rows)
+    for x, found, row in zip(bare, turned, rows or range(3), strict=True):
+        assert_close(found, kv.rope_of(model, layers[row], name)(x, offset=offset))
+    if rows is None:
+        assert_close(rotation.take_off(turned, offset), bare)
+        assert mx.abs(turned - bare).max().item() > 0.1
 
 
 # --- batches with padding

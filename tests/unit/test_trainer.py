@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.fuser import inputs
 from c2c_mlx.generate import FusedPrefix
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.data import Batch, Dataset, Example, Source, collate
+from c2c_mlx.training.data import Batch, Chat, Dataset, Example, Source, collate
 from c2c_mlx.training.trainer import Report, Trainer, checkpoints, measure_inputs, new_fuser
 
 POSITIONS = ["all", "from_first_message", "messages"]
@@ -29,10 +31,14 @@ POSITIONS = ["all", "from_first_message", "messages"]
 @pytest.fixture(scope="module")
 def dataset(receiver: LanguageModel, sharer: LanguageModel) -> Dataset:
     rows = [
-        [
-            {"role": "user", "content": f"say {i}" + " please" * (i % 4)},
-            {"role": "assistant", "content": f"{i}" + " so" * (i % 3)},
-        ]
+        Chat(
+            [
+                {"role": "user", "content": f"say {i}" + " please" * (i % 4)},
+                {"role": "assistant", "content": f"{i}" + " so" * (i % 3)},
+            ],
+            own=i % 4 == 0,
+            where=f"chats, line {i}",
+        )
         for i in range(11)
     ]
     source = Source(rows, 1.0)
@@ -141,8 +147,8 @@ def test_accumulated_batches_step_like_one(
     one, parts = make(tmp_path / "one"), make(tmp_path / "parts")
     rows = examples[:6]
     losses = [
-        one.train_step([collate(rows, "all")]),
-        parts.train_step([collate(part, "all") for part in (rows[:1], rows[1:4], rows[4:])]),
+        one.train_step([rows]),
+        parts.train_step([rows[:1], rows[1:4], rows[4:]]),
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for a, b in zip(weights(one).values(), weights(parts).values(), strict=True):
@@ -150,34 +156,70 @@ def test_accumulated_batches_step_like_one(
 
 
 def test_the_loss_goes_down(make: Make, examples: list[Example], tmp_path: Path) -> None:
-    trainer, batch = make(tmp_path, iters=30, warmup=0), collate(examples, "all")
-    losses = [trainer.train_step([batch]) for _ in range(12)]
+    trainer = make(tmp_path, iters=30, warmup=0)
+    losses = [trainer.train_step([examples]) for _ in range(12)]
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_open_message_gates_have_a_price(
+def test_message_gates_learn_which_answers_are_the_receivers_own(
     make: Make, examples: list[Example], tmp_path: Path
 ) -> None:
-    def bias(cost: float) -> float:
-        trainer = make(tmp_path / str(cost), message_gate=True, message_gate_cost=cost, warmup=0)
-        for _ in range(3):
-            trainer.train_step([collate(examples, "all")])
-        return float(np.mean(weights(trainer)["message_head.bias"]))
-
-    assert bias(100.0) < bias(0.0)
+    trainer = make(tmp_path, message_gate=True, message_gate_weight=10.0, warmup=0, iters=25)
+    for _ in range(25):
+        trainer.train_step([examples])
+    batch = collate(examples, "all")
+    prefills = trainer.prefills(batch)
+    _, change = step_loss.fuse(trainer.c2c, prefills.own, prefills.sharer, batch)
+    assert change is not None and change.message_weight is not None
+    gate = np.array(change.message_weight).mean(axis=(0, 2, 3, 4))
+    assert batch.own.any() and gate[batch.own].max() < gate[~batch.own].min()
 
 
 # --- runs that are cut
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("rotated_keys", [False, True])
+def test_kept_prefills_are_the_computed_ones(
+    make: Make, examples: list[Example], tmp_path: Path, positions: str, rotated_keys: bool
+) -> None:
+    options = {"positions": positions, "rotated_keys": rotated_keys}
+    computed = make(tmp_path / "a", **options)
+    keeping = make(tmp_path / "b", prefill_cache=str(tmp_path / "kept"), **options)
+    for rows in (examples[:6], examples[6:]):
+        keeping.prefills(collate(rows, positions))
+    reading = make(tmp_path / "c", prefill_cache=str(tmp_path / "kept"), **options)
+    reading.c2c.sharer = None  # it must not be needed
+    batch = collate(examples[3:9], positions)  # batches of another epoch
+    assert loss_of(reading, batch) == pytest.approx(loss_of(computed, batch), rel=1e-3)
+    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == len(examples)
+
+
+def test_prefills_are_kept_up_to_the_limit(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    trainer = make(tmp_path, prefill_cache=str(kept), prefill_cache_gb=20e-6)
+    batch = collate(examples, "all")
+    first = loss_of(trainer, batch)
+    files = list(kept.rglob("*.safetensors"))
+    assert 0 < len(files) < len(examples)
+    assert sum(f.stat().st_size for f in files) < 25e3
+    files[0].write_bytes(b"torn")
+    assert loss_of(make(tmp_path, prefill_cache=str(kept)), batch) == first
 
 
 NOISY = {"gates": "learned", "dropout": 0.3}
 RECIPE = {"positions": "messages", "message_gate": True, "rotated_keys": False, "normalise": True}
 
 
-@pytest.mark.parametrize("options", [NOISY, RECIPE, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [NOISY, RECIPE, {"accumulate": 2}, {"prefill_cache": "kept"}], ids=str
+)
 def test_a_resumed_run_gives_the_same_weights(
-    make: Make, tmp_path: Path, options: dict[str, Any]
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     whole = make(tmp_path / "whole", **options)
     before = weights(whole)
     reports = run(whole)
@@ -198,12 +240,17 @@ def test_ctrl_c_saves_a_checkpoint_that_continues_exactly(make: Make, tmp_path: 
     whole, cut = make(tmp_path / "whole", **NOISY), make(tmp_path / "cut", report_every=1, **NOISY)
     run(whole)
 
-    def interrupt(report: Report) -> None:
-        if report["step"] == 2:
-            raise KeyboardInterrupt
+    loss_and_grad = cut._loss_and_grad
 
+    def interrupted(*args: Any) -> Any:  # in the middle of the second step
+        if cut.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return loss_and_grad(*args)
+
+    cut._loss_and_grad = interrupted
     with pytest.raises(KeyboardInterrupt):
-        cut.run(interrupt)
+        cut.run()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = make(tmp_path / "cut", **NOISY)
     resumed.resume(checkpoints(tmp_path / "cut")[-1])
     assert resumed.step == 2
@@ -226,7 +273,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_changes_nothing(
     before = weights(trainer)
     with pytest.raises(C2CError, match="step 1: the loss is nan") as e:
         run(trainer)
-    assert "--resume" in str(e.value)
+    assert "--resume" in str(e.value) and len(re.findall("chats, line", str(e.value))) == 3
     after = weights(trainer)
     assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
     assert trainer.step == 0 and checkpoints(tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ import pytest
 from c2c_mlx import LanguageModel
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import data
-from c2c_mlx.training.data import Dataset, Example, Source, collate, make_example, pad, read_rows
+from c2c_mlx.training.data import (
+    Chat,
+    Dataset,
+    Example,
+    Source,
+    collate,
+    make_example,
+    pad,
+    read_rows,
+)
 
 
 def user(content: str) -> dict[str, str]:
@@ -43,10 +53,12 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
         "",
         {"prompt": "2 + 2?", "completion": "4"},
     )
-    assert read_rows(path) == [
-        [{"role": "system", "content": "s"}, user("q"), assistant("a")],
-        [user("2 + 2?"), assistant("4")],
+    rows = read_rows(path)
+    assert rows == [
+        Chat([{"role": "system", "content": "s"}, user("q"), assistant("a")]),
+        Chat([user("2 + 2?"), assistant("4")]),
     ]
+    assert [row.where for row in rows] == [f"{path}, line 1", f"{path}, line 3"]
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u0085", "\x0c", "\r\n", "a\tb"])
@@ -54,7 +66,7 @@ def test_a_text_may_hold_any_character(tmp_path: Path, odd: str) -> None:
     row = json.dumps({"prompt": f"a{odd}b", "completion": "c"}, ensure_ascii=False)
     path = tmp_path / "train.jsonl"
     path.write_bytes(f"{row}\r\n{row}".encode())
-    assert read_rows(path) == [[user(f"a{odd}b"), assistant("c")]] * 2
+    assert read_rows(path) == [Chat([user(f"a{odd}b"), assistant("c")])] * 2
 
 
 def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> None:
@@ -65,7 +77,7 @@ def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> No
         {"messages": [user("q"), assistant("a"), user("r")]},
         {"prompt": "q", "completion": "a"},
     )
-    lasts = [row[-1]["role"] for row in read_rows(path, unanswered=True)]
+    lasts = [row.messages[-1]["role"] for row in read_rows(path, unanswered=True)]
     assert lasts == ["user", "user", "user", "assistant"]
 
 
@@ -199,7 +211,7 @@ def test_a_batch_with_nothing_to_fuse() -> None:
 
 
 def test_a_chat_becomes_an_example(receiver: LanguageModel, sharer: LanguageModel) -> None:
-    chat = [user("Who wrote it?"), assistant("Ann.")]
+    chat = Chat([user("Who wrote it?"), assistant("Ann.")])
     made = make_example(chat, receiver.tokenizer, sharer.tokenizer, "span")
     prompt = receiver.tokenizer.decode(made.receiver_ids)
     assert prompt.startswith("<|im_start|>user\nWho wrote it?<|im_end|>")
@@ -207,6 +219,16 @@ def test_a_chat_becomes_an_example(receiver: LanguageModel, sharer: LanguageMode
     assert receiver.tokenizer.decode(made.response_ids).startswith("Ann.<|im_end|>")
     assert len(made.index) == len(made.messages) == len(made.receiver_ids)
     assert "".join(map(str, sorted(set(made.messages.tolist())))) == "-10"
+
+
+def test_an_answer_that_was_cut_teaches_no_end(
+    receiver: LanguageModel, sharer: LanguageModel
+) -> None:
+    chat = Chat([user("Who wrote it?"), assistant("Ann and")], own=True)
+    whole = make_example(chat, receiver.tokenizer, sharer.tokenizer, "span")
+    cut = make_example(replace(chat, cut=True), receiver.tokenizer, sharer.tokenizer, "span")
+    assert whole.own and cut.own
+    assert [*cut.response_ids, receiver.tokenizer.eos_token_id] == whole.response_ids
 
 
 def test_fed_by_another_chat() -> None:
@@ -227,8 +249,8 @@ def dataset(
 ) -> Dataset:
     """Two sources, 23 rows and 4 rows of twice the weight per row; windows of 3 batches."""
     monkeypatch.setattr(data, "WINDOW", 3)
-    many = [[user(f"n {i} " + "and " * (i % 5)), assistant(f"{i}")] for i in range(23)]
-    few = [[user(f"m {i}"), assistant(f"{100 + i}")] for i in range(4)]
+    many = [Chat([user(f"n {i} " + "and " * (i % 5)), assistant(f"{i}")]) for i in range(23)]
+    few = [Chat([user(f"m {i}"), assistant(f"{100 + i}")]) for i in range(4)]
     sources = [Source(many, 2.0), Source(few, 1.0)]
     return Dataset(sources, receiver.tokenizer, sharer.tokenizer, "span", 64)
 
@@ -271,7 +293,7 @@ def test_batches_are_of_similar_length(dataset: Dataset) -> None:
 def test_long_chats_are_left_out_and_counted(
     receiver: LanguageModel, sharer: LanguageModel
 ) -> None:
-    rows = [[user("hi"), assistant("a")], [user("hi " * 99), assistant("a")]]
+    rows = [Chat([user("hi"), assistant("a")]), Chat([user("hi " * 99), assistant("a")])]
     dataset = Dataset([Source(rows, 1.0)], receiver.tokenizer, sharer.tokenizer, "span", 40)
     (_, batch), *_ = islice(dataset.batches(8, 0), 1)
     assert (len(batch), dataset.skipped) == (1, 1)

@@ -1,0 +1,71 @@
+"""kill -9 at random moments of a run of two tiny models: is the end the same, bit for bit?
+
+python benchmarks/kill.py [KILLS]
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+TINY = Path(__file__).parents[1] / "tests" / "golden" / "data" / "e2e" / "qwen3_llama"
+TRAIN = "import sys; from c2c_mlx.commands.train import main; sys.exit(main())"
+STEPS = 400
+
+
+def command(data: Path, out: Path, resume: bool) -> list[str]:
+    """A run with everything in it that a resumed run could get wrong."""
+    models = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
+    run = ["--data", str(data), "--out", str(out), "--preset", "tiny", "--gates", "learned"]
+    run += ["--iters", str(STEPS), "--save-every", "10", "--batch-size", "4"]
+    return [sys.executable, "-c", TRAIN, *models, *run, *(["--resume"] if resume else [])]
+
+
+def main() -> None:
+    kills, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 20, 0
+    random.seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        data, whole, cut = (Path(folder) / name for name in ("data", "whole", "cut"))
+        data.mkdir()
+        rows = [{"prompt": f"say {i}", "completion": "so " * (i % 5)} for i in range(1, 40)]
+        (data / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        subprocess.run(command(data, whole, False), check=True, capture_output=True)
+        landed = 0
+        while landed < kills:
+            started = any((cut / "checkpoints").glob("[0-9]*"))
+            if (cut / "config.json").exists():  # it got through: the other kills need a new run
+                assert_same(cut, whole)
+                cut, started = Path(folder) / f"cut{landed}", False
+            process = subprocess.Popen(command(data, cut, started), stderr=subprocess.DEVNULL)
+            try:
+                process.wait(random.uniform(0.2, 8.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                landed += 1
+                print(f"kill {landed} of {kills}, at step {last(cut)} or later", flush=True)
+        started = any((cut / "checkpoints").glob("[0-9]*"))
+        subprocess.run(command(data, cut, started), check=True, capture_output=True)
+        assert_same(cut, whole)
+    print(f"{kills} kills: the final weights are bit-identical to those of an uninterrupted run")
+
+
+def last(run: Path) -> int:
+    """The step of a run's newest checkpoint."""
+    return max((int(c.name) for c in (run / "checkpoints").glob("[0-9]*")), default=0)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    a, b = (load_file(run / "fuser.safetensors") for run in (one, other))
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a), "weights differ"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""c2c-eval: the same items through every mode, with differences that say what they are worth."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from c2c_mlx import registry
+from c2c_mlx.commands import run
+from c2c_mlx.commands.chat import Status, fuser_folder
+from c2c_mlx.errors import C2CError
+from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item, Task
+from c2c_mlx.progress import Progress
+
+if TYPE_CHECKING:
+    from c2c_mlx.fuser import Fuser
+
+PROGRAM = "c2c-eval"
+EPILOG = """\
+examples:
+  c2c-eval --task valid.jsonl --json result.json
+  c2c-eval --task trivia.jsonl --method logits --mode receiver,sharer,c2c --limit 200
+  c2c-eval --task arc-challenge --sharer qwen --receiver llama --fuser my-fuser --json arc.json
+  c2c-eval --compare mine.json twin.json:c2c-zeroed    # item by item, without any model
+
+FILE holds one object per line, and its keys say what it is: 'question', 'choices' and 'answer'
+(multiple choice); 'messages', or 'prompt' and 'completion' (a reference answer: its NLL, and chrF
+and BLEU of what is written); 'prompt' alone, or 'messages' that end with the user's (how far a mode
+leaves the receiver's own answers alone). Rows with 'lang' or 'subject' are reported per group, too.
+NAME is one of: mmlu-redux, arc-challenge, openbookqa, c-eval, gsm8k (from the hub).
+
+An interrupted run leaves OUT.partial.jsonl; the same command continues it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point: parses arguments, evaluates, returns an exit code."""
+    args = _parser().parse_args(argv)
+    command = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
+    return run(lambda: _compare(args) if args.compare else _evaluate(args, command), PROGRAM)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Run the same items through each mode, and report paired differences.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", metavar="FILE.jsonl|NAME", help="what is asked")
+    what.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="OUT[:MODE]",
+        help="difference of two results, mode c2c unless said otherwise",
+    )
+    add("--mode", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: all that make sense)")
+    add("--json", type=Path, metavar="OUT", help="write the result there, and a report beside it")
+    add("--sharer", metavar="MODEL", help="alias, folder or hub id (default: the embedded pair's)")
+    add("--receiver", metavar="MODEL", help="alias, folder or hub id (default: likewise)")
+    add("--fuser", metavar="FUSER", help="folder, name or hub id (default: the pair's)")
+    add(
+        "--method",
+        choices=("generate", "logits"),
+        default="generate",
+        help="of multiple choice: read the written answer, or take the likeliest letter",
+    )
+    add("--limit", type=int, metavar="N", help="so many items, drawn with the seed")
+    add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    add("--max-tokens", type=int, metavar="N", help="of an answer (default: 64, gsm8k 512)")
+    add("--batch-size", type=int, default=16, metavar="N", help="items at a time (%(default)s)")
+    add(
+        "--latency",
+        type=int,
+        default=10,
+        metavar="N",
+        help="so many items are asked one by one and timed (%(default)s)",
+    )
+    return parser
+
+
+def _evaluate(args: argparse.Namespace, command: str) -> None:
+    _check_numbers(args)
+    if args.json:
+        from c2c_mlx.evaluation.report import check_free
+
+        check_free(args.json)
+    task, items = _read(args.task, args.method)
+    names = _modes(args.mode, task)
+    items = _draw(items, args.limit, args.seed)
+    if "c2c-shuffled" in names and len(items) < 2:
+        raise C2CError("c2c-shuffled needs at least two items; choose other modes with --mode")
+    default_receiver, default_sharer = registry.default_pair()
+    receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
+    folder = None
+    if set(names) & set(C2C_MODES):
+        folder = fuser_folder(args.fuser, receiver, sharer)
+    max_tokens = args.max_tokens or task.max_tokens
+    settings = {
+        "task": args.task,
+        "kind": task.kind,
+        "items": _digest(json.dumps([asdict(item) for item in items]).encode()),
+        "receiver": receiver,
+        "sharer": sharer,
+        "fuser": _fuser_digest(folder),
+        "method": args.method if task.kind == "choice" else "",
+        "modes": names,
+        "seed": args.seed,
+        "max_tokens": max_tokens,
+        "latency": args.latency,
+    }
+
+    from c2c_mlx import blas
+    from c2c_mlx.evaluation import report
+    from c2c_mlx.evaluation.modes import Modes
+    from c2c_mlx.evaluation.runner import Log
+    from c2c_mlx.evaluation.runner import run as run_items
+    from c2c_mlx.fuser import Fuser
+    from c2c_mlx.models import load_model
+
+    if blas.notice:
+        print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
+    log = Log(args.json and args.json.with_name(args.json.name + ".partial.jsonl"), settings)
+    status = Status(sys.stderr)
+    with closing(status):
+        fuser: Fuser | None = Fuser.load(folder) if folder else None
+        modes = Modes(
+            load_model(receiver, progress=status.loading),
+            load_model(sharer, progress=status.loading) if names != ["receiver"] else None,
+            fuser,
+            items,
+            args.seed,
+            max_tokens,
+        )
+        run_items(
+            task,
+            items,
+            names,
+            modes,
+            log,
+            batch_size=args.batch_size,
+            alone=args.latency,
+            progress=lambda mode, done, total: status.loading(Progress(mode, done, total)),
+        )
+    records = {mode: log.records[mode] for mode in names}
+    about = {
+        "task": args.task,
+        "command": command,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "receiver": receiver,
+        "sharer": sharer,
+        "fuser": str(args.fuser or (folder.name if folder else "")),
+        "fuser_sha256": settings["fuser"],
+        "device": _device(),
+        "versions": _versions(),
+        "settings": settings,
+    }
+    result = report.summarise(task, items, records, about, args.seed)
+    print(f"{args.task}: {len(items)} items\n\n{report.tables(result, every_group=False)}")
+    if args.json:
+        report.write(args.json, result, report.markdown(result))
+        log.remove()
+        print(f"\nwritten: {args.json}, {report.report_path(args.json)}", file=sys.stderr)
+
+
+# --- what is asked ------------------------------------------------------------------------------
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (
+        ("limit", 1),
+        ("seed", 0),
+        ("max_tokens", 1),
+        ("batch_size", 1),
+        ("latency", 0),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise C2CError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def _read(name: str, method: Any) -> tuple[Task, list[Item]]:
+    from c2c_mlx.evaluation import benchmarks, files
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        return files.read(path, method)
+    if name in benchmarks.BENCHMARKS:
+        return benchmarks.read(name, method)
+    known = ", ".join(benchmarks.BENCHMARKS)
+    raise C2CError(f"--task {name}: neither a file nor one of {known}")
+
+
+def _modes(given: str | None, task: Task) -> list[str]:
+    """Modes in the order of a report; the receiver is there where its answers are the reference."""
+    if given is None:
+        return list(task.modes)
+    names = {part.strip() for part in given.split(",") if part.strip()}
+    if not names or not names <= set(MODES):
+        raise C2CError(f"--mode {given}: must be of {', '.join(MODES)}, with commas between")
+    if not names <= set(task.modes):
+        raise C2CError(
+            f"--mode {given}: rows without an answer ask how far the receiver's own answers are "
+            f"left alone; choose of {', '.join(task.modes)}"
+        )
+    if task.kind == "agreement":
+        names.add("receiver")
+    return [mode for mode in MODES if mode in names]
+
+
+def _draw(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    """So many items, spread over the whole task, in their order."""
+    if limit is None or limit >= len(items):
+        return items
+    import numpy as np
+
+    chosen = np.random.default_rng(seed).choice(len(items), limit, replace=False)
+    return [items[i] for i in sorted(chosen.tolist())]
+
+
+# --- what is said of a run ----------------------------------------------------------------------
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _fuser_digest(folder: Path | None) -> str:
+    """Of the weights: a fuser that was trained on in the same folder is another one."""
+    if folder is None:
+        return ""
+    from c2c_mlx.checkpoint import WEIGHTS
+
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _device() -> str:
+    import mlx.core as mx
+
+    info = mx.device_info()
+    return f"{info.get('device_name', platform.processor())} ({mx.default_device()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("c2c-mlx", "mlx", "mlx-lm", "numpy", "sacrebleu", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# --- two results --------------------------------------------------------------------------------
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from c2c_mlx.evaluation import report
+
+    if args.json:
+        report.check_free(args.json)
+    names, sides = [], []
+    for text in args.compare:
+        file, _, mode = text.rpartition(":")
+        path, mode = (Path(file), mode) if mode in MODES else (Path(text), "c2c")
+        names.append(f"{path.stem} {mode}")
+        sides.append((report.read(path), mode))
+    found = report.compare(sides[0], sides[1], args.seed)
+    text = report.compare_table(found, names)
+    print(text)
+    if args.json:
+        about = dict(zip(("a", "b"), args.compare, strict=True))
+        report.write(args.json, {**about, "scores": found}, text + "\n")

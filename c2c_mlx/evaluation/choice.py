@@ -1,0 +1,111 @@
+"""Multiple choice: by what is written, or by which letter is likeliest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+from c2c_mlx.alignment import response_ids
+from c2c_mlx.errors import C2CError
+from c2c_mlx.evaluation.task import Answer, Item, Probe, Task
+
+Method: TypeAlias = Literal["generate", "logits"]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LEAD = "The correct answer is"
+
+# The published prompt, so that numbers can be compared (c2c, section 7).
+PROMPT = """\
+Accurately answer the following question:
+
+{question}
+
+Choices:
+{choices}
+
+Instructions:
+- Carefully read the question and all options.
+- Select the single most correct answer.
+- Respond ONLY in the following format: "The correct answer is {letters}".
+- Do not include any explanations, additional text, or punctuation besides the answer.
+
+The correct answer is"""
+
+
+def prompt(question: str, choices: Sequence[str]) -> str:
+    """The user's message."""
+    lines = "".join(f"{x}. {choice}\n" for x, choice in zip(LETTERS, choices, strict=False))
+    return PROMPT.format(
+        question=question, choices=lines, letters="/".join(LETTERS[: len(choices)])
+    )
+
+
+class Choice(Task):
+    """Accuracy, and for written answers how many of them name no choice."""
+
+    kind = "choice"
+    scores: tuple[str, ...] = ("accuracy", "invalid")
+
+    def __init__(self, method: Method) -> None:
+        self.writes = method == "generate"
+        if not self.writes:
+            self.scores = ("accuracy",)  # some letter is always likeliest
+
+    def probe(self, item: Item, tokenizer: Any, own: Answer | None) -> Probe | None:
+        """The letters, behind the beginning of an answer."""
+        if self.writes:
+            return None
+        spelled = [
+            response_ids(
+                [*item.messages, {"role": "assistant", "content": f"{LEAD} {letter}"}], tokenizer
+            )
+            for letter in LETTERS[: item.choices]
+        ]
+        same = next(i for i, ids in enumerate(zip(*spelled, strict=False)) if len(set(ids)) > 1)
+        options = [ids[same] for ids in spelled]
+        if len(set(options)) < len(options):
+            raise C2CError("this tokenizer begins two letters alike: take --method generate")
+        return Probe(spelled[0][:same], options)
+
+    def score(self, item: Item, answer: Answer, own: Answer | None) -> dict[str, float]:
+        """1 or 0; a failed item is wrong, and so is an answer that names no choice."""
+        if not self.writes:
+            best = max(range(len(answer.options)), key=answer.options.__getitem__, default=None)
+            named = None if best is None else LETTERS[best]
+            return {"accuracy": float(named == item.reference)}
+        named = extract(answer.text, item.choices)
+        return {"accuracy": float(named == item.reference), "invalid": float(named is None)}
+
+
+# A letter that stands for itself: no part of a word, of "A/B/C/D", "A or B", "B-52", "C++", "A.I.".
+# An A or I that a word follows is an article or a pronoun, unless that word goes on about it.
+_ENDS = r"(?![\w'’/&+#-])(?!\.\w(?!\w))(?!,? ?(?:or|and|/|,) ?\(?[A-Z]\b)"
+_NO_WORD = r"(?!(?<=[AI]) +(?!because|since|as|is\b)\w)"
+_UPPER = rf"([A-Z]){_ENDS}{_NO_WORD}"
+_LOWER = r"([a-z])(?=\)|[.!]?\s*$)"
+_LETTER = rf"\(?(?:{_UPPER}|{_LOWER})"
+_CUES = tuple(
+    re.compile(cue + _LETTER)
+    for cue in (
+        r"(?:\b(?i:answer)(?i: is| would be)?|答案(?:是|为)?)\s*[:：]?\s*(?i:option |choice )?",
+        r"^\s*(?=\(?\w\s*[).:]|\(?\w\W*$)",
+        r"\b(?i:option|choice|it is|it's|go with|choose)\s*[:：]?\s*",
+    )
+)
+_MARKUP = re.compile(r"\\boxed\{\s*(\w)\s*\}|[*_`$\"“”]")
+
+
+def extract(text: str, choices: int) -> str | None:
+    """The letter that an answer names; None if it names none, or more than one.
+
+    Strict: a letter counts where an answer names it ("The correct answer is B", "(B) Rome", "B"),
+    never as the beginning of a word.
+    """
+    text = _MARKUP.sub(r"\1", text)
+    for cue in _CUES:
+        named = {(m[1] or m[2]).upper() for m in cue.finditer(text)}
+        if named:
+            (letter, *others) = sorted(named)
+            return letter if not others and letter in LETTERS[:choices] else None
+    return None

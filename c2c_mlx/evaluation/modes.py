@@ -1,0 +1,261 @@
+"""The six modes at work: items are read, answers written and probed, several at a time."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+
+from c2c_mlx import kv, relay
+from c2c_mlx.alignment import align_chat, render, tokenize
+from c2c_mlx.chat import ChatSession, no_fuser
+from c2c_mlx.errors import C2CError
+from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages, Probe
+from c2c_mlx.fuser import KV, Fuser
+from c2c_mlx.generate import C2C, FusedPrefix, Prefix
+from c2c_mlx.models import LanguageModel
+from c2c_mlx.training.data import Example
+
+PROBE_TOKENS = 1024  # per pass; bounds the memory of logits
+
+
+@dataclass
+class Written:
+    """What a model wrote."""
+
+    ids: list[int] = field(default_factory=list)  # the end of the turn included
+    text: str = ""
+    first: float = 0.0  # on the clock of `time.perf_counter`: when the first token was there
+    last: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt that has been read and waits to be answered."""
+
+    lm: LanguageModel  # who answers
+    cache: kv.Cache  # all of the prompt but its last id; nobody else writes to it
+    last: int
+    prompt_tokens: int
+    relayed: Written | None = None
+
+
+class _Silent(C2C):
+    """A sharer that says nothing."""
+
+    def read_sharer(self, cache: kv.Cache, index: np.ndarray, offset: Any = 0) -> KV:
+        """Zeros in the shape of what would have been read."""
+        keys, values = super().read_sharer(cache, index, offset)
+        return mx.zeros_like(keys), mx.zeros_like(values)
+
+
+class Modes:
+    """Two models and a fuser, asked in any mode.
+
+    Args:
+        receiver: answers, in every mode but `sharer`.
+        sharer: None: only `receiver` works.
+        fuser: None: the C2C modes don't work.
+        items: all that will be asked; in `c2c-shuffled` each is fed by another one's sharer.
+        seed: of who is fed by whom.
+        max_tokens: of an answer.
+
+    Raises:
+        C2CError: if the fuser was not made for these models.
+    """
+
+    def __init__(
+        self,
+        receiver: LanguageModel,
+        sharer: LanguageModel | None,
+        fuser: Fuser | None,
+        items: Sequence[Item],
+        seed: int,
+        max_tokens: int,
+    ) -> None:
+        self.receiver, self.sharer = receiver, sharer
+        self.c2c = ChatSession(receiver, sharer, fuser).c2c
+        self.partners = derangement(items, seed)
+        self.max_tokens = max_tokens
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what prompts have in common with earlier ones, which would be read for free."""
+        self._prefixes: dict[str, Prefix | FusedPrefix] = {}
+
+    def read(self, mode: str, items: Sequence[Item]) -> list[Reading | C2CError]:
+        """Lets the models of a mode read the items' prompts; an item may fail by itself."""
+        if mode != "relay":
+            return [self._try(mode, item, item.messages) for item in items]
+        relayed = self._relay(items)
+        return [
+            w if isinstance(w, C2CError) else self._try(mode, item, _with_background(item, w), w)
+            for item, w in zip(items, relayed, strict=True)
+        ]
+
+    def _relay(self, items: Sequence[Item]) -> list[Written | C2CError]:
+        """What the sharer writes for the receiver to read."""
+        readings = [
+            self._try(
+                "background", item, [*item.messages[:-1], relay.background_message(_ask(item))]
+            )
+            for item in items
+        ]
+        good = [r for r in readings if isinstance(r, Reading)]
+        limit = min(relay.BACKGROUND_TOKENS, self.max_tokens)
+        written = iter(write(good, limit))
+        return [next(written) if isinstance(r, Reading) else r for r in readings]
+
+    def _try(
+        self, mode: str, item: Item, messages: Messages, relayed: Written | None = None
+    ) -> Reading | C2CError:
+        try:
+            if mode in C2C_MODES:
+                return self._read_fused(mode, item)
+            lm = self._sharer if mode in ("sharer", "background") else self.receiver
+            return replace(self._read_plain(mode, lm, messages), relayed=relayed)
+        except C2CError as e:
+            return e
+        except RuntimeError as e:  # MLX has no other word for a device that is out of memory
+            return C2CError(" ".join(str(e).split())[:200])
+
+    def _read_plain(self, mode: str, lm: LanguageModel, messages: Messages) -> Reading:
+        ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
+        _check_room(lm, ids)
+        prefix = self._prefixes.setdefault(mode, Prefix(lm.model))
+        assert isinstance(prefix, Prefix)
+        prefix.extend(ids[:-1])
+        return Reading(lm, copy.deepcopy(prefix.cache), ids[-1], len(ids))
+
+    def _read_fused(self, mode: str, item: Item) -> Reading:
+        c2c, lm = self._c2c, self.receiver
+        example = self._example(item)
+        ids, fed, index = example.receiver_ids, example.sharer_ids, example.index
+        if mode == "c2c-shuffled":
+            other = example.with_sharer_of(self._example(self.partners[item.id]))
+            fed, index = other.sharer_ids, other.index
+        elif mode == "c2c-zeroed":
+            fed, index = fed[:1], np.zeros_like(index)  # nothing of it is looked at
+            c2c = _Silent(c2c.receiver, c2c.sharer, c2c.fuser)
+        _check_room(lm, ids)
+        _check_room(self._sharer, fed)
+        prefix = self._prefixes.setdefault(mode, FusedPrefix(c2c))
+        assert isinstance(prefix, FusedPrefix)
+        cache = prefix.extend(ids, fed, index, example.messages)
+        return Reading(lm, copy.deepcopy(cache), ids[-1], len(ids))
+
+    def _example(self, item: Item) -> Example:
+        aligned = align_chat(
+            item.messages,
+            self.receiver.tokenizer,
+            self._sharer.tokenizer,
+            strategy=self._c2c.fuser.config.alignment,
+        )
+        return Example(aligned.receiver_ids, aligned.sharer_ids, aligned.index, aligned.message, [])
+
+    @property
+    def _sharer(self) -> LanguageModel:
+        assert self.sharer is not None
+        return self.sharer
+
+    @property
+    def _c2c(self) -> C2C:
+        if self.c2c is None:
+            raise C2CError(no_fuser(self.receiver.name, self._sharer.name))
+        return self.c2c
+
+
+def derangement(items: Sequence[Item], seed: int) -> dict[str, Item]:
+    """For each item's id another item, each once; nothing if there is only one."""
+    if len(items) < 2:
+        return {}
+    order = np.random.default_rng(seed).permutation(len(items))
+    return {
+        items[a].id: items[b]
+        for a, b in zip(order.tolist(), np.roll(order, 1).tolist(), strict=True)
+    }
+
+
+def write(readings: Sequence[Reading], max_tokens: int) -> list[Written]:
+    """Answers greedily, all at once; the readings are of one model and stay as they are."""
+    if not readings:
+        return []
+    lm = readings[0].lm
+    stop_tokens = set(lm.tokenizer.eos_token_ids)
+    generator = BatchGenerator(
+        lm.model,
+        stop_tokens=[[token] for token in stop_tokens],
+        completion_batch_size=len(readings),
+        prefill_batch_size=len(readings),
+    )
+    room = [lm.context_length - r.prompt_tokens for r in readings]
+    uids = generator.insert(
+        [[r.last] for r in readings],
+        [min(max_tokens, n) for n in room],
+        [r.cache for r in readings],
+    )
+    written = {uid: Written() for uid in uids}
+    try:
+        while responses := generator.next_generated():
+            now = time.perf_counter()
+            for response in responses:
+                w = written[response.uid]
+                w.ids.append(response.token)
+                w.first, w.last = w.first or now, now
+                w.text = lm.tokenizer.decode([t for t in w.ids if t not in stop_tokens])
+                stop = min((at for s in lm.stop_strings if (at := w.text.find(s)) >= 0), default=-1)
+                if stop >= 0:
+                    w.text = w.text[:stop]
+                    if response.finish_reason is None:
+                        generator.remove([response.uid])
+    finally:
+        generator.close()
+    for w in written.values():
+        w.text = w.text.strip()
+    return [written[uid] for uid in uids]
+
+
+def probe(readings: Sequence[Reading], probes: Sequence[Probe]) -> list[tuple[float, list[float]]]:
+    """Teacher forcing, several at once: the prompts' logits are never computed.
+
+    Returns:
+        Per reading the sum of -log p over the probe's ids (nats), and log p of each option.
+    """
+    rows = [[r.last, *p.ids] for r, p in zip(readings, probes, strict=True)]
+    size = max(PROBE_TOKENS // max(map(len, rows), default=1), 1)
+    results = []
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
+        longest = max(map(len, part))
+        ids = mx.array([row + [0] * (longest - len(row)) for row in part])  # behind: never seen
+        cache = kv.merge([r.cache for r in readings[at : at + size]])
+        logits = readings[at].lm.model(ids, cache=cache)
+        for row, p, of_row in zip(part, probes[at:], logits, strict=False):
+            logs = nn.log_softmax(of_row[: len(row)].astype(mx.float32), axis=-1)
+            nats = -logs[mx.arange(len(p.ids)), mx.array(p.ids, mx.int32)].sum().item()
+            results.append((nats, logs[-1][mx.array(p.options, mx.int32)].tolist()))
+    return results
+
+
+def _ask(item: Item) -> str:
+    return item.messages[-1]["content"]
+
+
+def _with_background(item: Item, relayed: Written) -> Messages:
+    return [*item.messages[:-1], *relay.with_background(_ask(item), relayed.text)]
+
+
+def _check_room(lm: LanguageModel, ids: Sequence[int]) -> None:
+    if len(ids) >= lm.context_length:
+        raise C2CError(
+            f"the prompt is {len(ids)} tokens long, but {lm.name} reads at most {lm.context_length}"
+        )

@@ -1,0 +1,174 @@
+"""Runs items through modes, and keeps what is done on disk, so that a run can be cut any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+from c2c_mlx.errors import C2CError
+from c2c_mlx.evaluation.modes import Modes, Reading, Written, probe, write
+from c2c_mlx.evaluation.task import Answer, Item, Task
+
+Record = dict[str, Any]  # what a mode made of an item, as it stands in the result
+Progress = Callable[[str, int, int], None]  # mode, items done, of how many
+
+
+class Log:
+    """The records of a run, appended to a file as they come.
+
+    Args:
+        path: JSON lines, the run's settings first; None: nothing is kept.
+        settings: what a run must share with an earlier one to continue it.
+
+    Raises:
+        C2CError: if the file belongs to a run with other settings, or can't be written.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.records: dict[str, dict[str, Record]] = {}  # mode, item
+        if path is None:
+            return
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+            if not whole:
+                self._write([settings], "w")
+                return
+            found, *records = map(json.loads, whole.splitlines())
+            if whole != text:
+                os.truncate(path, len(whole.encode()))
+        except OSError as e:
+            raise C2CError(f"{path}: cannot keep results there ({e.strerror})") from None
+        except ValueError:
+            raise C2CError(f"{path}: not the records of a c2c-eval run; move it away") from None
+        if changed := [key for key in settings if found.get(key) != settings[key]]:
+            raise C2CError(
+                f"{path}: an unfinished run with another {changed[0]} ({found.get(changed[0])}, "
+                f"not {settings[changed[0]]}); repeat its arguments, or delete the file"
+            )
+        self._hold(records)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Keeps records; they are on the disk when this returns."""
+        self._hold(records)
+        if self.path is not None:
+            try:
+                self._write(records, "a")
+            except OSError as e:
+                raise C2CError(f"{self.path}: cannot keep results ({e.strerror})") from None
+
+    def remove(self) -> None:
+        """Deletes the file, once the result is written."""
+        if self.path is not None:
+            self.path.unlink()
+
+    def _hold(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self.records.setdefault(record["mode"], {})[record["id"]] = record
+
+    def _write(self, rows: Sequence[Any], how: str) -> None:
+        assert self.path is not None
+        with self.path.open(how, encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def run(
+    task: Task,
+    items: Sequence[Item],
+    names: Sequence[str],
+    modes: Modes,
+    log: Log,
+    *,
+    batch_size: int,
+    alone: int,
+    progress: Progress,
+) -> None:
+    """Asks every item in every mode, but for what the log has already.
+
+    Args:
+        task: scores the answers.
+        items: the same for every mode.
+        names: the modes; the receiver is asked in any case if its answers are the reference.
+        modes: asks them.
+        log: gets the records.
+        batch_size: items at a time.
+        alone: so many of the first items are asked one by one, from scratch, and timed.
+        progress: called after every batch.
+    """
+    for mode in names:
+        done = log.records.get(mode, {})
+        timed = [[item] for item in items[:alone] if item.id not in done]
+        rest = [item for item in items[alone:] if item.id not in done]
+        for batch in timed:
+            modes.forget()
+            log.append(_ask(task, batch, mode, modes, log, timed=True))
+            progress(mode, len(log.records[mode]), len(items))
+        modes.forget()
+        for batch in _chunks(rest, batch_size):
+            log.append(_ask(task, batch, mode, modes, log, timed=False))
+            progress(mode, len(log.records[mode]), len(items))
+
+
+def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for at in range(0, len(items), size):
+        yield items[at : at + size]
+
+
+def _ask(
+    task: Task, batch: list[Item], mode: str, modes: Modes, log: Log, timed: bool
+) -> list[Record]:
+    """The records of one batch."""
+    began = time.perf_counter()
+    found = dict(zip([item.id for item in batch], modes.read(mode, batch), strict=True))
+    good = {name: reading for name, reading in found.items() if isinstance(reading, Reading)}
+    written = dict.fromkeys(good, Written())
+    if task.writes:
+        written = dict(zip(good, write(list(good.values()), modes.max_tokens), strict=True))
+    answers = {name: Answer(w.text, w.ids) for name, w in written.items()}
+    owns = answers if mode == "receiver" else _answers(log.records.get("receiver", {}))
+    probes, tokens = {}, {}
+    for item in batch:
+        if item.id in good:
+            own = owns.get(item.id)
+            if asked := task.probe(item, good[item.id].lm.tokenizer, own):
+                probes[item.id] = asked
+                as_receiver = task.probe(item, modes.receiver.tokenizer, own)
+                tokens[item.id] = len(as_receiver.ids) if as_receiver else 0
+    probed = probe([good[name] for name in probes], list(probes.values()))
+    for name, (nats, options) in zip(probes, probed, strict=True):
+        nll = nats / tokens[name] if tokens[name] else None
+        answers[name] = replace(answers[name], nll=nll, options=options)
+    now = time.perf_counter()
+
+    records = []
+    for item in batch:
+        answer, own = answers.get(item.id, Answer()), owns.get(item.id)
+        record: Record = {"mode": mode, "id": item.id, "text": answer.text}
+        record |= {"ids": list(answer.ids), "scores": task.score(item, answer, own)}
+        if item.id in good:
+            reading, w = good[item.id], written[item.id]
+            record |= {"prompt_tokens": reading.prompt_tokens, "generated_tokens": len(w.ids)}
+            if reading.relayed:
+                record["relayed_text"] = reading.relayed.text
+                record["relayed_tokens"] = len(reading.relayed.ids)
+            if timed:
+                record["first_token_s"] = (w.first or now) - began
+                record["total_s"] = (w.last or now) - began
+        else:
+            record["error"] = str(found[item.id])
+        records.append(record)
+    return records
+
+
+def _answers(records: Mapping[str, Record]) -> dict[str, Answer]:
+    return {name: Answer(r["text"], r["ids"]) for name, r in records.items() if "error" not in r}

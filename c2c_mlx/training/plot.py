@@ -1,0 +1,76 @@
+"""A picture of a run, drawn from what it left on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from c2c_mlx.errors import C2CError
+
+VALID = {
+    "valid_receiver_loss": "receiver alone",
+    "valid_shuffled_loss": "shuffled sharer",
+    "valid_loss": "C2C",
+}
+
+
+def plot(run: Path) -> Path:
+    """Writes `curves.png` into a run's folder: losses, rate and gates over the steps.
+
+    Returns:
+        The file.
+
+    Raises:
+        C2CError: if there is no run, or matplotlib is not installed.
+    """
+    reports = read_reports(run / "metrics.jsonl")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise C2CError("--plot needs matplotlib: pip install 'c2c-mlx[plot]'") from None
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    losses, rate, gates = figure.subplots(3, 1, sharex=True, height_ratios=(4, 1, 1))
+    _draw(losses, reports, "loss", "training", linewidth=0.8)
+    for key, label in VALID.items():
+        _draw(losses, reports, key, f"validation: {label}", marker="o")
+    losses.set_ylabel("loss (nats per token)")
+    losses.legend()
+    _draw(rate, reports, "learning_rate", "learning rate")
+    rate.set_ylabel("learning rate")
+    _draw(gates, reports, "gates_open", "open gates", drawstyle="steps-post")
+    gates.set_ylabel("open gates")
+    gates.set_ylim(bottom=0)
+    gates.set_xlabel("step")
+    losses.set_title(run.resolve().name)
+    target = run / "curves.png"
+    partial = run / ".curves.partial.png"
+    figure.savefig(partial, dpi=150)
+    partial.replace(target)
+    return target
+
+
+def read_reports(path: Path) -> list[dict[str, float]]:
+    """The reports of a run; a step that a resumed run reported again counts once, the last time.
+
+    Raises:
+        C2CError: if there are none.
+    """
+    if not path.is_file():
+        raise C2CError(f"{path.parent}: no metrics.jsonl there; give the --out of a run")
+    reports: dict[float, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            report = json.loads(line)
+            reports[report["step"]] = report
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a run that was killed while writing
+    if not reports:
+        raise C2CError(f"{path}: no report yet; the first comes after --report-every steps")
+    return [reports[step] for step in sorted(reports)]
+
+
+def _draw(axes: Any, reports: list[dict[str, float]], key: str, label: str, **style: Any) -> None:
+    points = [(r["step"], r[key]) for r in reports if key in r]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, **style)

@@ -1,0 +1,278 @@
+"""c2c-train as a user meets it: runs of tiny models from the command line, cut and shared ones."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rich.console import Console
+
+from c2c_mlx import Fuser
+from c2c_mlx.commands import train
+from c2c_mlx.training.plot import read_reports
+from c2c_mlx.training.trainer import checkpoints
+
+TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
+PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
+SHORT = ["--iters", "12", "--batch-size", "4", "--preset", "tiny", "--report-every", "4"]
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    def call(*arguments: Any) -> tuple[int, str]:
+        code = train.main([str(a) for a in arguments])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    rows = [
+        {"prompt": f"say {i}" + " please" * (i % 4), "completion": f"{i}" + " so" * (i % 3)}
+        for i in range(18)
+    ]
+    write(folder / "train.jsonl", rows)
+    write(folder / "valid.jsonl", rows[:4])
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    arrays = mx.load(str(folder / "fuser.safetensors"))
+    assert isinstance(arrays, dict)
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+# --- configuration
+
+
+def test_a_file_describes_a_run_and_flags_override_it(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"sharer: {TINY / 'sharer'}\nreceiver: {TINY / 'receiver'}\ndata: {{{chats}: 2}}\n"
+        f"out: {tmp_path / 'nowhere'}\npreset: tiny\niters: 99\nbatch_size: 2\n"
+        "fuser_config: {hidden_dim: 8, activation: silu}\n"
+    )
+    code, err = call("--config", file, "--iters", "3", "--out", tmp_path / "run")
+    assert code == 0, err
+    fuser = Fuser.load(tmp_path / "run")
+    assert (fuser.provenance.steps, fuser.config.hidden_dim) == (3, 8)
+    assert (fuser.config.activation, fuser.config.intermediate_dim) == ("silu", 64)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("itres: 3", "unknown key 'itres'"),
+        ("resume: true", "unknown key 'resume'"),
+        ("- iters", "expected keys with values"),
+        ("a: [", "not YAML"),
+        ("preset: huge", "must be one of tiny, small, paper"),
+        ("data: 3", "'data' cannot be 3"),
+        ("fuser_config: {hidden: 3}", "fuser_config: unknown key 'hidden'"),
+        ("iters: 0", "iters must be at least 1"),
+        ("iters: many", "'iters' must be of type int"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(
+    call: Call, chats: Path, tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    given = [*PAIR, *([] if text.startswith("data") else ["--data", chats])]
+    code, err = call("--config", tmp_path / "run.yaml", "--out", tmp_path / "run", *given)
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--sharer is missing"),
+        ([*PAIR, "--data", "nothing here", "--out", "o"], "no train.jsonl there"),
+        ([*PAIR, "--data", "org/name", "--out", "o"], "pip install 'c2c-mlx[datasets]'"),
+        ([*PAIR, "--data", ".=0", "--out", "o"], "the weight must be above zero"),
+        (["--config", "missing.yaml"], "cannot read missing.yaml"),
+        (["--plot", "nowhere"], "no metrics.jsonl there"),
+        ([*PAIR, "--data", ".", "--out", "o", "--track", "wandb"], "pip install 'c2c-mlx[wandb]'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    call: Call,
+    chats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(chats)
+    code, err = call(*arguments)
+    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_run_is_never_overwritten(call: Call, chats: Path, tmp_path: Path) -> None:
+    run = [*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run"]
+    assert call(*run, "--iters", "2")[0] == 0
+    code, err = call(*run)
+    assert code == 2 and "--resume it, or name another folder" in err
+
+
+# --- where chats come from
+
+
+def test_a_data_set_of_the_hub(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"say {i}", "completion": "so"} for i in range(4)]
+    hub = ModuleType("datasets")
+    hub.get_dataset_split_names = lambda name: ["train", "test"]  # type: ignore[attr-defined]
+    hub.load_dataset = lambda name, split: rows  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    code, err = call(*PAIR, *SHORT, "--data", "org/name", "--out", tmp_path / "run")
+    assert code == 0 and "4 chats, 0 for validation" in err
+    rows.append({"text": "?"})
+    code, err = call(*PAIR, *SHORT, "--data", "org/name", "--out", tmp_path / "other")
+    assert code == 2 and "org/name (train), row 4: needs 'messages'" in err
+
+
+def test_prompts_are_answered_once(call: Call, chats: Path, tmp_path: Path) -> None:
+    write(chats / "train.jsonl", [{"prompt": f"count to {i}"} for i in range(6)])
+    answering = ["--answer-with", "receiver", "--answer-tokens", "3"]
+    run = [*PAIR, *SHORT, *answering, "--data", chats, "--out", tmp_path / "run"]
+    code, err = call(*run, "--iters", "2")
+    assert code == 0 and "answering prompts: 6 of 6" in err
+    answers = (tmp_path / "run" / "answers-receiver.jsonl").read_text()
+    assert call(*run, "--resume")[0] == 0
+    assert (tmp_path / "run" / "answers-receiver.jsonl").read_text() == answers
+
+
+# --- runs that are cut, shared or drawn
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_that_a_checkpoint_holds(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    common = [*PAIR, *SHORT, "--data", str(chats), "--save-every", "2"]
+    assert call(*common, "--out", tmp_path / "whole")[0] == 0
+    cut = [
+        sys.executable,
+        "-c",
+        "import sys; from c2c_mlx.commands.train import main; sys.exit(main())",
+    ]
+    cut += [*common, "--out", str(tmp_path / "cut")]
+    for step in ("step 4/", "step 8/"):
+        resume = ["--resume"] if checkpoints(tmp_path / "cut") else []
+        with subprocess.Popen([*cut, *resume], stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(step):
+                    process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert checkpoints(tmp_path / "cut")
+    assert call(*common, "--out", tmp_path / "cut", "--resume")[0] == 0
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+    reports = [read_reports(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole")]
+    assert [r["step"] for r in reports[0]] == [4, 8, 12]
+    assert [r["loss"] for r in reports[0]][-1] == reports[1][-1]["loss"]
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(
+    call: Call, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = [*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run", "--save-every", "4"]
+    assert call(*run, "--iters", "4")[0] == 0
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, err = call(*run, "--resume")
+    assert code == 2 and "No space left on device" in err.splitlines()[-1]
+    assert [c.name for c in checkpoints(tmp_path / "run")] == ["0000004"]
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert call(*run, "--resume")[0] == 0
+    assert call(*run[:-4], "--out", tmp_path / "whole")[0] == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(call: Call, chats: Path, tmp_path: Path) -> None:
+    common = [*PAIR, *SHORT, "--data", str(chats)]
+    assert call(*common, "--out", tmp_path / "one")[0] == 0
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--", "c2c-train"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*launch, *common, "--out", tmp_path / "two"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (tmp_path / "two" / "config.json").exists(), done.stderr + done.stdout
+    one, two = (read_reports(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+    assert two[-1]["valid_loss"] == pytest.approx(one[-1]["valid_loss"], rel=1e-4)
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_is_drawn(call: Call, chats: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    assert call(*PAIR, *SHORT, "--data", chats, "--out", run)[0] == 0
+    assert call("--plot", run)[0] == 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (run / "metrics.jsonl").write_text('{"step": 4, "lo')
+    assert call("--plot", run)[0] == 2
+
+
+def test_a_tracker_hears_every_report(
+    call: Call, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Any] = []
+    service = ModuleType("swanlab")
+    service.init = lambda **given: heard.append(given["config"]["iters"])  # type: ignore[attr-defined]
+    service.log = lambda figures, step: heard.append(step)  # type: ignore[attr-defined]
+    service.finish = lambda: heard.append("finished")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "swanlab", service)
+    out = tmp_path / "run"
+    assert call(*PAIR, *SHORT, "--data", chats, "--out", out, "--track", "swanlab")[0] == 0
+    assert heard == [12, 4, 8, 12, "finished"]
+
+
+def test_a_terminal_gets_a_bar(
+    call: Call, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Console, "is_terminal", True)
+    code, err = call(*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run")
+    assert code == 0 and "12/12" in err and "gates open" in err
+    assert "step 4/12" not in err and "valid: c2c" in err
