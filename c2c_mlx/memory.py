@@ -18,7 +18,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from c2c_mlx import checkpoint
-from c2c_mlx.config import FuserConfig, TrainConfig
+from c2c_mlx.config import FuserConfig, ModelShape, TrainConfig
 from c2c_mlx.errors import C2CError
 
 CONTEXT = 4096  # positions that a conversation is taken to reach
@@ -104,6 +104,11 @@ def training(receiver: Path, sharer: Path, fuser: FuserConfig, config: TrainConf
     return _checked(Need(models[0].weights, models[1].weights, fuser_bytes, working, rows, limit()))
 
 
+def shape(model: Path) -> ModelShape:
+    """What a fuser will depend on, as far as a model's config.json tells."""
+    return _Model.read(model).shape
+
+
 def _checked(need: Need) -> Need:
     weights = {name: getattr(need, name) for name in ("receiver", "sharer", "fuser")}
     if sum(weights.values()) <= need.limit:
@@ -138,7 +143,7 @@ class _Model:
 
     weights: int
     context: int  # tokens that it was made for; 0: not told
-    cache_per_token: int
+    shape: ModelShape  # of a model whose layers are all attention
     kept_per_token: int  # numbers that a backward pass keeps
     heads: int
     width: int  # the widest intermediate result of a position
@@ -162,11 +167,16 @@ class _Model:
         return cls(
             _weights(folder, document),
             number("max_position_embeddings", "n_positions"),
-            _floats(2 * layers * kv_heads * head_dim),
+            ModelShape(folder.name, max(layers, 1), max(kv_heads, 1), max(head_dim, 1)),
             layers * (8 * hidden + 4 * inner) + 3 * number("vocab_size"),
             heads,
             max(inner, hidden),
         )
+
+    @property
+    def cache_per_token(self) -> int:
+        """Of one position's keys and values, over all layers."""
+        return _floats(2 * self.shape.layers * self.shape.width)
 
     def scores(self, new: int, total: int) -> int:
         """Of one layer's pass over `new` positions that see `total`."""

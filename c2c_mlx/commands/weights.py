@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     add("list", _list, "list what is known, and what of it is in the cache")
     argument = add("show", _show, "show a fuser's shapes, layer map, open gates and provenance")
     argument("fuser", metavar="FUSER", help=FUSER)
-    argument = add("pull", _pull, "fetch a fuser from the hub into the cache, converted if need be")
-    argument("fuser", metavar="FUSER", help="known name, or hub id")
+    argument = add("pull", _pull, "fetch models and fusers into the cache, converted if need be")
+    argument("names", nargs="+", metavar="NAME", help="that `list` shows, or a fuser's hub id")
     argument = add("push", _push, "upload a fuser and its model card to the hub")
     argument("fuser", metavar="FUSER", help=FUSER)
     argument("hub_id", metavar="ORG/NAME", help="repository; made if there is none")
@@ -144,13 +144,19 @@ def _print_gates(fuser: Fuser) -> None:
 
 
 def _pull(args: argparse.Namespace) -> None:
-    from c2c_mlx import store
+    from c2c_mlx import registry, store
+    from c2c_mlx.models import find_folder
 
-    if Path(args.fuser).is_dir():
-        raise C2CError(f"{args.fuser} is a folder: there is nothing to fetch")
-    if store.cached_folder(args.fuser).is_dir():
-        print(f"{PROGRAM}: was there; to fetch it anew, `remove` it first", file=sys.stderr)
-    _print(str(_find(args.fuser)))
+    for name in args.names:
+        if registry.find_model(name):
+            with closing(Status(sys.stderr)) as status:
+                _print(str(find_folder(name, status.loading)))
+            continue
+        if Path(name).is_dir():
+            raise C2CError(f"{name} is a folder: there is nothing to fetch")
+        if store.cached_folder(name).is_dir():
+            print(f"{PROGRAM}: was there; to fetch it anew, `remove` it first", file=sys.stderr)
+        _print(str(_find(name)))
 
 
 def _push(args: argparse.Namespace) -> None:
