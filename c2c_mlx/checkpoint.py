@@ -66,7 +66,7 @@ def load(folder: str | Path) -> Fuser:
     """
     folder = Path(folder)
     config, provenance = read_description(folder)
-    path = _locate(folder, WEIGHTS)
+    path = locate(folder, WEIGHTS)
     found = _header(folder, path)
     fuser = skeleton(config, len(found), str(folder))
     _compare(folder, found, parameters(fuser))
@@ -93,7 +93,7 @@ def copy(source: Path, target: Path) -> None:
     """
     load(source)
     for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(_locate(source, name), target / name)
+        shutil.copyfile(locate(source, name), target / name)
     (target / CARD).write_text(card.render(*read_description(source)), encoding="utf-8")
 
 
@@ -155,7 +155,7 @@ def read_description(folder: str | Path) -> tuple[FuserConfig, Provenance]:
     folder = Path(folder)
     if not folder.is_dir():
         raise C2CError(f"{folder}: no such fuser folder")
-    data = read_json(_locate(folder, CONFIG).parent, CONFIG)
+    data = read_json(locate(folder, CONFIG).parent, CONFIG)
     where = str(folder / CONFIG)
     if not isinstance(data, dict):
         raise C2CError(f"{where}: expected an object with fields, not {type(data).__name__}")
@@ -281,7 +281,12 @@ def _move_up(folder: Path) -> None:
     staged.rmdir()
 
 
-def _locate(folder: Path, name: str) -> Path:
+def locate(folder: Path, name: str) -> Path:
+    """Where a fuser folder holds one of its files.
+
+    Raises:
+        C2CError: if it does not.
+    """
     staged = folder / STAGED
     path = (staged if (staged / name).exists() else folder) / name
     if not path.exists() and not path.is_symlink():

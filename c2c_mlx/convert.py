@@ -161,6 +161,7 @@ def _read_config(
         "dropout": args["dropout"],
         "alignment": model.get("alignment_strategy", "first") if aligned else "same",
         "positions": "messages" if aligned else "all",
+        "fuse_response": model.get("include_response", False),
     }
     for side, at in (("receiver", 0), ("sharer", 1)):
         fields[side]["layers"] = max(pair[at] for pair in layer_map) + 1

@@ -51,7 +51,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("command", ["c2c-chat", "c2c-train", "c2c-weights"])
+@pytest.mark.parametrize("command", ["c2c-chat", "c2c-eval", "c2c-train", "c2c-weights"])
 def test_an_installed_command_explains_itself(installed: Path, command: str) -> None:
     shown = run(str(installed / "bin" / command), "--help", PYTHONPATH=str(installed))
     assert shown.startswith(f"usage: {command}")

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from c2c_mlx import registry
 from c2c_mlx.commands import run
@@ -24,7 +24,7 @@ from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item, Task
 from c2c_mlx.progress import Progress
 
 if TYPE_CHECKING:
-    from c2c_mlx.fuser import Fuser
+    from c2c_mlx.evaluation.choice import Method
 
 PROGRAM = "c2c-eval"
 EPILOG = """\
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: parses arguments, evaluates, returns an exit code."""
     args = _parser().parse_args(argv)
     command = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
-    return run(lambda: _compare(args) if args.compare else _evaluate(args, command), PROGRAM)
+    return run(lambda: _run(args, command), PROGRAM)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,82 +92,85 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(args: argparse.Namespace, command: str) -> None:
-    _check_numbers(args)
-    if args.json:
-        from c2c_mlx.evaluation.report import check_free
+def _run(args: argparse.Namespace, command: str) -> None:
+    from c2c_mlx.evaluation.report import check_free
 
+    if args.json:  # before hours of work
         check_free(args.json)
-    task, items = _read(args.task, args.method)
-    names = _modes(args.mode, task)
-    items = _draw(items, args.limit, args.seed)
-    if "c2c-shuffled" in names and len(items) < 2:
-        raise C2CError("c2c-shuffled needs at least two items; choose other modes with --mode")
+    if args.compare:
+        _compare(args)
+    else:
+        _evaluate(args, command)
+
+
+def _evaluate(args: argparse.Namespace, command: str) -> None:
+    task, names, items = _task(args)
     default_receiver, default_sharer = registry.default_pair()
     receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
-    folder = None
-    if set(names) & set(C2C_MODES):
-        folder = fuser_folder(args.fuser, receiver, sharer)
-    max_tokens = args.max_tokens or task.max_tokens
-    settings = {
-        "task": args.task,
-        "kind": task.kind,
-        "items": _digest(json.dumps([asdict(item) for item in items]).encode()),
-        "receiver": receiver,
-        "sharer": sharer,
-        "fuser": _fuser_digest(folder),
-        "method": args.method if task.kind == "choice" else "",
-        "modes": names,
-        "seed": args.seed,
-        "max_tokens": max_tokens,
-        "latency": args.latency,
-    }
+    fuses = bool(set(names) & set(C2C_MODES))
+    folder = fuser_folder(args.fuser, receiver, sharer) if fuses else None
 
-    from c2c_mlx import blas
-    from c2c_mlx.evaluation import report
+    from c2c_mlx import blas, checkpoint
+    from c2c_mlx.evaluation import report, runner
     from c2c_mlx.evaluation.modes import Modes
-    from c2c_mlx.evaluation.runner import Log
-    from c2c_mlx.evaluation.runner import run as run_items
-    from c2c_mlx.fuser import Fuser
     from c2c_mlx.models import load_model
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
-    log = Log(args.json and args.json.with_name(args.json.name + ".partial.jsonl"), settings)
+    fuser = checkpoint.load(folder) if folder else None
+    settings = {
+        "task": args.task,
+        "kind": task.kind,
+        "items": _digest(json.dumps([asdict(item) for item in items]).encode()),
+        "modes": names,
+        "receiver": receiver,
+        "sharer": sharer,
+        "fuser": _digest(checkpoint.locate(folder, checkpoint.WEIGHTS)) if folder else "",
+        "method": args.method if task.kind == "choice" else "",
+        "seed": args.seed,
+        "max_tokens": args.max_tokens or task.max_tokens,
+        "latency": args.latency,
+    }
+    log = runner.Log(args.json and args.json.with_name(f"{args.json.name}.partial.jsonl"), settings)
     status = Status(sys.stderr)
-    with closing(status):
-        fuser: Fuser | None = Fuser.load(folder) if folder else None
-        modes = Modes(
-            load_model(receiver, progress=status.loading),
-            load_model(sharer, progress=status.loading) if names != ["receiver"] else None,
-            fuser,
-            items,
-            args.seed,
-            max_tokens,
-        )
-        run_items(
-            task,
-            items,
-            names,
-            modes,
-            log,
-            batch_size=args.batch_size,
-            alone=args.latency,
-            progress=lambda mode, done, total: status.loading(Progress(mode, done, total)),
-        )
-    records = {mode: log.records[mode] for mode in names}
+
+    def progress(mode: str, done: int, total: int) -> None:
+        status.loading(Progress(f"{mode}: {done} of {total} items,", done, total))
+        if done == total and not status.on:
+            print(f"{mode}: {total} items done", file=sys.stderr, flush=True)
+
+    try:
+        with closing(status):
+            modes = Modes(
+                load_model(receiver, progress=status.loading),
+                load_model(sharer, progress=status.loading) if names != ["receiver"] else None,
+                fuser,
+                items,
+                args.seed,
+                settings["max_tokens"],
+            )
+            runner.run(
+                *(task, items, names, modes, log),
+                batch_size=args.batch_size,
+                alone=args.latency,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if log.path:
+            print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
+        raise
     about = {
         "task": args.task,
         "command": command,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "receiver": receiver,
         "sharer": sharer,
-        "fuser": str(args.fuser or (folder.name if folder else "")),
-        "fuser_sha256": settings["fuser"],
+        "fuser": str(folder or ""),
         "device": _device(),
         "versions": _versions(),
         "settings": settings,
     }
+    records = {mode: log.records[mode] for mode in names}
     result = report.summarise(task, items, records, about, args.seed)
     print(f"{args.task}: {len(items)} items\n\n{report.tables(result, every_group=False)}")
     if args.json:
@@ -179,20 +182,21 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
 # --- what is asked ------------------------------------------------------------------------------
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (
-        ("limit", 1),
-        ("seed", 0),
-        ("max_tokens", 1),
-        ("batch_size", 1),
-        ("latency", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise C2CError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+def _task(args: argparse.Namespace) -> tuple[Task, list[str], list[Item]]:
+    """The task, its modes and its items, before anything is loaded."""
+    least = {"limit": 1, "seed": 0, "max_tokens": 1, "batch_size": 1, "latency": 0}
+    for name, n in least.items():
+        if (value := getattr(args, name)) is not None and value < n:
+            raise C2CError(f"--{name.replace('_', '-')} {value}: must be at least {n}")
+    task, items = _read(args.task, args.method)
+    names = _modes(args.mode, task)
+    items = _draw(items, args.limit, args.seed)
+    if "c2c-shuffled" in names and len(items) < 2:
+        raise C2CError("c2c-shuffled needs at least two items; choose other modes with --mode")
+    return task, names, items
 
 
-def _read(name: str, method: Any) -> tuple[Task, list[Item]]:
+def _read(name: str, method: Method) -> tuple[Task, list[Item]]:
     from c2c_mlx.evaluation import benchmarks, files
 
     path = Path(name).expanduser()
@@ -234,17 +238,11 @@ def _draw(items: list[Item], limit: int | None, seed: int) -> list[Item]:
 # --- what is said of a run ----------------------------------------------------------------------
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _fuser_digest(folder: Path | None) -> str:
-    """Of the weights: a fuser that was trained on in the same folder is another one."""
-    if folder is None:
-        return ""
-    from c2c_mlx.checkpoint import WEIGHTS
-
-    with (folder / WEIGHTS).open("rb") as file:
+def _digest(data: bytes | Path) -> str:
+    """Of a fuser's file, too: one that was trained on in the same folder is another one."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    with data.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -271,8 +269,6 @@ def _versions() -> dict[str, str]:
 def _compare(args: argparse.Namespace) -> None:
     from c2c_mlx.evaluation import report
 
-    if args.json:
-        report.check_free(args.json)
     names, sides = [], []
     for text in args.compare:
         file, _, mode = text.rpartition(":")

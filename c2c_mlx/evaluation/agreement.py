@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from c2c_mlx.evaluation.task import MODES, Answer, Item, Probe, Task
+from c2c_mlx.evaluation.task import MODES, Answer, Item, Task
 
 KEPT_TOKENS = 16  # as many must be the receiver's own
 
@@ -16,12 +16,12 @@ class Agreement(Task):
     scores = ("kept", "nll")
     modes = tuple(m for m in MODES if m != "sharer")  # another model's words are no measure
 
-    def probe(self, item: Item, tokenizer: Any, own: Answer | None) -> Probe | None:
+    def continuations(self, item: Item, tokenizer: Any, own: Answer | None) -> list[list[int]]:
         """The receiver's own answer, as far as it was written."""
-        return Probe(list(own.ids), []) if own and own.ids else None
+        return [list(own.ids)] if own and own.ids else []
 
     def score(self, item: Item, answer: Answer, own: Answer | None) -> dict[str, float]:
         """Kept is 1 or 0."""
         wanted = list(own.ids[:KEPT_TOKENS]) if own else []
-        scores = {"kept": float(bool(wanted) and list(answer.ids[:KEPT_TOKENS]) == wanted)}
-        return scores if answer.nll is None else scores | {"nll": answer.nll}
+        kept = bool(wanted) and list(answer.ids[:KEPT_TOKENS]) == wanted
+        return {"kept": float(kept)} | answer.nll

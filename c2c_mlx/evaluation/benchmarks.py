@@ -89,6 +89,9 @@ def read(name: str, method: Method) -> tuple[Task, list[Item]]:
         raise C2CError(
             f"--task {name} comes from the hub: pip install 'c2c-mlx[datasets]'"
         ) from None
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its retries end in one line of ours
     b = BENCHMARKS[name]
     items = []
     try:

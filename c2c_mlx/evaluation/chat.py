@@ -7,7 +7,7 @@ from typing import Any
 
 from c2c_mlx.alignment import response_ids
 from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation.task import Answer, Item, Probe, Task
+from c2c_mlx.evaluation.task import Answer, Item, Task
 
 
 class Chat(Task):
@@ -29,18 +29,17 @@ class Chat(Task):
         self._chrf, self._bleu = CHRF(), BLEU()
         self._sentence_bleu = BLEU(effective_order=True)  # short sentences have no 4-grams
 
-    def probe(self, item: Item, tokenizer: Any, own: Answer | None) -> Probe | None:
+    def continuations(self, item: Item, tokenizer: Any, own: Answer | None) -> list[list[int]]:
         """The reference, to the end of the turn."""
         said = {"role": "assistant", "content": item.reference}
-        return Probe(response_ids([*item.messages, said], tokenizer), [])
+        return [response_ids([*item.messages, said], tokenizer)]
 
     def score(self, item: Item, answer: Answer, own: Answer | None) -> dict[str, float]:
         """Scores of a sentence, 0 to 100, and the NLL."""
-        scores = {
+        return answer.nll | {
             "chrf": self._chrf.sentence_score(answer.text, [item.reference]).score,
             "bleu": self._sentence_bleu.sentence_score(answer.text, [item.reference]).score,
         }
-        return scores if answer.nll is None else scores | {"nll": answer.nll}
 
     def corpus(self, items: Sequence[Item], texts: Sequence[str]) -> dict[str, float]:
         """Corpus chrF and BLEU, as they are usually reported."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from c2c_mlx.alignment import response_ids
-from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation.task import Answer, Item, Probe, Task
+from c2c_mlx.evaluation.task import Answer, Item, Task
 
 Method: TypeAlias = Literal["generate", "logits"]
 
@@ -52,28 +52,21 @@ class Choice(Task):
         if not self.writes:
             self.scores = ("accuracy",)  # some letter is always likeliest
 
-    def probe(self, item: Item, tokenizer: Any, own: Answer | None) -> Probe | None:
-        """The letters, behind the beginning of an answer."""
+    def continuations(self, item: Item, tokenizer: Any, own: Answer | None) -> list[list[int]]:
+        """The beginning of an answer, with each letter in turn."""
         if self.writes:
-            return None
-        spelled = [
-            response_ids(
-                [*item.messages, {"role": "assistant", "content": f"{LEAD} {letter}"}], tokenizer
-            )
-            for letter in LETTERS[: item.choices]
-        ]
-        same = next(i for i, ids in enumerate(zip(*spelled, strict=False)) if len(set(ids)) > 1)
-        options = [ids[same] for ids in spelled]
-        if len(set(options)) < len(options):
-            raise C2CError("this tokenizer begins two letters alike: take --method generate")
-        return Probe(spelled[0][:same], options)
+            return []
+        said = [{"role": "assistant", "content": f"{LEAD} {x}"} for x in LETTERS[: item.choices]]
+        spelled = [response_ids([*item.messages, s], tokenizer) for s in said]
+        # What ends any answer, the end of the turn, says nothing about the letter.
+        end = len(os.path.commonprefix([ids[::-1] for ids in spelled]))
+        return [ids[: len(ids) - end] for ids in spelled]
 
     def score(self, item: Item, answer: Answer, own: Answer | None) -> dict[str, float]:
         """1 or 0; a failed item is wrong, and so is an answer that names no choice."""
         if not self.writes:
-            best = max(range(len(answer.options)), key=answer.options.__getitem__, default=None)
-            named = None if best is None else LETTERS[best]
-            return {"accuracy": float(named == item.reference)}
+            best = min(range(len(answer.nats)), key=answer.nats.__getitem__, default=-1)
+            return {"accuracy": float(best == LETTERS.index(item.reference))}
         named = extract(answer.text, item.choices)
         return {"accuracy": float(named == item.reference), "invalid": float(named is None)}
 

@@ -1,4 +1,4 @@
-"""The six modes at work: items are read, answers written and probed, several at a time."""
+"""The six modes at work: items are read, answers written and weighed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from c2c_mlx import kv, relay
 from c2c_mlx.alignment import align_chat, render, tokenize
 from c2c_mlx.chat import ChatSession, no_fuser
 from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages, Probe
+from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages
 from c2c_mlx.fuser import KV, Fuser
 from c2c_mlx.generate import C2C, FusedPrefix, Prefix
 from c2c_mlx.models import LanguageModel
 from c2c_mlx.training.data import Example
 
-PROBE_TOKENS = 1024  # per pass; bounds the memory of logits
+LOGITS = 1024  # tokens whose logits are computed at a time; bounds the memory
 
 
 @dataclass
@@ -83,7 +83,8 @@ class Modes:
         max_tokens: int,
     ) -> None:
         self.receiver, self.sharer = receiver, sharer
-        self.c2c = ChatSession(receiver, sharer, fuser).c2c
+        self.c2c = c2c = ChatSession(receiver, sharer, fuser).c2c
+        self._silent = c2c and _Silent(c2c.receiver, c2c.sharer, c2c.fuser)
         self.partners = derangement(items, seed)
         self.max_tokens = max_tokens
         self.forget()
@@ -145,7 +146,7 @@ class Modes:
             fed, index = other.sharer_ids, other.index
         elif mode == "c2c-zeroed":
             fed, index = fed[:1], np.zeros_like(index)  # nothing of it is looked at
-            c2c = _Silent(c2c.receiver, c2c.sharer, c2c.fuser)
+            c2c = self._silent or c2c
         _check_room(lm, ids)
         _check_room(self._sharer, fed)
         prefix = self._prefixes.setdefault(mode, FusedPrefix(c2c))
@@ -204,18 +205,23 @@ def write(readings: Sequence[Reading], max_tokens: int) -> list[Written]:
         [r.cache for r in readings],
     )
     written = {uid: Written() for uid in uids}
+    texts = {uid: lm.tokenizer.detokenizer for uid in uids}
     try:
         while responses := generator.next_generated():
             now = time.perf_counter()
             for response in responses:
-                w = written[response.uid]
+                w, text = written[response.uid], texts[response.uid]
                 w.ids.append(response.token)
                 w.first, w.last = w.first or now, now
-                w.text = lm.tokenizer.decode([t for t in w.ids if t not in stop_tokens])
+                if response.token not in stop_tokens:
+                    text.add_token(response.token)
+                if response.finish_reason:
+                    text.finalize()
+                w.text = text.text
                 stop = min((at for s in lm.stop_strings if (at := w.text.find(s)) >= 0), default=-1)
                 if stop >= 0:
                     w.text = w.text[:stop]
-                    if response.finish_reason is None:
+                    if not response.finish_reason:
                         generator.remove([response.uid])
     finally:
         generator.close()
@@ -224,26 +230,33 @@ def write(readings: Sequence[Reading], max_tokens: int) -> list[Written]:
     return [written[uid] for uid in uids]
 
 
-def probe(readings: Sequence[Reading], probes: Sequence[Probe]) -> list[tuple[float, list[float]]]:
-    """Teacher forcing, several at once: the prompts' logits are never computed.
+def nats(
+    readings: Sequence[Reading], continuations: Sequence[Sequence[list[int]]]
+) -> list[list[float]]:
+    """-log p of each reading's continuations, by teacher forcing, several at once.
 
-    Returns:
-        Per reading the sum of -log p over the probe's ids (nats), and log p of each option.
+    No logits of a prompt are ever computed, and continuations that differ in their last token alone
+    cost as much as one.
     """
-    rows = [[r.last, *p.ids] for r, p in zip(readings, probes, strict=True)]
-    size = max(PROBE_TOKENS // max(map(len, rows), default=1), 1)
-    results = []
+    lasts: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # reading, all but the last token
+    for number, wanted in enumerate(continuations):
+        for ids in wanted:
+            lasts.setdefault((number, tuple(ids[:-1])), []).append(ids[-1])
+    rows = sorted(lasts, key=lambda row: len(row[1]))
+    size = max(LOGITS // (len(rows[-1][1]) + 1), 1) if rows else 1
+    found: dict[tuple[int, tuple[int, ...]], float] = {}
     for at in range(0, len(rows), size):
         part = rows[at : at + size]
-        longest = max(map(len, part))
-        ids = mx.array([row + [0] * (longest - len(row)) for row in part])  # behind: never seen
-        cache = kv.merge([r.cache for r in readings[at : at + size]])
-        logits = readings[at].lm.model(ids, cache=cache)
-        for row, p, of_row in zip(part, probes[at:], logits, strict=False):
-            logs = nn.log_softmax(of_row[: len(row)].astype(mx.float32), axis=-1)
-            nats = -logs[mx.arange(len(p.ids)), mx.array(p.ids, mx.int32)].sum().item()
-            results.append((nats, logs[-1][mx.array(p.options, mx.int32)].tolist()))
-    return results
+        width = len(part[-1][1])
+        padded = [[readings[n].last, *said, *[0] * (width - len(said))] for n, said in part]
+        cache = kv.merge([readings[n].cache for n, _ in part])
+        logits = readings[0].lm.model(mx.array(padded), cache=cache)
+        for (n, said), of_row in zip(part, logits, strict=True):
+            logs = nn.log_softmax(of_row[: len(said) + 1].astype(mx.float32), axis=-1)
+            before = logs[mx.arange(len(said)), mx.array(said, mx.int32)].sum()
+            for last in lasts[n, said]:
+                found[n, (*said, last)] = -(before + logs[-1, last]).item()
+    return [[found[n, tuple(ids)] for ids in of] for n, of in enumerate(continuations)]
 
 
 def _ask(item: Item) -> str:

@@ -206,6 +206,7 @@ def write(path: Path, result: Result, report: str) -> None:
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, target)
         except OSError as e:
+            partial.unlink(missing_ok=True)
             raise C2CError(f"{target}: cannot write ({e.strerror})") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import c2c_mlx.blas  # noqa: F401
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation.modes import Modes, Reading, Written, probe, write
+from c2c_mlx.evaluation.modes import Modes, Reading, Written, nats, write
 from c2c_mlx.evaluation.task import Answer, Item, Task
 
 Record = dict[str, Any]  # what a mode made of an item, as it stands in the result
@@ -42,19 +42,19 @@ class Log:
             if not whole:
                 self._write([settings], "w")
                 return
-            found, *records = map(json.loads, whole.splitlines())
+            found, *records = map(dict, map(json.loads, whole.split("\n")[:-1]))
+            self._hold(records)
             if whole != text:
                 os.truncate(path, len(whole.encode()))
         except OSError as e:
             raise C2CError(f"{path}: cannot keep results there ({e.strerror})") from None
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             raise C2CError(f"{path}: not the records of a c2c-eval run; move it away") from None
-        if changed := [key for key in settings if found.get(key) != settings[key]]:
+        if other := [key for key in settings if found.get(key) != settings[key]]:
             raise C2CError(
-                f"{path}: an unfinished run with another {changed[0]} ({found.get(changed[0])}, "
-                f"not {settings[changed[0]]}); repeat its arguments, or delete the file"
+                f"{path}: an unfinished run with another {other[0]} ({found.get(other[0])}, not "
+                f"{settings[other[0]]}); repeat its arguments, or delete the file"
             )
-        self._hold(records)
 
     def append(self, records: Sequence[Record]) -> None:
         """Keeps records; they are on the disk when this returns."""
@@ -106,22 +106,16 @@ def run(
         progress: called after every batch.
     """
     for mode in names:
-        done = log.records.get(mode, {})
+        done = log.records.setdefault(mode, {})
         timed = [[item] for item in items[:alone] if item.id not in done]
         rest = [item for item in items[alone:] if item.id not in done]
-        for batch in timed:
-            modes.forget()
-            log.append(_ask(task, batch, mode, modes, log, timed=True))
-            progress(mode, len(log.records[mode]), len(items))
-        modes.forget()
-        for batch in _chunks(rest, batch_size):
-            log.append(_ask(task, batch, mode, modes, log, timed=False))
-            progress(mode, len(log.records[mode]), len(items))
-
-
-def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
+        batches = [rest[at : at + batch_size] for at in range(0, len(rest), batch_size)]
+        for number, batch in enumerate([*timed, *batches]):
+            is_timed = number < len(timed)
+            if is_timed:
+                modes.forget()
+            log.append(_ask(task, batch, mode, modes, log, is_timed))
+            progress(mode, len(done), len(items))
 
 
 def _ask(
@@ -136,18 +130,17 @@ def _ask(
         written = dict(zip(good, write(list(good.values()), modes.max_tokens), strict=True))
     answers = {name: Answer(w.text, w.ids) for name, w in written.items()}
     owns = answers if mode == "receiver" else _answers(log.records.get("receiver", {}))
-    probes, tokens = {}, {}
-    for item in batch:
-        if item.id in good:
-            own = owns.get(item.id)
-            if asked := task.probe(item, good[item.id].lm.tokenizer, own):
-                probes[item.id] = asked
-                as_receiver = task.probe(item, modes.receiver.tokenizer, own)
-                tokens[item.id] = len(as_receiver.ids) if as_receiver else 0
-    probed = probe([good[name] for name in probes], list(probes.values()))
-    for name, (nats, options) in zip(probes, probed, strict=True):
-        nll = nats / tokens[name] if tokens[name] else None
-        answers[name] = replace(answers[name], nll=nll, options=options)
+    here = [item for item in batch if item.id in good]
+
+    def continuations(tokenizer: Any) -> list[list[list[int]]]:
+        return [task.continuations(item, tokenizer, owns.get(item.id)) for item in here]
+
+    if here:
+        weighed = nats(list(good.values()), continuations(good[here[0].id].lm.tokenizer))
+        as_receiver = continuations(modes.receiver.tokenizer)
+        for item, of, wanted in zip(here, weighed, as_receiver, strict=True):
+            tokens = len(wanted[0]) if wanted else 0
+            answers[item.id] = replace(answers[item.id], nats=of, tokens=tokens)
     now = time.perf_counter()
 
     records = []
@@ -155,6 +148,8 @@ def _ask(
         answer, own = answers.get(item.id, Answer()), owns.get(item.id)
         record: Record = {"mode": mode, "id": item.id, "text": answer.text}
         record |= {"ids": list(answer.ids), "scores": task.score(item, answer, own)}
+        if answer.nats:
+            record["nats"] = list(answer.nats)
         if item.id in good:
             reading, w = good[item.id], written[item.id]
             record |= {"prompt_tokens": reading.prompt_tokens, "generated_tokens": len(w.ids)}

@@ -26,28 +26,25 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A continuation whose probability is asked for, and tokens that compete to follow it."""
-
-    ids: list[int]
-    options: list[int]
-
-
-@dataclass(frozen=True)
 class Answer:
     """What a mode made of an item; an item that failed has an empty one.
 
     Attributes:
         text: what was written.
         ids: its tokens, the end of the turn included.
-        nll: of the probe's ids, in nats per token of the receiver, whoever answers.
-        options: log-probability of each of the probe's options.
+        nats: -log p of each continuation that the task asked for.
+        tokens: of the first continuation, as the receiver spells it.
     """
 
     text: str = ""
     ids: Sequence[int] = ()
-    nll: float | None = None
-    options: Sequence[float] = ()
+    nats: Sequence[float] = ()
+    tokens: int = 0
+
+    @property
+    def nll(self) -> dict[str, float]:
+        """The score of that name: nats per token *of the receiver*, whoever answers."""
+        return {"nll": self.nats[0] / self.tokens} if self.nats else {}
 
 
 class Task(ABC):
@@ -59,15 +56,15 @@ class Task(ABC):
     writes = True  # whether modes have to write an answer
     max_tokens = 64  # of an answer, unless the user says otherwise
 
-    def probe(self, item: Item, tokenizer: Any, own: Answer | None) -> Probe | None:
-        """What to ask of the answering model's probabilities; None: nothing.
+    def continuations(self, item: Item, tokenizer: Any, own: Answer | None) -> list[list[int]]:
+        """Answers whose probability is asked for, as token ids of the answering model.
 
         Args:
             item: the item.
             tokenizer: the answering model's.
             own: the receiver's own answer, which may be the one at hand; None if it failed.
         """
-        return None
+        return []
 
     @abstractmethod
     def score(self, item: Item, answer: Answer, own: Answer | None) -> dict[str, float]:

@@ -1,0 +1,433 @@
+"""Evaluation without models: files, scores, extraction, intervals, reports."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from c2c_mlx.errors import C2CError
+from c2c_mlx.evaluation import benchmarks, choice, files, number, report, scoring
+from c2c_mlx.evaluation.agreement import Agreement
+from c2c_mlx.evaluation.chat import Chat
+from c2c_mlx.evaluation.choice import Choice
+from c2c_mlx.evaluation.number import Number
+from c2c_mlx.evaluation.task import Answer, Item
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "extras" / "answers.json"
+
+
+# --- what an answer names
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The correct answer is B", "B"),
+        ("The correct answer is B.", "B"),
+        ("The correct answer is: B", "B"),
+        ("The correct answer is (B).", "B"),
+        ("The correct answer is **B**.", "B"),
+        ("The correct answer is **B. Rome**", "B"),
+        ("The correct answer is B because Rome is old.", "B"),
+        ("The correct answer is A because Rome is old.", "A"),
+        ("The correct answer is\nB", "B"),
+        ("The correct answer is option B", "B"),
+        ("The correct answer is a", "A"),
+        ("The correct answer is a.", "A"),
+        ('The correct answer is "C".', "C"),
+        ("the CORRECT ANSWER is D", "D"),
+        ("The answer would be C, as Rome fell.", "C"),
+        ("The correct answer is C. Option A is wrong.", "C"),
+        ("The correct answer is B. The correct answer is B.", "B"),
+        ("**Answer: D**", "D"),
+        ("Answer:\nC", "C"),
+        ("Final choice\n\nAnswer:\nC", "C"),
+        ("Answer: $\\boxed{C}$", "C"),
+        ("答案是B。", "B"),
+        ("答案：C", "C"),
+        ("A", "A"),
+        (" b ", "B"),
+        ("(c)", "C"),
+        ("B.", "B"),
+        ("B. Rome", "B"),
+        ("B) Rome", "B"),
+        ("(D) Rome", "D"),
+        ("B: Rome", "B"),
+        ("B.Rome", "B"),
+        ("I think it is B.", "B"),
+        ("I would choose B.", "B"),
+        ("Option D", "D"),
+        ("I'd go with D!", "D"),
+        # Nothing is named, or not one thing.
+        ("", None),
+        ("  \n", None),
+        ("Answer: Berlin", None),
+        ("The correct answer is Berlin", None),
+        ("The correct answer is Dublin.", None),
+        ("The correct answer is A dog", None),
+        ("The correct answer is a dog", None),
+        ("The correct answer is not B", None),
+        ("The correct answer is A/B/C/D", None),
+        ("The correct answer is A or B", None),
+        ("The correct answer is A, B", None),
+        ("The correct answer is B and C.", None),
+        ("The correct answer is B. The correct answer is C.", None),
+        ("The correct answer is B-52", None),
+        ("The correct answer is C++", None),
+        ("The correct answer is C#", None),
+        ("The correct answer is A.I.", None),
+        ("The correct answer is A.C. Milan", None),
+        ("The correct answer is D'Artagnan", None),
+        ("The correct answer is B12", None),
+        ("The correct answer is E", None),
+        ("The correct answer is Vitamin C", None),
+        ("Dublin is the capital.", None),
+        ("A dog has four legs.", None),
+        ("x = A + B so the result is 4", None),
+        ("Because of CO2, the response: none", None),
+        ("no letters here", None),
+        ("I do not know.", None),
+    ],
+)
+def test_a_letter_is_taken_where_it_is_named_and_nowhere_else(text: str, letter: str) -> None:
+    assert choice.extract(text, 4) == letter
+
+
+def test_ten_choices_have_ten_letters() -> None:
+    assert choice.extract("The correct answer is J", 10) == "J"
+    assert choice.extract("The correct answer is I", 10) == "I"
+    assert choice.extract("The answer is I think Rome", 10) is None
+    assert choice.extract("The correct answer is J", 4) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("So she has 6 left.\nAnswer: 6", 6),
+        ("Answer: $1,234.50", 1234.5),
+        ("The answer is **-7**.", -7),
+        ("work 3 * 4 = 12\n#### 12", 12),
+        ("Answer: 3\nWait, no.\nAnswer: 4", 4),
+        ("\\boxed{18}", 18),
+        ("Answer: 18.0 dollars", 18),
+        ("There are 6 apples.", None),
+        ("Answer: six", None),
+        ("", None),
+    ],
+)
+def test_a_number_is_taken_behind_its_cue(text: str, value: float | None) -> None:
+    assert number.extract(text) == value
+
+
+def test_the_prompt_is_the_published_one() -> None:
+    for case in json.loads(GOLDEN.read_text(encoding="utf-8"))["build_prompt"]:
+        if case["use_template"] and not case["use_cot"]:
+            found = choice.prompt(case["question"], ["3", "4"])
+            # The published one names four letters, however many choices there are.
+            assert found == case["prompt"].replace("A/B/C/D", "A/B")
+            break
+    else:
+        pytest.fail("no such case")
+    assert '"The correct answer is A/B/C/D"' in choice.prompt("{braces}?", ["1", "2", "3", "4"])
+
+
+# --- scores
+
+
+def test_chat_scores() -> None:
+    task, item = Chat(), Item("1", [], "Tom has a house with a pool.")
+    right = task.score(item, Answer(item.reference, [1], [2.0], 4), None)
+    assert right == {"chrf": pytest.approx(100), "bleu": pytest.approx(100), "nll": 0.5}
+    close = task.score(item, Answer("Tom has a big house.", [1], [2.0], 4), None)
+    assert 30 < close["chrf"] < 80 and 5 < close["bleu"] < 50
+    assert task.score(item, Answer(), None) == {"chrf": 0, "bleu": 0}  # failed: wrong
+    assert task.corpus([item], [item.reference]) == pytest.approx({"chrf": 100, "bleu": 100})
+
+
+def test_choice_scores() -> None:
+    item = Item("1", [], "B", 3)
+    written, likeliest = Choice("generate"), Choice("logits")
+    assert written.score(item, Answer("B. Rome"), None) == {"accuracy": 1, "invalid": 0}
+    assert written.score(item, Answer("C"), None) == {"accuracy": 0, "invalid": 0}
+    assert written.score(item, Answer("Answer: Berlin"), None) == {"accuracy": 0, "invalid": 1}
+    assert written.score(item, Answer(), None) == {"accuracy": 0, "invalid": 1}
+    assert likeliest.score(item, Answer(nats=[3, 1, 2]), None) == {"accuracy": 1}
+    assert likeliest.score(item, Answer(nats=[1, 3, 2]), None) == {"accuracy": 0}
+    assert likeliest.score(item, Answer(), None) == {"accuracy": 0}
+
+
+def test_number_scores() -> None:
+    item = Item("1", [], "1,234")
+    assert Number().score(item, Answer("Answer: $1234."), None) == {"accuracy": 1, "invalid": 0}
+    assert Number().score(item, Answer("1234"), None) == {"accuracy": 0, "invalid": 1}
+
+
+def test_agreement_looks_at_sixteen_tokens() -> None:
+    task, item, own = Agreement(), Item("1", []), Answer("x", range(20))
+    kept = {
+        "same": [*range(16), 99],
+        "late": [*range(15), 99],
+        "cut": range(10),
+        "nothing": [],
+    }
+    found = {k: task.score(item, Answer("x", ids), own)["kept"] for k, ids in kept.items()}
+    assert found == {"same": 1, "late": 0, "cut": 0, "nothing": 0}
+    short = Answer("x", [1, 2])
+    assert task.score(item, Answer("x", [1, 2]), short)["kept"] == 1
+    assert task.score(item, Answer("x", [1, 2, 3]), short)["kept"] == 0
+    assert task.score(item, Answer(), None)["kept"] == 0
+    assert "sharer" not in task.modes
+
+
+# --- intervals
+
+
+def test_interval_of_coin_throws_is_the_binomial_one() -> None:
+    low, high = scoring.interval([1.0] * 50 + [0.0] * 50, seed=0)
+    assert low == pytest.approx(0.40, abs=0.011) and high == pytest.approx(0.60, abs=0.011)
+
+
+def test_interval_of_normal_numbers_is_the_normal_one() -> None:
+    x = np.random.default_rng(5).normal(3, 2, 400)
+    half = 1.96 * x.std() / 20
+    assert scoring.interval(x.tolist(), 1) == pytest.approx(
+        [x.mean() - half, x.mean() + half], abs=0.03
+    )
+
+
+def test_intervals_are_repeatable_in_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = list(np.random.default_rng(2).random(37))
+    whole = scoring.interval(values, 7)
+    assert whole == scoring.interval(values, 7) != scoring.interval(values, 8)
+    monkeypatch.setattr(scoring, "_CHUNK", 37 * 11)
+    assert scoring.interval(values, 7) == whole
+    assert scoring.interval([4.0], 0) == [4.0, 4.0]
+
+
+def test_differences_are_paired() -> None:
+    a = {str(i): float(i) + 1 for i in range(100)}
+    b = {str(i): float(i) for i in range(100)} | {"another": 99.0}
+    found = scoring.difference(a, b, 0)
+    assert found == {"mean": 1.0, "ci95": [1.0, 1.0], "items": 100}
+    assert scoring.difference(a, {}, 0) == {}
+
+
+# --- files
+
+
+def written(path: Path, *rows: Any) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+ASKED = {"messages": [{"role": "user", "content": "hi"}]}
+MULTIPLE = {"question": "who?", "choices": ["a", "b", "c"], "answer": 1, "subject": "s"}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reference", "group"),
+    [
+        (CHAT | {"lang": "fr"}, Chat, "ho", "fr"),
+        ({"prompt": "hi", "completion": "ho"}, Chat, "ho", ""),
+        (ASKED, Agreement, "", ""),
+        ({"prompt": "hi"}, Agreement, "", ""),
+        (MULTIPLE, Choice, "B", "s"),
+        (MULTIPLE | {"answer": "C"}, Choice, "C", "s"),
+    ],
+)
+def test_rows_say_which_task_they_are(
+    tmp_path: Path, row: Any, kind: type, reference: str, group: str
+) -> None:
+    task, items = files.read(written(tmp_path / "f", row, "", row), "generate")
+    assert type(task) is kind
+    assert [(i.id, i.reference, i.group) for i in items] == [
+        ("1", reference, group),
+        ("3", reference, group),
+    ]
+    assert items[0].messages[-1]["role"] == "user"
+    if kind is not Choice:
+        assert items[0].messages == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "is empty"),
+        (["{"], "line 1: not JSON"),
+        (["[1]"], "line 1: needs 'question'"),
+        ([{"text": "x"}], "line 1: needs 'question'"),
+        ([CHAT, MULTIPLE], "line 2: a row of kind choice among rows of kind chat"),
+        ([CHAT, ASKED], "line 2: a row of kind agreement among rows of kind chat"),
+        ([MULTIPLE | {"answer": 3}], "'answer' must be 0 to 2"),
+        ([MULTIPLE | {"answer": True}], "'answer' must be 0 to 2"),
+        ([MULTIPLE | {"answer": "D"}], "'answer' must be 0 to 2"),
+        ([MULTIPLE | {"choices": ["a"]}], "1 choices"),
+        ([MULTIPLE | {"choices": "abc"}], "'choices' must be a list"),
+        ([MULTIPLE | {"question": " "}], "'question' must be a text"),
+        ([{"prompt": 5}], "must be texts"),
+        ([{"prompt": "a", "completion": None}], "must be texts"),
+        ([{"prompt": "a", "completion": " "}], "the reference answer is empty"),
+        ([{"prompt": ""}], "a message of the user"),
+        ([{"messages": []}], "a message of the user"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "a message of the user"),
+        ([{"messages": [{"role": "user"}]}], "needs 'question'"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, rows: list[Any], words: str) -> None:
+    with pytest.raises(C2CError, match=words) as e:
+        files.read(written(tmp_path / "rows.jsonl", *rows), "generate")
+    assert "rows.jsonl" in str(e.value)
+
+
+def test_line_ends_of_unicode_are_no_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    assert len(files.read(path, "generate")[1]) == 1
+
+
+# --- benchmarks
+
+
+def test_mmlu_redux_mends_what_its_authors_found() -> None:
+    row = {"question": "q?", "choices": ["w", "x", "y", "z"], "answer": 1, "error_type": "ok"}
+    item = benchmarks.mmlu_redux(row, "anatomy/0", "anatomy")
+    assert item is not None
+    assert (item.reference, item.group, item.id, item.choices) == ("B", "anatomy", "anatomy/0", 4)
+    wrong = row | {"error_type": "wrong_groundtruth"}
+    mended = [wrong | {"correct_answer": x} for x in ("3", "D", None)]
+    found = [benchmarks.mmlu_redux(m, "n", "") for m in mended]
+    assert [i and i.reference for i in found] == ["D", "D", "B"]
+    for left_out in (
+        row | {"error_type": "no_correct_answer"},
+        row | {"error_type": "expert"},
+        wrong | {"correct_answer": "none of them"},
+    ):
+        assert benchmarks.mmlu_redux(left_out, "n", "") is None
+
+
+def test_other_benchmarks() -> None:
+    labelled = {"text": ["ice", "fire"], "label": ["1", "2"]}
+    arc = benchmarks.arc({"question": "hot?", "choices": labelled, "answerKey": "2"}, "n", "")
+    assert arc.reference == "B" and "A. ice\nB. fire\n" in arc.messages[0]["content"]
+    row = {"question_stem": "hot?", "choices": labelled | {"label": ["A", "B"]}, "answerKey": "A"}
+    assert benchmarks.openbookqa(row, "n", "").reference == "A"
+    row = {"question": "热？", "A": "冰", "B": "火", "C": "水", "D": "土", "answer": "B"}
+    ceval = benchmarks.ceval(row, "n", "logic")
+    assert (ceval.reference, ceval.choices, ceval.group) == ("B", 4, "logic")
+    row = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+    gsm8k = benchmarks.gsm8k(row, "n", "")
+    assert gsm8k.reference == "4" and "How many?" in gsm8k.messages[0]["content"]
+
+
+def test_a_benchmark_without_datasets_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(C2CError, match=r"pip install 'c2c-mlx\[datasets\]'"):
+        benchmarks.read("gsm8k", "generate")
+
+
+def test_chat_scores_without_sacrebleu_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    with pytest.raises(C2CError, match=r"pip install 'c2c-mlx\[eval\]'"):
+        Chat()
+
+
+# --- reports
+
+
+def result() -> report.Result:
+    items = [
+        Item(str(i), [{"role": "user", "content": "q"}], "B", 2, "ab"[i % 2]) for i in range(6)
+    ]
+    said = {"receiver": "ABABAB", "c2c": "BBBBBB"}
+    records = {}
+    for mode, letters in said.items():
+        records[mode] = {
+            item.id: {
+                "mode": mode,
+                "id": item.id,
+                "text": letter,
+                "scores": Choice("generate").score(item, Answer(letter), None),
+                "prompt_tokens": 10,
+                "generated_tokens": 2,
+            }
+            for item, letter in zip(items, letters, strict=True)
+        }
+    records["c2c"]["0"] |= {"first_token_s": 0.25, "total_s": 0.5}
+    records["c2c"]["5"] = {
+        "mode": "c2c",
+        "id": "5",
+        "text": "",
+        "scores": Choice("generate").score(items[5], Answer(), None),
+        "error": "too long",
+    }
+    about = {"task": "t", "versions": {"mlx": "1"}}
+    return report.summarise(Choice("generate"), items, records, about, 0)
+
+
+def test_a_result_has_what_the_contract_names() -> None:
+    found = result()
+    modes = found["modes"]
+    assert modes["receiver"]["scores"]["accuracy"]["mean"] == 0.5
+    assert modes["c2c"]["scores"]["accuracy"]["mean"] == pytest.approx(5 / 6)
+    assert modes["c2c"]["scores"]["accuracy"]["vs_receiver"]["mean"] == pytest.approx(2 / 6)
+    assert modes["c2c"]["scores"]["invalid"]["mean"] == pytest.approx(1 / 6)
+    assert "vs_receiver" not in modes["receiver"]["scores"]["accuracy"]
+    assert modes["c2c"]["latency"] == {"first_token_s": 0.25, "total_s": 0.5, "items": 1}
+    assert [r["id"] for r in modes["c2c"]["items"]] == list("012345")
+    assert modes["c2c"]["failed"] == {"5": "too long"}
+    a, b = (modes["receiver"]["groups"][g]["scores"]["accuracy"] for g in "ab")
+    assert (a["mean"], b["mean"], a["items"]) == (0, 1, 3)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_tables_show_groups_and_failures() -> None:
+    found = result()
+    text = report.tables(found, every_group=True)
+    assert "| a        | c2c      | 3 | 1.000 [1.000, 1.000] | +1.000 [+1.000, +1.000] |" in text
+    assert "- c2c, item 5: too long" in text
+    assert "0.250" in text
+    found["groups"] = [f"g{i}" for i in range(5)]
+    assert "g1" not in report.tables(found, every_group=False)
+
+
+def test_results_are_compared_item_by_item() -> None:
+    found = report.compare((result(), "c2c"), (result(), "receiver"), 0)
+    assert found["accuracy"]["all"]["difference"]["mean"] == pytest.approx(2 / 6)
+    assert found["accuracy"]["b"]["difference"]["mean"] == pytest.approx(-1 / 3)
+    assert "+0.333" in report.compare_table(found, ["x", "y"])
+    with pytest.raises(C2CError, match="no mode relay in that result; it has receiver, c2c"):
+        report.compare((result(), "relay"), (result(), "c2c"), 0)
+    other = result()
+    other["items"] = other["items"][:3]
+    with pytest.raises(C2CError, match="different items"):
+        report.compare((other, "c2c"), (result(), "c2c"), 0)
+
+
+def test_a_result_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    report.write(path, {"a": 1}, "first")
+    with pytest.raises(C2CError, match="is there already"):
+        report.write(path, {"a": 2}, "second")
+    assert (
+        json.loads(path.read_text()) == {"a": 1} and path.with_suffix(".md").read_text() == "first"
+    )
+    (tmp_path / "s.md").write_text("notes of somebody")
+    with pytest.raises(C2CError, match=r"s\.md is there already"):
+        report.write(tmp_path / "s.json", {}, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.md", "s.md"]
+    with pytest.raises(C2CError, match="there is no folder"):
+        report.check_free(tmp_path / "no" / "r.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"modes": 1, "items": []}'])
+def test_what_is_no_result_is_not_compared(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r").write_text(text)
+    with pytest.raises(C2CError, match="not a result"):
+        report.read(tmp_path / "r")

@@ -1,0 +1,206 @@
+"""The six modes with two tiny models: batches against one by one, and what the controls feed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import pytest
+
+from c2c_mlx import ChatSession, Fuser, LanguageModel
+from c2c_mlx.alignment import align_chat, response_ids
+from c2c_mlx.config import FuserConfig, SamplingConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.evaluation import modes as modes_module
+from c2c_mlx.evaluation.choice import LEAD, Choice
+from c2c_mlx.evaluation.modes import Modes, Reading, derangement, nats, write
+from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item
+from c2c_mlx.events import MODES as CHAT_MODES
+from c2c_mlx.events import Finished, Mode
+from c2c_mlx.training import loss as step_loss
+from c2c_mlx.training.data import Chat, Example, collate, make_example
+
+TOKENS = 9
+ITEMS = [
+    Item(str(i), [{"role": "user", "content": "who wrote " + "it and " * i + str(i)}], "he did" * i)
+    for i in range(1, 6)
+]
+Make = Callable[..., Modes]
+
+
+@pytest.fixture(scope="module")
+def fuser(receiver: LanguageModel, sharer: LanguageModel) -> Fuser:
+    mx.random.seed(1)
+    layers = tuple((i, i + 2) for i in range(4))
+    config = FuserConfig(receiver.shape, sharer.shape, layers, 24, 20, rotated_keys=False)
+    fuser = Fuser(config)
+    fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+    fuser.eval()
+    return fuser
+
+
+@pytest.fixture
+def make(receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> Make:
+    def make(fuser: Fuser | None = fuser, items: Sequence[Item] = ITEMS) -> Modes:
+        return Modes(receiver, sharer, fuser, items, 0, TOKENS)
+
+    return make
+
+
+def readings(modes: Modes, mode: str, items: Sequence[Item] = ITEMS) -> list[Reading]:
+    found = modes.read(mode, items)
+    assert all(isinstance(r, Reading) for r in found), found
+    return [r for r in found if isinstance(r, Reading)]
+
+
+def reference(item: Item, lm: LanguageModel) -> list[int]:
+    return response_ids(
+        [*item.messages, {"role": "assistant", "content": item.reference}], lm.tokenizer
+    )
+
+
+@pytest.mark.parametrize("mode", CHAT_MODES)
+def test_a_batch_writes_what_a_chat_writes(make: Make, mode: Mode) -> None:
+    modes = make()
+    assert modes.c2c is not None
+    session = ChatSession(
+        modes.receiver, modes.sharer, modes.c2c.fuser, sampling=SamplingConfig(max_tokens=TOKENS)
+    )
+    found = readings(modes, mode)
+    for item, reading, w in zip(ITEMS, found, write(found, TOKENS), strict=True):
+        session.reset()
+        finished = next(
+            e for e in session.ask(item.messages[0]["content"], mode) if isinstance(e, Finished)
+        )
+        assert w.text == finished.text
+        assert len(w.ids) == finished.figures.generated_tokens
+        assert reading.prompt_tokens == finished.figures.prompt_tokens
+        assert (reading.relayed.text if reading.relayed else "") == finished.relayed_text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_weighs_like_one_by_one(make: Make, mode: str) -> None:
+    found = readings(make(), mode)
+    asked = [
+        [(ids := reference(i, r.lm)), [*ids[:-1], 5], [*ids[:-1], 6], ids[:2], [7, *ids]]
+        for i, r in zip(ITEMS, found, strict=True)
+    ]
+    together = nats(found, asked)
+    for reading, wanted, of in zip(found, asked, together, strict=True):
+        alone = [nats([reading], [[ids]])[0][0] for ids in wanted]
+        assert of == pytest.approx(alone, rel=1e-4)
+
+
+def test_weighing_goes_in_parts(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = readings(make(), "receiver")
+    asked = [[reference(i, r.lm)] for i, r in zip(ITEMS, found, strict=True)]
+    whole = nats(found, asked)
+    monkeypatch.setattr(modes_module, "LOGITS", 20)
+    for a, b in zip(nats(found, asked), whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert nats(found[:2], [[], []]) == [[], []] and nats([], []) == [] and write([], 5) == []
+
+
+@pytest.mark.parametrize("mode", C2C_MODES)
+def test_controls_lose_what_training_says_they_lose(make: Make, mode: str) -> None:
+    """Evaluation and training agree on who is fed by what."""
+    modes = make()
+    assert modes.c2c is not None and modes.sharer is not None
+    c2c, tokenizers = modes.c2c, (modes.receiver.tokenizer, modes.sharer.tokenizer)
+    found = readings(modes, mode)
+    asked = [[reference(item, modes.receiver)] for item in ITEMS]
+    for item, (weighed,) in zip(ITEMS, nats(found, asked), strict=True):
+
+        def example(item: Item) -> Example:
+            said = {"role": "assistant", "content": item.reference}
+            return make_example(Chat([*item.messages, said]), *tokenizers, "span")
+
+        fed = example(item)
+        if mode == "c2c-shuffled":
+            fed = fed.with_sharer_of(example(modes.partners[item.id]))
+        batch = collate([fed], c2c.fuser.config.positions)
+        own = step_loss.prefill(c2c.receiver, batch.receiver, {})
+        cache = step_loss.prefill(c2c.sharer, batch.sharer, {})
+        sharer = step_loss.read_sharer(c2c, cache, batch)
+        if mode == "c2c-zeroed":
+            sharer = step_loss.zeroed(c2c, batch)
+        fused, _ = step_loss.fuse(c2c, own, sharer, batch)
+        expected = step_loss.response_loss(c2c.receiver, fused, batch).item()
+        assert weighed == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_controls_are_no_c2c(make: Make) -> None:
+    modes = make()
+    asked = [[reference(item, modes.receiver)] for item in ITEMS]
+    found = {mode: nats(readings(modes, mode), asked)[2][0] for mode in C2C_MODES}
+    assert len({round(n, 3) for n in found.values()}) == 3
+
+
+def test_readings_outlive_the_next_reading_and_their_own_answers(make: Make) -> None:
+    modes = make()
+    first = readings(modes, "c2c", ITEMS[:2])
+    once = [w.ids for w in write(first, TOKENS)]
+    readings(modes, "c2c", ITEMS[2:])
+    assert [w.ids for w in write(first, TOKENS)] == once
+    modes.forget()
+    assert [w.ids for w in write(readings(modes, "c2c", ITEMS[:2]), TOKENS)] == once
+
+
+def test_an_item_that_is_too_long_fails_alone(make: Make) -> None:
+    long = Item("long", [{"role": "user", "content": "so " * 4000}], "x")
+    items = [ITEMS[0], long, ITEMS[1]]
+    modes = make(items=items)
+    for mode in MODES:
+        found = modes.read(mode, items)
+        assert isinstance(found[1], C2CError) and "reads at most" in str(found[1])
+        others = [found[0], found[2]]
+        if mode != "c2c-shuffled":  # there, one of the others is fed by the long one
+            assert all(isinstance(r, Reading) for r in others)
+        else:
+            assert sum(isinstance(r, Reading) for r in others) == 1
+
+
+def test_letters_are_compared_behind_the_beginning_of_an_answer(make: Make) -> None:
+    modes, item = make(), Item("1", ITEMS[0].messages, "B", 4)
+    for lm in (modes.receiver, modes.sharer):
+        assert lm is not None
+        asked = Choice("logits").continuations(item, lm.tokenizer, None)
+        assert [lm.tokenizer.decode(ids).strip() for ids in asked] == [
+            f"{LEAD} {letter}" for letter in "ABCD"
+        ]
+    assert Choice("generate").continuations(item, modes.receiver.tokenizer, None) == []
+
+
+def test_without_a_fuser_the_c2c_modes_say_what_to_do(make: Make) -> None:
+    modes = make(fuser=None)
+    found = modes.read("c2c", ITEMS[:1])
+    assert isinstance(found[0], C2CError) and "c2c-train" in str(found[0])
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 101])
+def test_everybody_is_fed_by_another_one(n: int) -> None:
+    items = [Item(str(i), []) for i in range(n)]
+    partners = derangement(items, 3)
+    assert (
+        sorted(p.id for p in partners.values()) == sorted(partners) == sorted(i.id for i in items)
+    )
+    assert all(own != partner.id for own, partner in partners.items())
+    assert partners == derangement(items, 3)
+    assert n < 10 or partners != derangement(items, 4)
+    assert derangement(items[:1], 3) == {}
+
+
+def test_alignment_of_a_shuffled_item_stays_inside_the_other_prompt(make: Make) -> None:
+    modes = make()
+    assert modes.sharer is not None
+    for item in ITEMS:
+        aligned = align_chat(item.messages, modes.receiver.tokenizer, modes.sharer.tokenizer)
+        own = Example(aligned.receiver_ids, aligned.sharer_ids, aligned.index, aligned.message, [])
+        partner = modes.partners[item.id]
+        other = align_chat(partner.messages, modes.receiver.tokenizer, modes.sharer.tokenizer)
+        fed = own.with_sharer_of(
+            Example(other.receiver_ids, other.sharer_ids, other.index, other.message, [])
+        )
+        assert 0 <= fed.index.min() and fed.index.max() < len(other.sharer_ids)
