@@ -45,7 +45,7 @@ chat: setup
 	else $(BIN)/c2c-chat; fi
 
 test: setup
-	@$(BIN)/c2c-weights pull $(PAIR) || echo "so the tests that need the embedded pair are skipped"
+	@$(BIN)/c2c-weights pull $(PAIR) >/dev/null || echo "so the tests that need the embedded pair are skipped"
 	@$(BIN)/python -m pytest -q
 
 check: setup

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,14 @@ from safetensors.numpy import load_file
 
 TINY = Path(__file__).parents[1] / "tests" / "golden" / "data" / "e2e" / "qwen3_llama"
 TRAIN = "import sys; from c2c_mlx.commands.train import main; sys.exit(main())"
-STEPS = 400
+STEPS = 300
 
 
 def command(data: Path, out: Path, resume: bool) -> list[str]:
     """A run with everything in it that a resumed run could get wrong."""
     models = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
     run = ["--data", str(data), "--out", str(out), "--preset", "tiny", "--gates", "learned"]
-    run += ["--iters", str(STEPS), "--save-every", "10", "--batch-size", "4"]
+    run += ["--iters", str(STEPS), "--save-every", "10", "--batch-size", "4", "--report-every", "1"]
     return [sys.executable, "-c", TRAIN, *models, *run, *(["--resume"] if resume else [])]
 
 
@@ -43,23 +44,26 @@ def main() -> None:
             if (cut / "config.json").exists():  # it got through: the other kills need a new run
                 assert_same(cut, whole)
                 cut, started = Path(folder) / f"cut{landed}", False
-            process = subprocess.Popen(command(data, cut, started), stderr=subprocess.DEVNULL)
-            try:
-                process.wait(random.uniform(0.2, 8.0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                landed += 1
-                print(f"kill {landed} of {kills}, at step {last(cut)} or later", flush=True)
+            steps, fraction = random.randrange(1, 40), random.random()
+            process = subprocess.Popen(
+                command(data, cut, started), stderr=subprocess.PIPE, text=True
+            )
+            assert process.stderr is not None
+            began = time.monotonic()
+            for line in process.stderr:
+                if not line.startswith("step "):
+                    continue
+                steps, a_step, began = steps - 1, time.monotonic() - began, time.monotonic()
+                if steps == 0:
+                    time.sleep(fraction * a_step)
+                    process.kill()
+                    landed += 1
+                    print(f"kill {landed} of {kills}, after {line.split()[1]}", flush=True)
+            process.wait()
         started = any((cut / "checkpoints").glob("[0-9]*"))
         subprocess.run(command(data, cut, started), check=True, capture_output=True)
         assert_same(cut, whole)
     print(f"{kills} kills: the final weights are bit-identical to those of an uninterrupted run")
-
-
-def last(run: Path) -> int:
-    """The step of a run's newest checkpoint."""
-    return max((int(c.name) for c in (run / "checkpoints").glob("[0-9]*")), default=0)
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 
+from c2c_mlx import registry
 from c2c_mlx.config import FuserConfig, ModelShape, Provenance
+from c2c_mlx.hub import is_hub_id
 
 
 def render(config: FuserConfig, provenance: Provenance) -> str:
@@ -50,25 +51,41 @@ def layer_map_text(config: FuserConfig) -> str:
 
 
 def _front_matter(config: FuserConfig, provenance: Provenance) -> str:
-    # A JSON string is a YAML string, whatever stands in it.
-    lines = ["library_name: mlx", "tags:", "- c2c", "- cache-to-cache", "- kv-cache", "- mlx"]
-    lines += ["base_model:", *(f"- {json.dumps(_hub_id(m))}" for m in _models(config))]
-    if licence := provenance.licence:
-        # The hub knows short identifiers; everything else is "other" with a name.
-        is_id = re.fullmatch(r"[A-Za-z0-9.-]+", licence)
-        lines.append(f"license: {licence.lower() if is_id else 'other'}")
-        if not is_id:
-            lines.append(f"license_name: {json.dumps(licence)}")
-    return "\n".join(lines)
+    from huggingface_hub import EvalResult, ModelCardData
+
+    licence = provenance.licence
+    # The hub knows short identifiers; everything else is "other" with a name.
+    is_short = re.fullmatch(r"[A-Za-z0-9.-]+", licence)
+    bases = [_base(config.receiver), _base(config.sharer)]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="validation",
+            dataset_name="validation",
+            metric_type=_plain(metric),
+            metric_value=value,
+        )
+        for metric, value in provenance.metrics.items()
+    ]
+    data = ModelCardData(
+        library_name="mlx",
+        tags=["c2c", "cache-to-cache", "kv-cache", "mlx"],
+        base_model=bases,
+        license=(licence.lower() if is_short else "other") if licence else None,
+        license_name=_plain(licence) if licence and not is_short else None,
+        datasets=[name for name in provenance.data if is_hub_id(name)] or None,
+        model_name="+".join(base.rpartition("/")[2] for base in bases),
+        eval_results=results or None,
+    )
+    return str(data.to_yaml())
 
 
-def _models(config: FuserConfig) -> list[ModelShape]:
-    return [config.receiver, config.sharer]
-
-
-def _hub_id(model: ModelShape) -> str:
-    """A name that the hub accepts: a folder's path says nothing to anybody else."""
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name):
+def _base(model: ModelShape) -> str:
+    """The original on the hub; a folder's path says nothing to anybody else."""
+    alias = registry.alias_of(model.name)
+    if alias and (entry := registry.find_model(alias)):
+        return entry.base
+    if is_hub_id(model.name):
         return model.name
     return re.sub(r"[^\w.-]+", "-", model.name.rstrip("/").rsplit("/", 1)[-1]) or "unknown"
 

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -28,12 +28,12 @@ from c2c_mlx import card
 from c2c_mlx.config import FORMAT_VERSION, FuserConfig, ModelShape, Provenance, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fuser import Fuser
-from c2c_mlx.progress import Report, silent
 
 CONFIG, WEIGHTS, CARD = "config.json", "fuser.safetensors", "README.md"
 STAGING, STAGED = ".saving", ".saved"
 
 _FLOATS = ("F32", "F16", "BF16")  # as safetensors spells them
+_MAX_JSON = 1 << 20  # bytes; a real description has a few thousand
 
 
 def save(fuser: Fuser, folder: str | Path, dtype: mx.Dtype | None = None) -> None:
@@ -82,27 +82,16 @@ def load(folder: str | Path) -> Fuser:
     return fuser
 
 
-def find_folder(name: str, report: Report = silent) -> Path:
-    """The folder of a fuser argument.
-
-    Args:
-        name: a folder, a name that `weights/registry.toml` knows, or a hub id.
-        report: called with bytes done while a fuser is fetched from the hub.
+def copy(source: Path, target: Path) -> None:
+    """Copies a fuser's own files into an empty folder, once they have been looked through.
 
     Raises:
-        C2CError: if it is none of these, or the hub can't give it.
+        C2CError: as `load` does.
     """
-    from c2c_mlx import hub, registry
-
-    if (folder := Path(name).expanduser()).is_dir():
-        return folder
-    shipped = registry.fusers()
-    if name in shipped:
-        return shipped[name]
-    if hub.is_hub_id(name):
-        return hub.fetch(name, hub.FUSER_FILES, report=report)
-    known = ", ".join(shipped) or "none"
-    raise C2CError(f"no fuser '{name}': not a folder, not a shipped fuser ({known}), not a hub id")
+    load(source)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(locate(source, name), target / name)
+    (target / CARD).write_text(card.render(*read_description(source)), encoding="utf-8")
 
 
 def skeleton(config: FuserConfig, n_tensors: int, where: str) -> Fuser:
@@ -163,7 +152,7 @@ def read_description(folder: str | Path) -> tuple[FuserConfig, Provenance]:
     folder = Path(folder)
     if not folder.is_dir():
         raise C2CError(f"{folder}: no such fuser folder")
-    data = read_json(locate(folder, CONFIG))
+    data = read_json(locate(folder, CONFIG).parent, CONFIG)
     where = str(folder / CONFIG)
     if not isinstance(data, dict):
         raise C2CError(f"{where}: expected an object with fields, not {type(data).__name__}")
@@ -189,18 +178,51 @@ def write_description(folder: Path, config: FuserConfig, provenance: Provenance)
     (folder / CARD).write_text(card.render(config, provenance), encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Parses a JSON file.
+def read_json(folder: Path, name: str) -> Any:
+    """Parses a JSON file of an untrusted folder.
 
     Raises:
-        C2CError: if it can't be read or is not JSON.
+        C2CError: if it can't be read, is not JSON, or says anything twice.
     """
+    path = find_file(folder, name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        if path.stat().st_size > _MAX_JSON:
+            raise C2CError(f"{path}: larger than any real one")
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise C2CError(f"{path}: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e:
         raise C2CError(f"{path}: not valid JSON ({e})") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as it is defined: no NaN, and no key twice, of which readers differ which one counts.
+
+    Raises:
+        ValueError: for anything else.
+        RecursionError: if it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """A regular file of an untrusted folder, links followed.
+
+    Raises:
+        C2CError: if it is missing or something else, such as a pipe, or a link leads out of the
+            folder.
+    """
+    path = folder / name
+    if not path.is_file():
+        is_there = path.exists() or path.is_symlink()
+        raise C2CError(f"{path}: " + ("not a file" if is_there else "missing"))
+    home = folder.resolve()
+    homes = [home]
+    # In the hub's cache a folder below `snapshots` is made of links to `blobs` beside that.
+    homes += [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(h) for h in homes):
+        raise C2CError(f"{path}: a link that leads out of the folder; copy the file there")
+    return path
 
 
 @contextmanager
@@ -213,6 +235,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     is_new = not folder.exists()
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _move_up(folder)  # an earlier save that was interrupted after it was complete
@@ -227,6 +250,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     except BaseException as e:
         if not (folder / STAGED).exists():
             shutil.rmtree(folder if is_new else folder / STAGING, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # somebody else has put something there since
+                    parent.rmdir()
         if isinstance(e, OSError):
             raise C2CError(f"{folder}: can't be written ({e.strerror or e})") from None
         raise
@@ -258,11 +284,11 @@ def locate(folder: Path, name: str) -> Path:
     Raises:
         C2CError: if it does not.
     """
-    staged = folder / STAGED / name
-    path = staged if staged.exists() else folder / name
-    if not path.is_file():
+    staged = folder / STAGED
+    path = (staged if (staged / name).exists() else folder) / name
+    if not path.exists() and not path.is_symlink():
         raise C2CError(f"{folder}: {name} is missing; is this a fuser folder?")
-    return path
+    return find_file(path.parent, name)
 
 
 def _flush(path: Path) -> None:
@@ -278,8 +304,11 @@ def _header(folder: Path, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as e:
+            found = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+        with path.open("rb") as raw:  # MLX will read this once more, and must read the same
+            parse_json(raw.read(int.from_bytes(raw.read(8), "little")))
+        return found
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
         raise C2CError(f"{folder}: {WEIGHTS} is damaged ({e})") from None
 
 
@@ -312,3 +341,10 @@ def _not_finite(weights: dict[str, mx.array]) -> str | None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return found

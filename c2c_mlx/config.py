@@ -120,6 +120,7 @@ class FuserConfig:
     # before it is the same in every chat), or the messages' own text.
     positions: Literal["all", "from_first_message", "messages"] = "all"
     message_gate: bool = False  # one more dynamic weight per message, closed below a half
+    fuse_response: bool = False  # the answer is fused, too, token by token as it is written
 
     def __post_init__(self) -> None:
         if self.depth < 3:
@@ -225,3 +226,8 @@ class Provenance:
     data: tuple[str, ...] = ()
     licence: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.metrics.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"metrics: {name!r} must be a number")

@@ -1,7 +1,7 @@
 """Published PyTorch checkpoints -> our fuser folder, one projector at a time.
 
 The layout of the source is that of github.com/thu-nics/C2C. Everything but NaN is looked for before
-the first byte is written. Raw bytes are copied, so that memory stays at one projector's size and
+the first byte is written. Raw bytes are copied, so that memory stays at one tensor's size and
 weights keep their dtype.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,8 +38,21 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint whose description, shapes and dtypes have been looked through."""
+
+    config: FuserConfig
+    numbers: list[int]  # the projector of each pair of the layer map
+    files: dict[int, TorchFile]
+    layout: Layout
+
+
 def convert(
-    src: str | Path, dst: str | Path, progress: Callable[[int, int], None] | None = None
+    src: str | Path,
+    dst: str | Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    origin: str = "",
 ) -> FuserConfig:
     """Converts a checkpoint folder; needs no model and no network, and runs nothing that it reads.
 
@@ -49,6 +63,7 @@ def convert(
         src: the checkpoint folder, with `config.json` and `final/`.
         dst: the fuser folder to make; must not exist, or be empty.
         progress: called with projectors done and to do.
+        origin: where the checkpoint comes from, for the provenance; the folder's name if empty.
 
     Returns:
         The new fuser's configuration.
@@ -58,26 +73,56 @@ def convert(
             destination can't be written; nothing is left there.
     """
     src, dst = Path(src), Path(dst)
-    if not src.is_dir():
-        raise C2CError(f"{src}: no such checkpoint folder")
     leftovers = {checkpoint.STAGING}
     if dst.exists() and not (dst.is_dir() and {p.name for p in dst.iterdir()} <= leftovers):
         raise C2CError(f"{dst}: already exists; choose another folder or remove it first")
-    layer_map, numbers = _read_map(src)
-    config = _read_config(src, layer_map, numbers)
-    files = {i: TorchFile(src / "final" / f"projector_{i}.pt") for i in sorted(set(numbers))}
-    layout = _check(config, files)
+    source = _open(src)
     with checkpoint.replacing(dst) as staging:
-        _write_weights(staging / checkpoint.WEIGHTS, layout, files, numbers, progress)
-        provenance = Provenance(source=f"converted from the checkpoint {src.resolve().name}")
-        checkpoint.write_description(staging, config, provenance)
-    return config
+        _write_weights(staging / checkpoint.WEIGHTS, source, progress)
+        provenance = Provenance(source=f"converted from {origin or src.resolve().name}")
+        checkpoint.write_description(staging, source.config, provenance)
+    return source.config
+
+
+def check(
+    src: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> FuserConfig:
+    """Does all of a conversion but the writing.
+
+    Raises:
+        C2CError: as `convert` does.
+    """
+    source = _open(Path(src))
+    for _ in _slices(source, progress):
+        pass
+    return source.config
+
+
+def _open(src: Path) -> _Source:
+    if not src.is_dir():
+        raise C2CError(f"{src}: no such checkpoint folder")
+    layer_map, numbers = _read_map(src)
+    _refuse_strays(src, set(numbers))
+    config = _read_config(src, layer_map, numbers)
+    files = {
+        i: TorchFile(checkpoint.find_file(src, f"final/projector_{i}.pt"))
+        for i in sorted(set(numbers))
+    }
+    return _Source(config, numbers, files, _check(config, files))
+
+
+def _refuse_strays(src: Path, numbers: set[int]) -> None:
+    """A projector that no layer uses means that the description and the files are no pair."""
+    known = {f"projector_{i}.{kind}" for i in numbers for kind in ("pt", "json")}
+    for path in sorted((src / "final").glob("projector_*")):
+        if path.name not in known | {"projector_config.json"}:
+            raise C2CError(f"{path}: belongs to no layer of projector_config.json")
 
 
 def _read_map(src: Path) -> tuple[tuple[tuple[int, int], ...], list[int]]:
     """The layer map, and the projector's number for each of its pairs."""
     path = src / "final" / "projector_config.json"
-    data = checkpoint.read_json(path)
+    data = checkpoint.read_json(src, "final/projector_config.json")
     try:
         (sharers,) = data.values()
         (layers,) = sharers.values()
@@ -100,7 +145,7 @@ def _read_config(
     src: Path, layer_map: tuple[tuple[int, int], ...], numbers: list[int]
 ) -> FuserConfig:
     where = src / "config.json"
-    document = checkpoint.read_json(where)
+    document = checkpoint.read_json(src, "config.json")
     model = document.get("model") if isinstance(document, dict) else None
     if not isinstance(model, dict):
         raise C2CError(f"{where}: has no 'model'")
@@ -116,6 +161,7 @@ def _read_config(
         "dropout": args["dropout"],
         "alignment": model.get("alignment_strategy", "first") if aligned else "same",
         "positions": "messages" if aligned else "all",
+        "fuse_response": model.get("include_response", False),
     }
     for side, at in (("receiver", 0), ("sharer", 1)):
         fields[side]["layers"] = max(pair[at] for pair in layer_map) + 1
@@ -127,7 +173,7 @@ def _read_arguments(src: Path, numbers: list[int]) -> dict[str, Any]:
     shared: dict[str, Any] = {}
     for number in numbers:
         path = src / "final" / f"projector_{number}.json"
-        data = checkpoint.read_json(path)
+        data = checkpoint.read_json(src, f"final/projector_{number}.json")
         if not isinstance(data, dict) or not isinstance(data.get("init_args"), dict):
             raise C2CError(f"{path}: has no 'init_args'")
         if data.get("class") != "C2CProjector":
@@ -191,30 +237,31 @@ def reference_name(name: str, kind: str) -> str:
     return f"{kind}_" + re.sub("^proj_in", "in", name)
 
 
-def _write_weights(
-    path: Path,
-    layout: Layout,
-    files: dict[int, TorchFile],
-    numbers: list[int],
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Writes a safetensors file whose slices come from one projector after another."""
-    header, starts = _safetensors_header(layout)
+def _slices(
+    source: _Source, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, int, bytes]]:
+    """One projector after another: a weight's name, the slice's number in it, and its bytes."""
+    total = len(source.numbers)
+    for at, number in enumerate(source.numbers):
+        file = source.files[number]
+        for name, (dtype, _) in source.layout.items():
+            for row, kind in enumerate(_KINDS):
+                theirs = reference_name(name, kind)
+                data = file.read(theirs)
+                if not _is_finite(data, dtype):
+                    raise C2CError(f"{file.path}: '{theirs}' holds NaN or infinite numbers")
+                yield name, row * total + at, data
+        progress(at + 1, total)
+
+
+def _write_weights(path: Path, source: _Source, progress: Callable[[int, int], None]) -> None:
+    """Writes a safetensors file, each slice to its place."""
+    header, starts = _safetensors_header(source.layout)
     with path.open("wb") as out:
         out.write(header)
-        for at, number in enumerate(numbers):
-            file = files[number]
-            raw = file.read([reference_name(name, kind) for name in layout for kind in _KINDS])
-            for name, (dtype, _) in layout.items():
-                for row, kind in enumerate(_KINDS):
-                    theirs = reference_name(name, kind)
-                    data = raw[theirs]
-                    if not _is_finite(data, dtype):
-                        raise C2CError(f"{file.path}: '{theirs}' holds NaN or infinite numbers")
-                    out.seek(starts[name] + (row * len(numbers) + at) * len(data))
-                    out.write(data)
-            if progress:
-                progress(at + 1, len(numbers))
+        for name, place, data in _slices(source, progress):
+            out.seek(starts[name] + place * len(data))
+            out.write(data)
 
 
 def _safetensors_header(layout: Layout) -> tuple[bytes, dict[str, int]]:

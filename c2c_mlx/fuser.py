@@ -8,7 +8,7 @@ keys and values never mix, nor do layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Change:
         slices: [S] (kind, index into the layer map), kind 0 for keys and 1 for values.
         delta: [S, B, Hr, N, Dr], gate and dynamic weights included.
         weight: [S, B, Hr, N, 1], the dynamic weights in [0, 1].
-        message_weight: [S, B, 1, N, 1], the message gate; None if the fuser has none.
+        message_weight: [1, B, 1, N, 1], the message gate; None if the fuser has none.
     """
 
     slices: list[tuple[int, int]]
@@ -68,18 +68,27 @@ class Change:
     weight: mx.array
     message_weight: mx.array | None
 
-    def added_to(self, receiver: KV) -> KV:
-        """The receiver's keys and values [L, B, Hr, N, Dr] with the change; closed slices as is."""
+    def added_to(self, receiver: KV, rows: Sequence[int] | None = None) -> KV:
+        """The receiver's keys and values with the change; all that is closed stays as it is.
+
+        Args:
+            receiver: keys and values, each [M, B, Hr, N, Dr].
+            rows: where among the M the layers of the fuser's layer map stand; None: they are all.
+        """
         fused = list(receiver)
         for kind in (0, 1):
-            rows = [row for row, (k, _) in enumerate(self.slices) if k == kind]
-            if rows:
-                delta = self.delta[rows[0] : rows[-1] + 1]
-                if len(rows) == len(fused[kind]):
-                    fused[kind] = fused[kind] + delta
-                else:
-                    layers = mx.array([self.slices[row][1] for row in rows])
-                    fused[kind] = fused[kind].at[layers].add(delta)
+            at = [i for i, (k, _) in enumerate(self.slices) if k == kind]
+            if not at:
+                continue
+            layers = [self.slices[i][1] for i in at]
+            changed = layers if rows is None else [rows[layer] for layer in layers]
+            x, delta = fused[kind], self.delta[at[0] : at[-1] + 1]
+            order = np.arange(len(x))
+            if changed == order.tolist():
+                fused[kind] = x + delta
+                continue
+            order[changed] = len(x) + np.arange(len(changed))
+            fused[kind] = mx.concatenate([x, x[mx.array(changed)] + delta])[mx.array(order)]
         return fused[0], fused[1]
 
 
@@ -181,7 +190,7 @@ class Fuser(nn.Module):
         s = s.reshape(len(slices), batch, length, heads, 1).transpose(0, 1, 3, 2, 4)
         weight = s
         if m is not None:
-            m = m[:, :, None]  # [S, B, 1, N, 1]
+            m = m[:, :, None]  # [1, B, 1, N, 1]
             # As the paper's gate: soft while it learns, then nothing is added below a half.
             weight = weight * (m if self.training else mx.where(m > 0.5, m, 0.0))
         if messages is not None and (messages < 0).any():
@@ -258,7 +267,7 @@ def project(
 
     Returns:
         The projection [S, B, N, Hr*Dr], the dynamic weights [S, B, N, Hr], and the message gate
-        [S, B, N, 1] or None.
+        [1, B, N, 1] or None.
     """
     shape = (len(slices), receiver[0].shape[1], receiver[0].shape[3], -1)
     act = ACTIVATIONS[config.activation]
@@ -281,13 +290,14 @@ def project(
         p = p * params["output_scale"][:, None]
     m = None
     if config.message_gate:
-        score = _linear(params["message_head"], h).reshape(shape)
+        # All slices vote on one gate: thirty gates of their own would leave some open by mistake.
+        score = _linear(params["message_head"], h).reshape(shape).mean(axis=0, keepdims=True)
         m = mx.sigmoid(_message_mean(score, messages))
     return p.reshape(shape), s.reshape(shape), m
 
 
 def _message_mean(score: mx.array, messages: np.ndarray | None) -> mx.array:
-    """Replaces each position's score [S, B, N, 1] by the mean over its message."""
+    """Replaces each position's score [1, B, N, 1] by the mean over its message."""
     if messages is None:
         return mx.broadcast_to(score.mean(axis=2, keepdims=True), score.shape)
     member = messages[..., None] == np.arange(max(messages.max(), 0) + 1)  # [B, N, M]

@@ -1,13 +1,16 @@
-"""Folders from the Hugging Face hub: the cached copy if it is whole, else a download."""
+"""Folders from and to the Hugging Face hub; whatever goes wrong there is one line."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from c2c_mlx.errors import C2CError
+from c2c_mlx.paths import size
 from c2c_mlx.progress import Progress, Report, silent
 
 # Never *.py: code from a model's folder is not run, so it is not fetched either.
@@ -16,6 +19,9 @@ MODEL_FILES = (
     *("tokenizer.model", "*.tiktoken", "*.txt"),
 )
 FUSER_FILES = ("config.json", "fuser.safetensors", "README.md")
+
+# The layout of github.com/thu-nics/C2C. Beside these there may be optimiser states.
+CHECKPOINT_FILES = ("config.json", "final/projector_*")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -29,6 +35,7 @@ def fetch(
     hub_id: str,
     files: Sequence[str],
     *,
+    cache: Path | None = None,
     is_whole: Callable[[Path], bool] = lambda folder: True,
     report: Report = silent,
 ) -> Path:
@@ -37,6 +44,7 @@ def fetch(
     Args:
         hub_id: `org/name`.
         files: patterns of what is wanted; the same ones on every call.
+        cache: where copies are kept; None: the hub's own cache, which other programs share.
         is_whole: a look at a cached folder; False has the missing files fetched.
         report: called with bytes done, as far as the hub tells.
 
@@ -45,31 +53,80 @@ def fetch(
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
-    wanted: dict[str, Any] = {"repo_id": hub_id, "allow_patterns": list(files)}
+    logging.set_verbosity_error()  # its warnings are about what is said below in one line
+    wanted: dict[str, Any] = {"repo_id": hub_id, "allow_patterns": list(files), "cache_dir": cache}
     try:
         folder = Path(snapshot_download(**wanted, local_files_only=True))
         if is_whole(folder):
             return folder
     except LocalEntryNotFoundError:  # not there, or known to be incomplete
         pass
-    return _download(hub_id, wanted, report)
+    with _in_one_line(hub_id, "download"):
+        bar = _bar_class(f"downloading {hub_id}", report)
+        return Path(snapshot_download(**wanted, tqdm_class=bar))
 
 
-def _download(hub_id: str, wanted: dict[str, Any], report: Report) -> Path:
-    from httpx2 import HTTPError
-    from huggingface_hub import snapshot_download
+def cached_size(hub_id: str) -> int:
+    """Bytes that a model takes in the hub's own cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return size(Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model"))
+
+
+def push(folder: Path, files: Sequence[str], hub_id: str, *, private: bool) -> str:
+    """Uploads some files of a folder as one commit; makes the repository if there is none.
+
+    Args:
+        folder: where they are.
+        files: their names.
+        hub_id: `org/name`.
+        private: of a repository that has to be made.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        C2CError: if the hub cannot be reached or does not let this user write there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with _in_one_line(hub_id, "upload"):
+        api = HfApi()
+        api.create_repo(hub_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=hub_id,
+            folder_path=folder,
+            allow_patterns=list(files),
+            commit_message="Upload a Cache-to-Cache fuser",
+        )
+        return str(commit.commit_url)
+
+
+@contextmanager
+def _in_one_line(hub_id: str, what: str) -> Iterator[None]:
+    """Says what to do about each way in which the hub fails; `what` is the noun for the job."""
+    from httpx2 import ConnectError, HTTPError, TimeoutException
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         IncompleteSnapshotError,
         LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         XetDownloadError,
     )
 
-    bar = _bar_class(f"downloading {hub_id}", report)
     try:
-        return Path(snapshot_download(**wanted, tqdm_class=bar))
+        yield
     except IncompleteSnapshotError as e:
         raise C2CError(
             f"the cached copy of {hub_id} is incomplete and the hub cannot be reached: go online "
@@ -80,18 +137,32 @@ def _download(hub_id: str, wanted: dict[str, Any], report: Report) -> Path:
             f"could not fetch {hub_id}: the hub cannot be reached and there is no cached copy; go "
             "online, or run `c2c-chat` with no arguments: the embedded pair needs no hub"
         ) from e
+    except (ConnectError, TimeoutException) as e:
+        raise C2CError(
+            f"the {what} of {hub_id}: the hub cannot be reached ({_first_line(e)}); go online and "
+            "run this again: finished parts are kept"
+        ) from e
+    except OfflineModeIsEnabled as e:
+        raise C2CError(f"the {what} of {hub_id} needs the hub: unset HF_HUB_OFFLINE") from e
     except GatedRepoError as e:
         raise C2CError(
             f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id}, "
             "then log in with `hf auth login`"
         ) from e
+    except LocalTokenNotFoundError as e:
+        raise C2CError(f"the {what} of {hub_id} needs an account: log in, `hf auth login`") from e
     except RepositoryNotFoundError as e:
         raise C2CError(
             f"the hub has no {hub_id}: check the spelling, or `hf auth login` if it is private"
         ) from e
     except (HTTPError, XetDownloadError) as e:
+        if isinstance(e, HfHubHTTPError) and e.response.status_code in (401, 403):
+            raise C2CError(
+                f"the hub refuses the {what} of {hub_id} ({_first_line(e)}): log in with "
+                "`hf auth login` as somebody who may"
+            ) from e
         raise C2CError(
-            f"the download of {hub_id} broke off ({_first_line(e)}); run this again: finished "
+            f"the {what} of {hub_id} broke off ({_first_line(e)}); run this again: finished "
             "parts are kept"
         ) from e
     except OSError as e:

@@ -38,6 +38,13 @@ class StackedKV(NamedTuple):
     keys: mx.array  # [L, B, H, N, D]
     values: mx.array  # [L, B, H, N, D]
 
+    def of(self, rows: Sequence[int]) -> StackedKV:
+        """Some of the layers."""
+        if list(rows) == list(range(len(self.keys))):
+            return self
+        at = mx.array(list(rows))
+        return StackedKV(self.keys[at], self.values[at])
+
 
 def make_cache(model: nn.Module) -> Cache:
     """An empty prompt cache that never forgets a position.
@@ -136,6 +143,36 @@ def rope_of(model: nn.Module, layer: int, name: str) -> Any:
         if path.rsplit(".", 1)[-1] in ("rope", "rotary_emb"):
             return module
     raise C2CError(f"{name}: layer {layer} has no rotary embedding; train with rotated_keys: true")
+
+
+class _Given:
+    """One layer for one pass: it takes keys and values that are known already.
+
+    What the model computes for the same positions is dropped.
+    """
+
+    def __init__(self, layer: Any, keys: mx.array, values: mx.array) -> None:
+        self._layer, self._keys, self._values = layer, keys, values
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """mlx-lm's cache protocol."""
+        return self._layer.update_and_fetch(self._keys, self._values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def giving(cache: Cache, given: StackedKV) -> Cache:
+    """The cache for one pass over N positions whose keys and values are `given`.
+
+    Args:
+        cache: grows by N positions in the pass.
+        given: over the attention layers, [L, B, H, N, D].
+    """
+    layers = list(cache)
+    for i, keys, values in zip(attention_layers(cache), *given, strict=True):
+        layers[i] = _Given(cache[i], keys, values)
+    return layers
 
 
 class Rotation:

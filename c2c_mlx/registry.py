@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -37,8 +38,26 @@ class ModelEntry:
     alias: str
     description: str
     licence: str
+    base: str  # hub id of the original that this is a copy of, in whatever precision
     hub: str | None = None
     embedded: Embedded | None = None
+
+
+@dataclass(frozen=True)
+class FuserEntry:
+    """One `[fusers."<name>"]` table."""
+
+    name: str
+    receiver: str  # aliases
+    sharer: str
+    folder: str  # beside the registry; or, if there is a hub id, in that repository
+    hub: str | None = None
+
+    @property
+    def shipped(self) -> Path | None:
+        """The folder of a fuser that comes with the package, if it is there."""
+        folder = WEIGHTS / self.folder
+        return folder if self.hub is None and folder.is_dir() else None
 
 
 @cache
@@ -57,7 +76,27 @@ def find_model(alias: str) -> ModelEntry | None:
     if table is None:
         return None
     embedded = _embedded(table) if table.get("source") == "embedded" else None
-    return ModelEntry(alias, table["description"], table["licence"], table.get("hub"), embedded)
+    description, licence, base = (table[key] for key in ("description", "licence", "base"))
+    return ModelEntry(alias, description, licence, base, table.get("hub"), embedded)
+
+
+def alias_of(model: str) -> str | None:
+    """The alias that a model argument stands for; None if it is some other model.
+
+    Besides the alias itself, that is any folder or hub id that is called like the original or one
+    of its quantised copies: a fuser fits them all.
+    """
+    if model in aliases():
+        return model
+    called = _original(model)
+    entries = (entry for alias in aliases() if (entry := find_model(alias)))
+    return next((e.alias for e in entries if called in map(_original, (e.base, e.hub or ""))), None)
+
+
+def _original(model: str) -> str:
+    """'mlx-community/Qwen3-0.6B-4bit' -> 'qwen3-0.6b'."""
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"-(\d+bit|bf16|fp16)$", "", name)
 
 
 def _embedded(table: dict[str, Any]) -> Embedded:
@@ -71,15 +110,14 @@ def default_pair() -> tuple[str, str]:
     return table["receiver"], table["sharer"]
 
 
-def fusers() -> dict[str, Path]:
-    """Name -> folder of every shipped fuser whose folder is there."""
-    folders = {name: WEIGHTS / t["folder"] for name, t in _document()["fusers"].items()}
-    return {name: folder for name, folder in folders.items() if folder.is_dir()}
+def fusers() -> tuple[FuserEntry, ...]:
+    """Every fuser that can be had: the shipped ones whose folder is there, and all on the hub."""
+    tables = _document()["fusers"].items()
+    entries = (FuserEntry(name=name, **table) for name, table in tables)
+    return tuple(entry for entry in entries if entry.hub or entry.shipped)
 
 
-def find_fuser(receiver_alias: str, sharer_alias: str) -> Path | None:
-    """The folder of the shipped fuser for a pair of aliases; None if there is none."""
-    for name, table in _document()["fusers"].items():
-        if (table["receiver"], table["sharer"]) == (receiver_alias, sharer_alias):
-            return fusers().get(name)
-    return None
+def find_fuser(receiver: str, sharer: str) -> str | None:
+    """The name of the fuser between two model arguments; None if none is known."""
+    pair = alias_of(receiver), alias_of(sharer)
+    return next((e.name for e in fusers() if (e.receiver, e.sharer) == pair), None)

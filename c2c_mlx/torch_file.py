@@ -9,13 +9,15 @@ CVE-2025-32434 and CVE-2026-24747.)
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import pickletools
 import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from c2c_mlx.errors import C2CError
 
@@ -28,7 +30,9 @@ _STORAGES = {
 }
 _ORDERED_DICT = ("collections", "OrderedDict")
 _REBUILD = ("torch._utils", "_rebuild_tensor_v2")
-_MAX_PICKLE = 8 << 20  # bytes; that of a real projector has 6 thousand
+# In bytes; those of a real projector have 6 and 4 thousand.
+_MAX_PICKLE = 1 << 16
+_MAX_DIRECTORY = 1 << 18
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"}
@@ -84,34 +88,41 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, TorchTensor] = {}
-        self._sizes: dict[str, int] = {}
-        with _refusing(path), zipfile.ZipFile(path) as archive:
-            pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise _Refused("not a torch file (no data.pkl in it)")
-            self._root = pickles[0].removesuffix("data.pkl")
-            order = self._root + "byteorder"
-            if order in archive.namelist() and _read(archive, order, 16) != b"little":
-                raise _Refused("only little-endian files are supported")
-            found = _interpret(_read(archive, pickles[0], _MAX_PICKLE))
-            for name, tensor in found.items():
-                if not isinstance(tensor, TorchTensor):
-                    raise _Refused(f"{_quote(name)} is no tensor")
-                entry = archive.getinfo(self._root + f"data/{tensor.storage}")
-                if tensor.offset + tensor.size > entry.file_size:
-                    raise _Refused(f"{_quote(name)} reaches beyond its storage")
-                self.tensors[name] = tensor
+        with _refusing(path), path.open("rb") as file:
+            self.bytes = os.fstat(file.fileno()).st_size
+            _check_directory(file)
+            with zipfile.ZipFile(file) as archive:
+                self._open(archive)
 
-    def read(self, names: list[str]) -> dict[str, bytes]:
-        """The raw little-endian bytes of some tensors; checksums are verified."""
-        raw = {}
+    def _open(self, archive: zipfile.ZipFile) -> None:
+        names = archive.namelist()
+        pickles = [n for n in names if n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise _Refused("not a torch file (it needs one data.pkl)")
+        self._root = pickles[0].removesuffix("data.pkl")
+        if self._root.count("/") != 1 or any(not n.startswith(self._root) for n in names):
+            raise _Refused("not a torch file (an entry lies outside of its folder)")
+        order = self._root + "byteorder"
+        if order in names and _read(archive, order, 16) != b"little":
+            raise _Refused("only little-endian files are supported")
+        used = 0
+        for name, tensor in _interpret(_read(archive, pickles[0], _MAX_PICKLE)).items():
+            if not isinstance(tensor, TorchTensor):
+                raise _Refused(f"{_quote(name)} is no tensor")
+            entry = archive.getinfo(self._root + f"data/{tensor.storage}")
+            if tensor.offset + tensor.size > entry.file_size:
+                raise _Refused(f"{_quote(name)} reaches beyond its storage")
+            used += entry.file_size
+            self.tensors[name] = tensor
+        if used > self.bytes:  # each would be read again for every tensor
+            raise _Refused("tensors share storages")
+
+    def read(self, name: str) -> bytes:
+        """The raw little-endian bytes of a tensor; the storage's checksum is verified."""
+        tensor = self.tensors[name]
         with _refusing(self.path), zipfile.ZipFile(self.path) as archive:
-            for name in names:
-                tensor = self.tensors[name]
-                entry = self._root + f"data/{tensor.storage}"
-                data = _read(archive, entry, self.path.stat().st_size)
-                raw[name] = data[tensor.offset : tensor.offset + tensor.size]
-        return raw
+            data = _read(archive, self._root + f"data/{tensor.storage}", self.bytes)
+        return data[tensor.offset : tensor.offset + tensor.size]
 
 
 class _refusing:  # noqa: N801 - reads as a verb in the with statement
@@ -124,14 +135,23 @@ class _refusing:  # noqa: N801 - reads as a verb in the with statement
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise C2CError(f"{self.path}: {error.strerror or error}") from None
-        if isinstance(error, _ZIP_ERRORS):
+        if isinstance(error, (OSError, *_ZIP_ERRORS)):  # EINVAL: offsets that lead nowhere
             raise C2CError(f"{self.path}: damaged, or not a torch zip file ({error})") from None
         if isinstance(error, KeyError):
             raise C2CError(f"{self.path}: a storage is missing") from None
         if isinstance(error, _Refused):
             raise C2CError(f"{self.path}: {error}") from None
+
+
+def _check_directory(file: BinaryIO) -> None:
+    """Looks at the archive's last record before its directory is read into memory."""
+    file.seek(-min(1 << 16, os.fstat(file.fileno()).st_size), os.SEEK_END)
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at >= 0 and int.from_bytes(tail[at + 12 : at + 16], "little") > _MAX_DIRECTORY:
+        raise _Refused("its table of contents is larger than any real one")
 
 
 def _read(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:

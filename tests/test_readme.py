@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-MODULES = {"c2c-chat": "chat", "c2c-train": "train", "c2c-weights": "weights"}
+MODULES = {
+    "c2c-chat": "chat",
+    "c2c-train": "train",
+    "c2c-eval": "evaluate",
+    "c2c-weights": "weights",
+}
 
 
 def commands() -> list[list[str]]:

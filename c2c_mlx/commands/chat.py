@@ -22,6 +22,7 @@ from c2c_mlx.progress import Progress
 if TYPE_CHECKING:
     from c2c_mlx.chat import ChatSession
     from c2c_mlx.fuser import Fuser
+    from c2c_mlx.memory import Need
 
 PROGRAM = "c2c-chat"
 EPILOG = """\
@@ -79,12 +80,12 @@ def _chat(args: argparse.Namespace) -> None:
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     interactive = args.prompt is None and (args.plain or on_terminal)
     prompt = None if interactive else _prompt(args.prompt)
-    session = _session(args, modes, sampling)
+    session, need = _session(args, modes, sampling)
     if prompt is None:
         _converse(session, modes)
     else:
         for mode in modes:
-            _answer_once(session, prompt, mode, args.json, heading=len(modes) > 1)
+            _answer_once(session, prompt, mode, need if args.json else None, len(modes) > 1)
 
 
 def parse_modes(text: str) -> list[Mode]:
@@ -113,24 +114,34 @@ def _prompt(given: str | None) -> str:
 # --- models -------------------------------------------------------------------------------------
 
 
-def _session(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConfig) -> ChatSession:
+def _session(
+    args: argparse.Namespace, modes: list[Mode], sampling: SamplingConfig
+) -> tuple[ChatSession, Need]:
     """Loads what the modes need and no more; a missing fuser is said before any model is read."""
     default_receiver, default_sharer = registry.default_pair()
     receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
     folder = fuser_folder(args.fuser, receiver, sharer) if "c2c" in modes else None
     status = Status(sys.stderr)
 
-    from c2c_mlx import blas
+    from c2c_mlx import blas, memory
     from c2c_mlx.chat import ChatSession
     from c2c_mlx.fuser import Fuser
-    from c2c_mlx.models import load_model
+    from c2c_mlx.models import find_folder, load_model
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
     with closing(status):
-        fuser: Fuser | None = Fuser.load(folder) if folder else None
         needs_sharer = modes != ["receiver"]
-        return ChatSession(
+        need = memory.preflight(
+            find_folder(receiver, status.loading),
+            find_folder(sharer, status.loading) if needs_sharer else None,
+            folder,
+        )
+        if status.on:
+            status.close()
+            print(need, file=sys.stderr)
+        fuser: Fuser | None = Fuser.load(folder) if folder else None
+        session = ChatSession(
             load_model(receiver, progress=status.loading),
             load_model(sharer, progress=status.loading) if needs_sharer else None,
             fuser,
@@ -138,27 +149,32 @@ def _session(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConf
             system=args.system,
             on_prefill=status.reading,
         )
+    return session, need
 
 
 def fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
-    """The folder of the fuser that was asked for, or of the one that ships for the pair.
+    """The folder of the fuser that was asked for, or of the one that is known for the pair.
 
     Raises:
         C2CError: if there is none, or one of the models can't be had.
     """
-    if given is None:
-        folder = registry.find_fuser(receiver, sharer)
-        if folder is None:
-            from c2c_mlx.chat import no_fuser
-            from c2c_mlx.models import check_name
+    from c2c_mlx.store import find_folder
 
-            for name in (sharer, receiver):  # a model that can't be had is the first thing to say
-                check_name(name)
-            raise C2CError(no_fuser(receiver, sharer))
-        return folder
-    from c2c_mlx.checkpoint import find_folder
+    name = given or registry.find_fuser(receiver, sharer)
+    if name is None:
+        from c2c_mlx.chat import no_fuser
+        from c2c_mlx.models import check_name
 
-    return find_folder(given, Status(sys.stderr).loading)
+        for model in (sharer, receiver):  # a model that can't be had is the first thing to say
+            check_name(model)
+        raise C2CError(no_fuser(receiver, sharer))
+    with closing(Status(sys.stderr)) as status:
+
+        def note(text: str) -> None:
+            status.close()
+            print(f"{PROGRAM}: {text}", file=sys.stderr)
+
+        return find_folder(name, status.loading, note)
 
 
 class Status:
@@ -199,18 +215,20 @@ class Status:
 
 
 def _answer_once(
-    session: ChatSession, prompt: str, mode: Mode, as_json: bool, heading: bool
+    session: ChatSession, prompt: str, mode: Mode, json_with: Need | None, heading: bool
 ) -> None:
-    if heading and not as_json:
+    """Prints text, or with `json_with` an object that holds the estimated memory as well."""
+    if heading and not json_with:
         print(f"{mode}:")
     begun = False
     for event in session.ask(prompt, mode):
-        if isinstance(event, Text) and not as_json:
+        if isinstance(event, Text) and not json_with:
             text = event.text if begun else event.text.lstrip()
             begun = begun or bool(text)
             print(text, end="", flush=True)
         elif isinstance(event, Finished):
-            print(json.dumps(_record(event), ensure_ascii=False) if as_json else "", flush=True)
+            record = _record(event) | {"memory": json_with.record()} if json_with else None
+            print(json.dumps(record, ensure_ascii=False) if record else "", flush=True)
 
 
 def _record(event: Finished) -> dict[str, Any]:

@@ -7,18 +7,19 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from c2c_mlx import hub
 from c2c_mlx.commands import run
-from c2c_mlx.config import FuserConfig, Provenance, TrainConfig, from_dict
+from c2c_mlx.config import FuserConfig, ModelShape, Provenance, TrainConfig, from_dict
 from c2c_mlx.errors import C2CError
 
 if TYPE_CHECKING:
     from c2c_mlx.fuser import Fuser
     from c2c_mlx.models import LanguageModel
-    from c2c_mlx.training.data import Chat, Example, Source
+    from c2c_mlx.training.data import Chat, Example
     from c2c_mlx.training.display import Display
 
 PROGRAM = "c2c-train"
@@ -142,7 +143,10 @@ def _train(args: argparse.Namespace, command: str) -> None:
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     config = from_dict(TrainConfig, given, "arguments")
-    folders = [_source(text) for text in args.data]
+    data = [
+        (name, weight, *_read(name, args.answer_with is not None))
+        for name, weight in map(_source, args.data)
+    ]
     _claim(args.out, args.resume)
 
     import c2c_mlx.blas  # noqa: F401
@@ -151,26 +155,22 @@ def _train(args: argparse.Namespace, command: str) -> None:
 
     from c2c_mlx import checkpoint
     from c2c_mlx.generate import C2C
-    from c2c_mlx.models import load_model
-    from c2c_mlx.training.data import Dataset
+    from c2c_mlx.training.data import Dataset, Source
     from c2c_mlx.training.display import Display, tracker
-    from c2c_mlx.training.trainer import Trainer, checkpoints, measure_inputs, new_fuser
+    from c2c_mlx.training.trainer import Trainer, checkpoints, measure_inputs
 
     group = mx.distributed.init()
     with Display(config.iters, group.rank() == 0) as display:
-        receiver, sharer = load_model(args.receiver), load_model(args.sharer)
-        if args.fuser:
-            fuser = checkpoint.load(checkpoint.find_folder(args.fuser))
-            fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
-            checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
-        else:
-            wanted = _fuser_config(args.preset, args.fuser_config, receiver, sharer)
-            fuser = new_fuser(wanted, config.gates, config.seed)
+        receiver, sharer, fuser = _load(args, config, display)
         c2c = C2C(receiver.model, sharer.model, fuser)
         for rank in range(group.size()):
             # One process after the other: the first answers, the others read its answers.
             if rank == group.rank():
-                sources, valid = _read(folders, args, receiver, sharer, display)
+                answered = partial(
+                    _answered, args=args, receiver=receiver, sharer=sharer, display=display
+                )
+                sources = [Source(answered(rows), w or float(len(rows))) for _, w, rows, _ in data]
+                valid = [row for *_, rows in data for row in answered(rows)]
             mx.eval(mx.distributed.all_sum(mx.array(0), group=group))
         alignment = fuser.config.alignment
         train = Dataset(sources, receiver.tokenizer, sharer.tokenizer, alignment, config.max_tokens)
@@ -205,7 +205,7 @@ def _train(args: argparse.Namespace, command: str) -> None:
             fuser.provenance = Provenance(
                 source=command,
                 steps=trainer.step,
-                data=tuple(name for name, _ in folders),
+                data=tuple(name for name, *_ in data),
                 metrics={k: v for k, v in trainer.final.items() if k.startswith("valid_")},
             )
             checkpoint.save(fuser, args.out)
@@ -213,6 +213,35 @@ def _train(args: argparse.Namespace, command: str) -> None:
                 f"fuser saved in {args.out}; chat with it: c2c-chat --fuser {args.out} "
                 f"--sharer {args.sharer} --receiver {args.receiver}"
             )
+
+
+def _load(
+    args: argparse.Namespace, config: TrainConfig, display: Display
+) -> tuple[LanguageModel, LanguageModel, Fuser]:
+    """Both models and a fuser, after a look at the memory that all of it will need."""
+    import c2c_mlx.blas  # noqa: F401
+
+    import mlx.core as mx
+
+    from c2c_mlx import checkpoint, memory, store
+    from c2c_mlx.models import find_folder, load_model
+    from c2c_mlx.training.trainer import new_fuser
+
+    r, s = (find_folder(name, display.fetching) for name in (args.receiver, args.sharer))
+    if args.fuser is None:
+        wanted = _fuser_config(args, memory.shape(r), memory.shape(s))
+    else:
+        folder = store.find_folder(args.fuser, display.fetching, display.say)
+        wanted, _ = checkpoint.read_description(folder)
+    display.say(str(memory.training(r, s, wanted, config)))
+    receiver, sharer = load_model(args.receiver), load_model(args.sharer)
+    if args.fuser is None:
+        wanted = _fuser_config(args, receiver.shape, sharer.shape)
+        return receiver, sharer, new_fuser(wanted, config.gates, config.seed)
+    fuser = checkpoint.load(folder)
+    fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
+    checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
+    return receiver, sharer, fuser
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -287,57 +316,51 @@ def _claim(out: Path, resume: bool) -> None:
 
 
 def _fuser_config(
-    preset: str, fields: dict[str, Any], receiver: LanguageModel, sharer: LanguageModel
+    args: argparse.Namespace, receiver: ModelShape, sharer: ModelShape
 ) -> FuserConfig:
     from c2c_mlx.layers import k_nearest, last_aligned
 
-    r, s = receiver.shape, sharer.shape
-    if preset == "paper":
-        layer_map, recipe = last_aligned(r.layers, s.layers), {}
+    if args.preset == "paper":
+        layer_map, recipe = last_aligned(receiver.layers, sharer.layers), {}
     else:
-        nearest = k_nearest(r.layers, s.layers)
-        layer_map, recipe = [p for p in nearest if p[0] >= r.layers // 2], RECIPE
-    own = {"receiver": dataclasses.asdict(r), "sharer": dataclasses.asdict(s)}
-    values = {"layer_map": layer_map, **recipe, **PRESETS[preset], **fields, **own}
+        nearest = k_nearest(receiver.layers, sharer.layers)
+        layer_map, recipe = [p for p in nearest if p[0] >= receiver.layers // 2], RECIPE
+    own = {"receiver": dataclasses.asdict(receiver), "sharer": dataclasses.asdict(sharer)}
+    values = {"layer_map": layer_map, **recipe, **PRESETS[args.preset], **args.fuser_config, **own}
     return from_dict(FuserConfig, values, "fuser_config")
 
 
-def _read(
-    folders: list[tuple[str, float | None]],
+def _read(name: str, unanswered: bool) -> tuple[list[Chat], list[Chat]]:
+    """One source's chats to learn from, and to measure on."""
+    from c2c_mlx.training.data import read_hub_rows, read_rows
+
+    if not Path(name).is_dir():
+        train, valid = (read_hub_rows(name, s, unanswered) for s in ("train", "validation"))
+        return train, valid
+    measured = Path(name) / "valid.jsonl"
+    train = read_rows(Path(name) / "train.jsonl", unanswered)
+    return train, read_rows(measured, unanswered) if measured.is_file() else []
+
+
+def _answered(
+    rows: list[Chat],
     args: argparse.Namespace,
     receiver: LanguageModel,
     sharer: LanguageModel,
     display: Display,
-) -> tuple[list[Source], list[Chat]]:
+) -> list[Chat]:
     from c2c_mlx.training.answers import answer_rows
-    from c2c_mlx.training.data import Source, read_hub_rows, read_rows
 
-    lm = {"receiver": receiver, "sharer": sharer}.get(args.answer_with)
-
-    def answered(rows: list[Chat]) -> list[Chat]:
-        if lm is None:
-            return rows
-        return answer_rows(
-            rows,
-            lm,
-            args.out / f"answers-{args.answer_with}.jsonl",
-            args.answer_tokens,
-            lm is receiver,
-            lambda done, total: display.count("answering prompts", done, total),
-        )
-
-    sources, valid = [], []
-    for name, weight in folders:
-        if Path(name).is_dir():
-            rows = read_rows(Path(name) / "train.jsonl", unanswered=lm is not None)
-            measured = Path(name) / "valid.jsonl"
-            others = read_rows(measured, lm is not None) if measured.is_file() else []
-        else:
-            rows = read_hub_rows(name, "train", unanswered=lm is not None)
-            others = read_hub_rows(name, "validation", unanswered=lm is not None)
-        sources.append(Source(answered(rows), weight or float(len(rows))))
-        valid.extend(answered(others))
-    return sources, valid
+    if args.answer_with is None:
+        return rows
+    return answer_rows(
+        rows,
+        receiver if args.answer_with == "receiver" else sharer,
+        args.out / f"answers-{args.answer_with}.jsonl",
+        args.answer_tokens,
+        args.answer_with == "receiver",
+        lambda done, total: display.count("answering prompts", done, total),
+    )
 
 
 def _first(train: Any, config: TrainConfig) -> list[Example]:

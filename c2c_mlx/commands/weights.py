@@ -1,13 +1,19 @@
-"""c2c-weights: convert published checkpoints, look into a fuser, list what can be named."""
+"""c2c-weights: look into fusers, fetch and share them, convert published checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2c_mlx.commands import one_line, run
+from c2c_mlx.commands.chat import Status
+from c2c_mlx.errors import C2CError
+from c2c_mlx.progress import Progress
 
 if TYPE_CHECKING:
     from c2c_mlx.config import ModelShape
@@ -16,10 +22,13 @@ if TYPE_CHECKING:
 PROGRAM = "c2c-weights"
 EPILOG = """\
 examples:
-  c2c-weights convert qwen3_0.6b+qwen2.5_0.5b_Fuser my-fuser   # a folder of nics-efc/C2C_Fuser
-  c2c-weights show my-fuser                                    # shapes, layers, open gates
   c2c-weights list                                             # models and fusers with a name
+  c2c-weights pull qwen+llama                                  # a published fuser, converted
+  c2c-weights show my-fuser                                    # shapes, layers, open gates
+  c2c-weights convert qwen3_0.6b+qwen2.5_0.5b_Fuser my-fuser   # a folder of nics-efc/C2C_Fuser
+  c2c-weights push my-fuser me/my-fuser --dry-run              # what would be uploaded
 """
+FUSER = "folder, known name, or hub id"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Convert, inspect and list fusers.",
+        description="List, inspect, fetch, share and convert fusers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,51 +51,76 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(body=body)
         return command.add_argument
 
+    add("list", _list, "list what is known, and what of it is in the cache")
+    argument = add("show", _show, "show a fuser's shapes, layer map, open gates and provenance")
+    argument("fuser", metavar="FUSER", help=FUSER)
+    argument = add("pull", _pull, "fetch models and fusers into the cache, converted if need be")
+    argument("names", nargs="+", metavar="NAME", help="that `list` shows, or a fuser's hub id")
+    argument = add("push", _push, "upload a fuser and its model card to the hub")
+    argument("fuser", metavar="FUSER", help=FUSER)
+    argument("hub_id", metavar="ORG/NAME", help="repository; made if there is none")
+    argument("--licence", metavar="ID", help="e.g. cc-by-4.0; needed if the fuser names none")
+    argument("--private", action="store_true", help="of a repository that has to be made")
+    argument("--dry-run", action="store_true", help="show what would be uploaded; needs no network")
     argument = add("convert", _convert, "turn a published PyTorch checkpoint into a fuser folder")
     argument("src", metavar="SRC", help="checkpoint folder, with config.json and final/")
     argument("dst", metavar="DST", help="fuser folder to make; must not exist or be empty")
-    argument = add("show", _show, "show a fuser's shapes, layer map, open gates and provenance")
-    argument("fuser", metavar="FUSER", help="folder, name of a shipped fuser, or hub id")
-    add("list", _list, "list the models and fusers that have a name")
+    argument = add("verify", _verify, "check every byte of a fuser, or of a published checkpoint")
+    argument("fuser", metavar="FUSER", help=f"{FUSER}, or checkpoint folder")
+    argument = add("remove", _remove, "delete a fuser or a model of the embedded pair's cache")
+    argument("name", metavar="NAME", help="a name that `list` shows as cached")
     return parser
 
 
 _Adder = Callable[..., argparse.Action]
 
 
-def _convert(args: argparse.Namespace) -> None:
-    from c2c_mlx.convert import convert
+def _list(args: argparse.Namespace) -> None:
+    from c2c_mlx import hub, registry, store
+    from c2c_mlx.embedded.install import model_folder
+    from c2c_mlx.paths import downloads, size
 
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\rprojector {done} of {total}", end=end, file=sys.stderr, flush=True)
-
-    config = convert(args.src, args.dst, progress)
-    _print(f"{args.dst}: {config.sharer.name} -> {config.receiver.name}")
+    default = registry.default_pair()
+    print("models (for --sharer and --receiver; * the default pair)")
+    for alias in registry.aliases():
+        if model := registry.find_model(alias):
+            cached = hub.cached_size(model.hub) if model.hub else size(model_folder(alias))
+            mark = "*" if alias in default else " "
+            _print(f"{mark} {alias:14} {_size(cached):>8}  {model.description} [{model.licence}]")
+    print("\nfusers (for --fuser, by receiver+sharer)")
+    kept = dict(store.cached())
+    for entry in registry.fusers():
+        folder = kept.pop(entry.name, None)
+        origin = f"on the hub, {store.find_remote(entry.name)}" if entry.hub else "shipped"
+        _print(f"  {entry.name:26} {_size(size(folder)) if folder else '':>8}  {origin}")
+    for name, folder in kept.items():
+        _print(f"  {name:26} {_size(size(folder)):>8}  from the hub")
+    for unfinished in sorted(downloads("").glob("*")):
+        _print(f"\nunfinished download: {unfinished.name}, {_size(size(unfinished))}")
 
 
 def _show(args: argparse.Namespace) -> None:
     from c2c_mlx import checkpoint
     from c2c_mlx.card import layer_map_text
 
-    folder = checkpoint.find_folder(args.fuser)
+    folder = _find(args.fuser)
     fuser = checkpoint.load(folder)
     config, provenance = fuser.config, fuser.provenance
-    size = sum(w.size for w in checkpoint.parameters(fuser).values())
+    count = sum(w.size for w in checkpoint.parameters(fuser).values())
     rows = {
         "folder": str(folder),
         "receiver": _model(config.receiver),
         "sharer": _model(config.sharer),
         "layers": f"{layer_map_text(config)} (receiver from sharer)",
-        "size": f"{size / 1e6:.1f} million parameters: hidden {config.hidden_dim}, "
+        "size": f"{_size((folder / checkpoint.WEIGHTS).stat().st_size)}, "
+        f"{count / 1e6:.1f} million parameters: hidden {config.hidden_dim}, "
         f"intermediate {config.intermediate_dim}, depth {config.depth}, {config.activation}",
         "tokens": f"alignment {config.alignment}, positions {config.positions}",
         "source": provenance.source,
         "steps": str(provenance.steps or ""),
         "data": ", ".join(provenance.data),
         "licence": provenance.licence,
-        "metrics": ", ".join(f"{name} {value}" for name, value in provenance.metrics.items()),
+        "metrics": ", ".join(f"{name} {value:.4g}" for name, value in provenance.metrics.items()),
         "gates": f"{fuser.gates.sum()} of {fuser.gates.size} open",
     }
     for name, text in rows.items():
@@ -96,33 +130,133 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _print_gates(fuser: Fuser) -> None:
-    words = {True: "open", False: "closed"}
-    print("\nreceiver layer  sharer layer  keys    values")
-    for (receiver, sharer), keys, values in zip(
-        fuser.config.layer_map, *fuser.gates.tolist(), strict=True
-    ):
-        print(f"{receiver:14}  {sharer:12}  {words[keys]:6}  {words[values]}")
+    """One column per layer of the receiver."""
+    can_draw = (sys.stdout.encoding or "").lower().startswith("utf")
+    marks = {True: "█", False: "·"} if can_draw else {True: "#", False: "."}
+    n_layers = fuser.config.receiver.layers
+    print("".join(f"{n:<10}" for n in range(0, n_layers, 10)).rjust(10 * -(-n_layers // 10) + 10))
+    for kind, gates in zip(("keys", "values"), fuser.gates.tolist(), strict=True):
+        row = [" "] * n_layers
+        for (layer, _), is_open in zip(fuser.config.layer_map, gates, strict=True):
+            row[layer] = marks[is_open]
+        print(f"  {kind:8}" + "".join(row).rstrip())
+    print(f"  ({marks[True]} open, {marks[False]} closed, blank not fused; by receiver layer)")
 
 
-def _list(args: argparse.Namespace) -> None:
-    from c2c_mlx import registry
+def _pull(args: argparse.Namespace) -> None:
+    from c2c_mlx import registry, store
+    from c2c_mlx.models import find_folder
 
-    default = registry.default_pair()
-    print("models (for --sharer and --receiver; * the default pair)")
-    for alias in registry.aliases():
-        if model := registry.find_model(alias):
-            mark = "*" if alias in default else " "
-            _print(f"{mark} {alias:14} {model.description} [{model.licence}]")
-    print("\nfusers (for --fuser)")
-    fusers = registry.fusers()
-    for name, folder in fusers.items():
-        _print(f"  {name}  {folder}")
-    if not fusers:
-        print("  none in this installation")
+    for name in args.names:
+        if registry.find_model(name):
+            with closing(Status(sys.stderr)) as status:
+                _print(str(find_folder(name, status.loading)))
+            continue
+        if Path(name).is_dir():
+            raise C2CError(f"{name} is a folder: there is nothing to fetch")
+        if store.cached_folder(name).is_dir():
+            print(f"{PROGRAM}: was there; to fetch it anew, `remove` it first", file=sys.stderr)
+        _print(str(_find(name)))
+
+
+def _push(args: argparse.Namespace) -> None:
+    import tempfile
+    from dataclasses import replace
+
+    from c2c_mlx import checkpoint, hub
+
+    if not hub.is_hub_id(args.hub_id):
+        raise C2CError(f"'{args.hub_id}' is no name on the hub: give ORG/NAME")
+    folder = _find(args.fuser)
+    config, provenance = checkpoint.read_description(folder)
+    licence = args.licence or provenance.licence
+    if not licence:
+        raise C2CError(f"{args.fuser} names no licence: give one, e.g. --licence cc-by-4.0")
+    with tempfile.TemporaryDirectory() as staging:
+        checkpoint.copy(folder, Path(staging))  # what is uploaded has been looked through
+        checkpoint.write_description(Path(staging), config, replace(provenance, licence=licence))
+        if not args.dry_run:
+            url = hub.push(Path(staging), hub.FUSER_FILES, args.hub_id, private=args.private)
+        for name in hub.FUSER_FILES:
+            _print(f"{_size((Path(staging) / name).stat().st_size):>8}  {name}")
+        if args.dry_run:
+            card = (Path(staging) / checkpoint.CARD).read_text(encoding="utf-8")
+            print("", *map(one_line, card.splitlines()), sep="\n")
+            print(f"{PROGRAM}: nothing was uploaded (--dry-run)", file=sys.stderr)
+        else:
+            _print(url)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from c2c_mlx.convert import convert
+
+    with closing(Status(sys.stderr)) as status:
+        config = convert(args.src, args.dst, partial(_show_step, status, "converting"))
+    _print(f"{args.dst}: {config.sharer.name} -> {config.receiver.name}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    import hashlib
+
+    from c2c_mlx import checkpoint, convert, store
+
+    if (folder := Path(args.fuser).expanduser()).is_dir() and store.is_checkpoint(folder):
+        with closing(Status(sys.stderr)) as status:
+            config = convert.check(folder, partial(_show_step, status, "reading"))
+        _print(f"{folder}: {len(config.layer_map)} layers, fit to be converted")
+        return
+    folder = _find(args.fuser)
+    fuser = checkpoint.load(folder)
+    with (folder / checkpoint.WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    tensors = checkpoint.parameters(fuser)
+    _print(f"{folder}: {len(tensors)} tensors as described, all finite, sha256 {digest}")
+
+
+def _remove(args: argparse.Namespace) -> None:
+    from c2c_mlx import registry, store
+    from c2c_mlx.embedded.install import model_folder
+    from c2c_mlx.paths import discard
+
+    model = registry.find_model(args.name)
+    if model and model.hub:
+        raise C2CError(
+            f"{args.name} lies in the hub's own cache: `hf cache rm model/{model.hub}` deletes it"
+        )
+    entry = store.find_entry(args.name)
+    if entry and entry.shipped:
+        raise C2CError(f"{args.name} is part of this installation and stays")
+    folder = model_folder(args.name) if model else store.cached_folder(args.name)
+    if not (freed := discard(folder)):
+        raise C2CError(f"{args.name} is not in the cache; `{PROGRAM} list` shows what is")
+    _print(f"{args.name}: deleted, {_size(freed)}")
+
+
+def _find(name: str) -> Path:
+    from c2c_mlx import store
+
+    with closing(Status(sys.stderr)) as status:
+
+        def note(text: str) -> None:
+            status.close()
+            print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr)
+
+        return store.find_folder(name, status.loading, note)
+
+
+def _show_step(status: Status, what: str, done: int, total: int) -> None:
+    status.loading(Progress(what, done, total))
 
 
 def _model(shape: ModelShape) -> str:
     return f"{shape}, tokenizer {shape.tokenizer[:8] or 'unknown'}"
+
+
+def _size(n: int) -> str:
+    """Bytes for people; nothing for nothing."""
+    if n >= 1e9:
+        return f"{n / 1e9:.2f} GB"
+    return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} kB" if n else ""
 
 
 def _print(text: str) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from c2c_mlx.errors import C2CError
+from c2c_mlx.progress import Progress as Loading
 
 
 class Display:
@@ -60,6 +61,10 @@ class Display:
         self.progress.update(self.task, description=what, completed=done, total=total)
         if not self.console.is_terminal:
             self.say(f"{what}: {done} of {total}")
+
+    def fetching(self, p: Loading) -> None:
+        """Downloads and conversions."""
+        self.progress.update(self.task, description=p.what, completed=p.done, total=p.total)
 
     def step(self, step: int, loss: float) -> None:
         """One step more."""

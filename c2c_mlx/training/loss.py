@@ -148,7 +148,7 @@ class _Recomputed:
 
 
 def message_loss(change: Change | None, batch: Batch) -> mx.array:
-    """Cross-entropy of the message gates, a mean over slices and fused positions (nats).
+    """Cross-entropy of the message gates, a mean over the fused positions (nats).
 
     A gate is to be shut where the receiver's own answer is wanted, and open everywhere else.
     """
@@ -157,4 +157,4 @@ def message_loss(change: Change | None, batch: Batch) -> mx.array:
     member = mx.array((batch.messages >= 0)[None, :, None, :, None].astype(np.float32))
     shut = mx.array(batch.own[None, :, None, None, None])
     right = mx.where(shut, 1 - change.message_weight, change.message_weight)
-    return -(mx.log(right + 1e-6) * member).mean(axis=0).sum() / member.sum()
+    return -(mx.log(right + 1e-6) * member).sum() / member.sum()

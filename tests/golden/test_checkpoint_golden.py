@@ -36,7 +36,17 @@ def test_description(folder: Path) -> None:
     assert (config.sharer.layers, config.sharer.kv_heads, config.sharer.head_dim) == (6, 3, 8)
     assert (config.hidden_dim, config.intermediate_dim, config.depth) == (48, 64, 3)
     assert (config.alignment, config.positions) == ("same", "all")
+    assert not config.fuse_response
     assert config.receiver.tokenizer == config.sharer.tokenizer == ""
+
+
+def test_a_checkpoint_for_fused_responses_stays_one(tmp_path: Path) -> None:
+    source = shutil.copytree(DATA / "checkpoint", tmp_path / "source")
+    description = document("checkpoint/config.json")
+    description["model"]["include_response"] = True
+    (source / "config.json").write_text(json.dumps(description))
+    convert(source, tmp_path / "fuser")
+    assert Fuser.load(tmp_path / "fuser").config.fuse_response
 
 
 def test_gates_and_dtype(folder: Path) -> None:

@@ -8,12 +8,16 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from goldens import DATA, arrays, assert_close, document, model
 from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_tokenizer
 
 from c2c_mlx import C2C, Fuser, kv
+from c2c_mlx.alignment import AnswerAlignment, TokenAlignment
 from c2c_mlx.convert import convert
+from c2c_mlx.generate import FusedPrefix
 
 CASE = "e2e/qwen3_llama"
 LAYERS = range(4)
@@ -91,6 +95,30 @@ def test_sections(c2c: C2C, meta: dict[str, Any], name: str) -> None:
     assert_cache(cache, golden, f"{name}.final")
     first = int(logits.argmax().item())
     assert [first, *generate(c2c.receiver, [first], cache, 11)] == variant["generated_ids"]
+
+
+def test_fusing_the_response(c2c: C2C, meta: dict[str, Any]) -> None:
+    variant = document("extras/variants/qwen3_llama/variants.json")["include_response"]
+    golden = arrays("extras/variants/qwen3_llama/io.safetensors")
+    ids, tokenizer = meta["input_ids"], load_tokenizer(DATA / CASE / "receiver")
+    same = np.arange(len(ids), dtype=np.int32)
+    prompt = TokenAlignment(ids, ids, same, 0 * same)
+
+    def start() -> tuple[Any, kv.Cache]:
+        prefix = FusedPrefix(c2c)
+        cache = prefix.extend_all([prompt])
+        answer = AnswerAlignment([], prompt, tokenizer, tokenizer, strategy="same")
+        return prefix.answering([answer]), cache
+
+    receiver, cache = start()
+    assert generate(receiver, ids[-1:], cache) == variant["generated_ids"]
+    receiver, cache = start()
+    given = [ids[-1], *variant["generated_ids"][:-1]]
+    first = receiver(mx.array([given[:1]]), cache)[:, -1]
+    assert_close(first, golden["include_response.logits_last_prompt"])
+    assert_cache(cache, golden, "include_response.final")
+    steps = [first[0], *(receiver(mx.array([[i]]), cache)[0, -1] for i in given[1:])]
+    assert_close(mx.stack(steps), golden["include_response.step_logits"])
 
 
 def assert_cache(cache: kv.Cache, golden: dict[str, mx.array], name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -9,12 +11,13 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 import pytest
-from goldens import KINDS, arrays, assert_close, document, error, fuser_of, pair
+from goldens import DATA, KINDS, arrays, assert_close, document, error, fuser_of, pair
 from mlx.utils import tree_flatten, tree_map
 
 import c2c_mlx.fuser
+from c2c_mlx import checkpoint
 from c2c_mlx.config import FuserConfig, ModelShape
-from c2c_mlx.convert import reference_name
+from c2c_mlx.convert import convert, reference_name
 from c2c_mlx.fuser import Fuser, project
 
 CASES = ("p0", "p1", "p2")
@@ -56,6 +59,23 @@ def test_projection_and_dynamic_weight_of_closed_slices_too(case: str) -> None:
     for row, kind in enumerate(KINDS):
         assert_close(projection[row], io[f"mid.{kind}_proj_out"], kind)
         assert_close(weight[row], mx.sigmoid(io[f"mid.{kind}_scalar_head"]), kind)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_that_the_reference_wrote(case: str, tmp_path: Path) -> None:
+    """Its PyTorch file, read by ours, has what its safetensors twin has."""
+    source = tmp_path / "checkpoint" / "final"
+    source.mkdir(parents=True)
+    for name in ("projector.pt", "projector.json"):
+        numbered = name.replace(".", "_0.")
+        shutil.copy(DATA / "projector" / case / name, source / numbered)
+    (source / "projector_config.json").write_text('{"0": {"1": {"0": [[0, 0]]}}}')
+    (source.parent / "config.json").write_text('{"model": {}}')
+    convert(source.parent, tmp_path / "fuser")
+    found, wanted = Fuser.load(tmp_path / "fuser"), load(case)
+    assert found.config.receiver.width == wanted.config.receiver.width
+    for name, weight in checkpoint.parameters(wanted).items():
+        assert mx.array_equal(checkpoint.parameters(found)[name], weight), name
 
 
 def test_tanh_gelu_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

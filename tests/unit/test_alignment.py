@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from c2c_mlx.alignment import (
     _COUNTERPARTS,
+    AnswerAlignment,
     _encode,
     align_chat,
     align_ids,
@@ -461,6 +462,76 @@ def test_unknown_strategies_are_named():
 
 
 # --- the response ---
+
+# --- an answer that is being written
+
+
+@settings(deadline=None)
+@given(
+    conversations,
+    tokenizers,
+    tokenizers,
+    st.sampled_from(["span", "first", "longest", "same"]),
+    st.lists(st.integers(0, 199), max_size=12),
+)
+def test_the_alignment_of_a_growing_answer_is_total_and_monotone(
+    messages, receiver, sharer, strategy, ids
+):
+    prompt = align_chat(messages, receiver, sharer, strategy=strategy)
+    growing = AnswerAlignment(messages, prompt, receiver, sharer, strategy=strategy)
+    n, aligned = len(prompt.receiver_ids), growing.add([])
+    assert aligned.receiver_ids == prompt.receiver_ids
+    for at, token in enumerate(ids, 1):
+        aligned = growing.add([token])
+        assert aligned.receiver_ids == prompt.receiver_ids + ids[:at]
+        assert common(aligned.sharer_ids, prompt.sharer_ids) == len(prompt.sharer_ids)
+        assert aligned.index.dtype == aligned.message.dtype == np.int32
+        assert aligned.index.shape == aligned.message.shape == (n + at,)
+        np.testing.assert_array_equal(aligned.index[:n], prompt.index)
+        assert np.all(np.diff(aligned.index) >= 0)
+        assert np.all(aligned.index < len(aligned.sharer_ids))
+        assert set(aligned.message[n:].tolist()) <= {len(messages), -1}
+    again = AnswerAlignment(messages, prompt, receiver, sharer, strategy=strategy).add(ids)
+    assert again.sharer_ids == aligned.sharer_ids
+    np.testing.assert_array_equal(again.index, aligned.index)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([CHATML, TRIM]),
+    st.sampled_from(["bytes", "trimmed"]),
+    st.sampled_from([CHATML, PLAIN, TRIM]),
+    st.sampled_from([*SENTENCES, "世界 🚀🎉", "👩‍💻 🇫🇷 e\u0301", "x"]),
+)
+def test_a_whole_answer_is_aligned_as_a_message(template, kind, other_template, answer):
+    receiver, sharer = wrapped("bytes", template), wrapped(kind, other_template)
+    messages = [user("What do you know?")]
+    prompt = align_chat(messages, receiver, sharer)
+    growing = AnswerAlignment(messages, prompt, receiver, sharer)
+    for token in receiver(answer, add_special_tokens=False)["input_ids"]:
+        aligned = growing.add([token])
+    said = [*messages, {"role": "assistant", "content": answer}]
+    whole = align_chat(said, receiver, sharer, add_generation_prompt=False)
+    n = len(aligned.receiver_ids)
+    assert aligned.receiver_ids == whole.receiver_ids[:n]
+    assert aligned.sharer_ids == whole.sharer_ids[: len(aligned.sharer_ids)]
+    number = whole.message[:n] == 1
+    assert number.sum() == n - len(prompt.receiver_ids)
+    np.testing.assert_array_equal(aligned.message, whole.message[:n])
+    np.testing.assert_array_equal(aligned.index[number], whole.index[:n][number])
+
+
+def test_an_end_of_turn_is_no_part_of_the_answer():
+    receiver, sharer = wrapped("bytes", CHATML), wrapped("trimmed", PLAIN)
+    messages = [user("hi")]
+    prompt = align_chat(messages, receiver, sharer)
+    growing = AnswerAlignment(messages, prompt, receiver, sharer)
+    ids = receiver("a dog<|im_end|>", add_special_tokens=False)["input_ids"]
+    aligned = growing.add(ids)
+    assert aligned.message.tolist()[-3:] == [1, 1, -1]
+    assert sharer.decode(aligned.sharer_ids).endswith("### assistant: a dog")
+    assert aligned.index[-1] == aligned.index[-2] == len(aligned.sharer_ids) - 1
+
 
 ANSWER = {"role": "assistant", "content": "a dog"}
 

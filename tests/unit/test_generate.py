@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -13,12 +14,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.models import lfm2
 from mlx_lm.models.cache import KVCache
 
-from c2c_mlx import C2C, Fuser, LanguageModel, generate, kv
+from c2c_mlx import C2C, Fuser, LanguageModel, kv, prefix
+from c2c_mlx.alignment import TokenAlignment
 from c2c_mlx.config import FuserConfig, ModelShape, SamplingConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.generate import FusedPrefix, Prefix, decode
+from c2c_mlx.generate import FusedPrefix, Order, Prefix, decode
 
 POSITIONS = ["all", "from_first_message", "messages"]
 MakeC2C = Callable[..., C2C]
@@ -206,7 +209,7 @@ def test_an_interruption_at_any_layer_does_no_harm(
 def test_progress_counts_both_prefills_to_the_end(
     make: MakeC2C, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(prefix, "PREFILL_CHUNK", 4)
     c2c, chat = make(), prompt(FIRST, ANSWER)
     seen: list[tuple[int, int]] = []
     FusedPrefix(c2c).extend(*chat, lambda done, total: seen.append((done, total)))
@@ -218,7 +221,7 @@ def test_progress_counts_both_prefills_to_the_end(
 def test_chunked_prefill_equals_one_pass(make: MakeC2C, monkeypatch: pytest.MonkeyPatch) -> None:
     c2c, chat = make(), prompt(FIRST, ANSWER)
     whole = scratch(c2c, chat)
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 3)
+    monkeypatch.setattr(prefix, "PREFILL_CHUNK", 3)
     assert_same(scratch(c2c, chat), whole, 1e-5)
 
 
@@ -349,6 +352,239 @@ def test_refuses_an_empty_prompt_and_an_index_that_does_not_fit(make: MakeC2C) -
     for sections in ([(3, True)], [(1, True)], [], [(3, True), (-1, False)]):
         with pytest.raises(C2CError, match="sections must have 2 positions"):
             c2c.prefill([5, 6, 7], sections=sections)
+
+
+# --- several sharers
+
+
+@pytest.fixture
+def several(
+    receiver: LanguageModel, sharer: LanguageModel, gemma: nn.Module, make_fuser: Any
+) -> list[C2C]:
+    """Into the tiny Qwen3: from the Llama, from the Gemma, and from the Llama once more."""
+    made = [
+        (sharer.model, {"message_gate": True, "positions": "messages"}),
+        (gemma, {"layer_map": ((0, 2), (3, 1)), "rotated_keys": False}),
+        (sharer.model, {"layer_map": ((2, 2),), "kinds": "values", "positions": "messages"}),
+    ]
+    links = []
+    for model, options in made:
+        fuser = make_fuser(receiver.model, model, **options)
+        if options.get("message_gate"):
+            fuser.message_head.bias = mx.full(fuser.message_head.bias.shape, 3.0)
+        links.append(C2C(receiver.model, model, fuser))
+    return links
+
+
+def aligned(chat: Prompt) -> TokenAlignment:
+    ids, other, index, messages = chat
+    return TokenAlignment(ids, other, index, messages)
+
+
+def shifted(prompt: TokenAlignment) -> TokenAlignment:
+    """As another sharer with longer text would read it."""
+    return replace(prompt, sharer_ids=[9, *prompt.sharer_ids], index=prompt.index + 1)
+
+
+def for_each(chat: Prompt) -> list[TokenAlignment]:
+    prompt = aligned(chat)
+    return [prompt, shifted(prompt), prompt]
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_several_sharers_turn_by_turn(several: list[C2C], order: Order) -> None:
+    growing, turns = FusedPrefix(*several, order=order), [FIRST, ANSWER, SECOND, FIRST[:3]]
+    for n in (1, 3, 2, 4):
+        prompts = for_each(prompt(*turns[:n]))
+        cache = growing.extend_all(prompts)
+        assert_same(cache, FusedPrefix(*several, order=order).extend_all(prompts), 1e-4)
+        greedy(several[0].receiver, prompts[0].receiver_ids[-1:], cache)
+    assert growing.last is not None and growing.last.start > 0
+    stats = [growing.stats(i) for i in range(3)]
+    assert [s.layers for s in stats if s] == [(1, 2, 3), (0, 3), (2,)]
+    assert all(s is not None and s.change.max() > 0 for s in stats)
+
+
+def test_one_of_several_changes(several: list[C2C]) -> None:
+    prompts = for_each(prompt(FIRST, ANSWER))
+    growing = FusedPrefix(*several)
+    growing.extend_all(prompts)
+    prompts[1] = replace(prompts[1], sharer_ids=[*prompts[1].sharer_ids[:-6], *[77] * 6])
+    assert_same(growing.extend_all(prompts), FusedPrefix(*several).extend_all(prompts), 1e-4)
+    assert growing.last is not None and 0 < growing.last.start < len(prompts[0].receiver_ids) - 1
+
+
+def test_parallel_sharers_add_up_and_sequential_ones_see_each_other(several: list[C2C]) -> None:
+    prompts = for_each(prompt(FIRST, ANSWER))
+    alone = Prefix(several[0].receiver)
+    alone.extend(prompts[0].receiver_ids[:-1])
+
+    def fused(order: Order, *which: int) -> kv.StackedKV:
+        prefix = FusedPrefix(*(several[i] for i in which), order=order)
+        return contents(prefix.extend_all([prompts[i] for i in which]))
+
+    both = fused("parallel", 0, 1)
+    for kind, own in enumerate(contents(alone.cache)):
+        parts = fused("parallel", 0)[kind] + fused("parallel", 1)[kind] - own
+        assert mx.abs(both[kind] - parts).max().item() < 1e-4
+        assert mx.abs(both[kind] - fused("parallel", 1, 0)[kind]).max().item() < 1e-4
+        assert mx.abs(both[kind] - fused("sequential", 0, 1)[kind]).max().item() > 1e-3
+
+
+def test_sharers_of_different_receivers_are_refused(
+    several: list[C2C], gemma: nn.Module, make_fuser: Any
+) -> None:
+    other = C2C(gemma, several[0].sharer, make_fuser(gemma, several[0].sharer))
+    for links in ([several[0], other], []):
+        with pytest.raises(C2CError, match="one receiver"):
+            FusedPrefix(*links)
+
+
+# --- fusing the response
+
+
+class Follow:
+    """An answer of which two ids at a time become one of the sharer's, which then still changes."""
+
+    def __init__(self, prompt: TokenAlignment) -> None:
+        self.prompt, self.ids = prompt, []
+
+    def add(self, ids: Sequence[int]) -> TokenAlignment:
+        self.ids += ids
+        pairs = [self.ids[i : i + 2] for i in range(0, len(self.ids), 2)]
+        end, number = len(self.prompt.sharer_ids), self.prompt.message.max() + 1
+        index = [end + i // 2 for i in range(len(self.ids))]
+        return TokenAlignment(
+            [*self.prompt.receiver_ids, *self.ids],
+            [*self.prompt.sharer_ids, *(sum(pair) % 500 for pair in pairs)],
+            np.append(self.prompt.index, index).astype(np.int32),
+            np.append(self.prompt.message, [number] * len(self.ids)).astype(np.int32),
+        )
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("message_gate", [False, True])
+def test_a_fused_answer_equals_a_prefill_of_it(
+    make: MakeC2C, positions: str, message_gate: bool
+) -> None:
+    c2c = make(positions=positions, message_gate=message_gate)
+    if message_gate:
+        c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
+    prefix, start = FusedPrefix(c2c), aligned(prompt(FIRST))
+    cache = prefix.extend_all([start])
+    answer = Follow(start)
+    said = greedy(prefix.answering([answer]), start.receiver_ids[-1:], cache)
+    assert answer.ids == said[: len(answer.ids)] and len(answer.ids) >= 5
+    whole = answer.add([5])  # not read yet, so the caches hold all but it
+    assert_same(prefix.cache, FusedPrefix(c2c).extend_all([whole]), 1e-4)
+    stats = prefix.stats()
+    assert stats is not None and stats.start >= len(start.receiver_ids) - 1
+
+    longer = replace(whole, receiver_ids=[*whole.receiver_ids[:-1], 6])
+    prefix.extend_all([longer])
+    assert prefix.last is not None and prefix.last.start == prefix.last.stop  # all was there
+
+
+def test_ids_of_an_answer_are_fused_together_as_one_by_one(make: MakeC2C) -> None:
+    c2c, start = make(), aligned(prompt(FIRST))
+    ids = [start.receiver_ids[-1], 30, 31]
+
+    def logits(*passes: list[int]) -> mx.array:
+        prefix = FusedPrefix(c2c)
+        cache = prefix.extend_all([start])
+        receiver = prefix.answering([Follow(start)])
+        return [receiver(mx.array([part]), cache) for part in passes][-1][0, -1]
+
+    together = logits(ids)
+    assert mx.abs(together - logits(*([i] for i in ids))).max().item() < 1e-3
+    # The last id's own key and value are fused, too, not just those before it.
+    whole = Follow(start).add([30, 31])
+    plain = c2c.receiver(mx.array([ids[-1:]]), cache=FusedPrefix(c2c).extend_all([whole]))
+    assert mx.abs(together - plain[0, -1]).max().item() > 1e-2
+
+
+@pytest.mark.parametrize("several_ids", [False, True])
+def test_closed_gates_leave_an_answer_alone(make: MakeC2C, several_ids: bool) -> None:
+    c2c, start = make(gate=-1.0), aligned(prompt(FIRST))
+    ids, last = start.receiver_ids, start.receiver_ids[-3 if several_ids else -1 :]
+    prefix = FusedPrefix(c2c)
+    begun = replace(start, receiver_ids=ids[: len(ids) - len(last) + 1])
+    cache = prefix.extend_all([begun])
+    model = prefix.answering([Follow(start)])
+    alone = Prefix(c2c.receiver)
+    alone.extend(ids[: -len(last)])
+    assert greedy(model, last, cache) == greedy(c2c.receiver, last, alone.cache)
+
+
+def test_several_sharers_fuse_an_answer(several: list[C2C]) -> None:
+    prompts = for_each(prompt(FIRST))
+    prefix = FusedPrefix(*several)
+    cache = prefix.extend_all(prompts)
+    answers = [Follow(p) for p in prompts]
+    greedy(prefix.answering(answers), prompts[0].receiver_ids[-1:], cache)
+    whole = [answer.add([5]) for answer in answers]
+    assert_same(prefix.cache, FusedPrefix(*several).extend_all(whole), 1e-4)
+    assert [prefix.stats(i) is not None for i in range(3)] == [True] * 3
+
+
+@pytest.fixture
+def hybrid(sharer: LanguageModel, make_fuser: Any) -> C2C:
+    """Into a tiny LFM2; its layers 0 and 2 are convolutions, whose state can't be rolled back."""
+    args = lfm2.ModelArgs(
+        model_type="lfm2",
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        norm_eps=1e-5,
+        conv_bias=False,
+        conv_L_cache=3,
+        block_dim=32,
+        block_multiple_of=8,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+        block_ff_dim=64,
+        full_attn_idxs=[1, 3],
+    )
+    mx.random.seed(5)
+    model = lfm2.Model(args)
+    mx.eval(model.parameters())
+    return C2C(model, sharer.model, make_fuser(model, sharer.model, layer_map=((1, 2), (3, 4))))
+
+
+def test_a_hybrid_receiver_turn_by_turn(hybrid: C2C) -> None:
+    growing = FusedPrefix(hybrid)
+    for turns in ((FIRST,), (FIRST, ANSWER, SECOND), (FIRST, ANSWER)):
+        chat = prompt(*turns)
+        cache, expected = growing.extend(*chat), scratch(hybrid, chat)
+        assert_same(cache, expected, 1e-4)
+        last = chat[0][-1:]
+        assert greedy(hybrid.receiver, last, cache) == greedy(hybrid.receiver, last, expected)
+
+
+def test_a_hybrid_receiver_with_a_fused_answer(hybrid: C2C) -> None:
+    start = aligned(prompt(FIRST))
+    prefix = FusedPrefix(hybrid)
+    cache = prefix.extend_all([start])
+    answer = Follow(start)
+    receiver = prefix.answering([answer])
+    ids = [start.receiver_ids[-1], 30, 31]
+    for i in ids:
+        receiver(mx.array([[i]]), cache)
+    whole = answer.add([5])
+    assert_same(prefix.cache, FusedPrefix(hybrid).extend_all([whole]), 1e-4)
+
+
+def test_a_changed_fuser_fuses_anew_what_was_read(make: MakeC2C) -> None:
+    c2c, chat = make(), prompt(FIRST, ANSWER)
+    growing = FusedPrefix(c2c)
+    growing.extend(*chat)
+    c2c.fuser.set_gate(1, 0, False)
+    growing.fuse_anew()
+    assert_same(growing.extend(*chat), scratch(c2c, chat), 1e-5)
+    assert growing.last is not None and (growing.last.start, growing.last.sharer_tokens) == (0, 0)
 
 
 # --- decoding

@@ -186,9 +186,32 @@ def test_fusers_are_found_by_their_pair(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
     assert registry.find_fuser(*registry.default_pair()) is None
     (tmp_path / name).mkdir()
-    assert registry.find_fuser(*registry.default_pair()) == tmp_path / name
-    assert registry.fusers() == {name: tmp_path / name}
-    assert registry.find_fuser("qwen", "llama") is None
+    assert registry.find_fuser(*registry.default_pair()) == name
+    assert registry.fusers()[0].shipped == tmp_path / name
+    assert registry.find_fuser("llama", "qwen") is None
+
+
+@pytest.mark.parametrize(
+    ("receiver", "sharer", "name"),
+    [
+        ("qwen", "llama", "qwen+llama"),
+        ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "qwen+llama"),
+        ("mlx-community/Qwen3-0.6B-8bit", "~/models/Qwen3-4B-bf16/", "qwen+qwen3-4b"),
+        ("qwen", "Qwen/Qwen3-4B-Base", "qwen+qwen3-4b-base"),
+        ("qwen3-8b", "mlx-community/Qwen2.5-7B-Instruct-4bit", "qwen3-8b+qwen2.5-7b"),
+    ],
+)
+def test_a_fuser_fits_every_copy_of_its_models(receiver: str, sharer: str, name: str) -> None:
+    assert registry.find_fuser(receiver, sharer) == name
+
+
+def test_the_published_fusers() -> None:
+    entries = [entry for entry in registry.fusers() if entry.hub]
+    assert {entry.hub for entry in entries} == {"nics-efc/C2C_Fuser"}
+    assert len({entry.folder for entry in entries}) == 7
+    for entry in entries:
+        assert entry.name == f"{entry.receiver}+{entry.sharer}"
+        assert registry.find_model(entry.receiver) and registry.find_model(entry.sharer)
 
 
 def test_an_alias_is_installed_or_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +330,7 @@ def hub_error(kind: type[Exception]) -> Exception:
         (errors.IncompleteSnapshotError, "cached copy of org/name is incomplete"),
         (errors.GatedRepoError, "gated: accept its terms at .*/org/name"),
         (errors.RepositoryNotFoundError, "the hub has no org/name"),
-        (errors.HfHubHTTPError, r"broke off \(line one\)"),
+        (errors.HfHubHTTPError, r"refuses the download of org/name \(line one\)"),
         (errors.XetDownloadError, r"broke off \(line one\)"),
         (OSError, "cannot write org/name .* HF_HOME"),
     ],

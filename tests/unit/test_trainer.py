@@ -155,6 +155,18 @@ def test_accumulated_batches_step_like_one(
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_recomputed_layers_change_no_number(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    kept, recomputed = make(tmp_path / "a"), make(tmp_path / "b", grad_checkpoint=True)
+    layers = list(recomputed.c2c.receiver.layers)
+    losses = [trainer.train_step([examples[:6]]) for trainer in (kept, recomputed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert list(recomputed.c2c.receiver.layers) == layers
+    for key, value in weights(kept).items():
+        np.testing.assert_allclose(weights(recomputed)[key], value, rtol=1e-3, atol=1e-5)
+
+
 def test_the_loss_goes_down(make: Make, examples: list[Example], tmp_path: Path) -> None:
     trainer = make(tmp_path, iters=30, warmup=0)
     losses = [trainer.train_step([examples]) for _ in range(12)]

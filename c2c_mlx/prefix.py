@@ -1,0 +1,60 @@
+"""One model, what it has read, and what reading on costs: only the new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from c2c_mlx import kv
+
+PREFILL_CHUNK = 512  # tokens per pass; bounds the memory of attention scores
+
+Progress = Callable[[int, int], None]  # positions done, of how many
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the common prefix of two sequences."""
+    n = min(len(a), len(b))
+    if list(a[:n]) == list(b[:n]):  # the usual case, at the speed of C
+        return n
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+
+
+class Prefix:
+    """One model's cache and the ids that stand in it; extending it costs only what is new."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.cache = kv.make_cache(model)
+        self.ids: list[int] = []
+
+    def extend(self, ids: Sequence[int], progress: Progress | None = None) -> None:
+        """Makes the cache hold exactly `ids`, from their common prefix on, in chunks."""
+        keep = common_prefix(self.ids, ids)
+        self.ids = list(
+            ids[:keep]
+        )  # first of all: an interruption leaves more in the cache, not less
+        if not kv.trim(self.cache, keep):
+            self.ids, keep = [], 0
+            self.cache = kv.make_cache(self.model)
+        while len(self.ids) < len(ids):
+            chunk = ids[len(self.ids) : len(self.ids) + PREFILL_CHUNK]
+            self.model(mx.array(list(chunk))[None], cache=self.cache)
+            mx.eval(kv.arrays(self.cache))  # the head's logits are in no state: never computed
+            self.ids.extend(chunk)
+            if progress:
+                progress(len(self.ids) - keep, len(ids) - keep)
+
+    def settle(self, ids: Sequence[int]) -> None:
+        """Notes what decoding left in the cache: the prompt and as much of what was written.
+
+        Args:
+            ids: the prompt and all ids that were yielded; a stopped decoder may have run one ahead.
+        """
+        self.ids = list(ids[: kv.length(self.cache)])
+        kv.trim(self.cache, len(self.ids))
