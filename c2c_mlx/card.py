@@ -29,9 +29,15 @@ receiver answers with what the sharer understood. Made with c2c-mlx.
 | sharer {_plain(sharer.name)} | {sharer.layers} | {sharer.kv_heads} | {sharer.head_dim} |
 
 - Layers (receiver from sharer): {layer_map_text(config)}
-- Hidden {config.hidden_dim}, intermediate {config.intermediate_dim}, depth {config.depth}
+- {_size(config)}
 - Tokens: alignment {config.alignment}, fused positions {config.positions}
 {_origin(provenance)}"""
+
+
+def _size(config: FuserConfig) -> str:
+    text = f"Hidden {config.hidden_dim}, intermediate {config.intermediate_dim}"
+    text += f", depth {config.depth}"
+    return text + (f", quantised to {config.bits} bits" if config.bits else "")
 
 
 def layer_map_text(config: FuserConfig) -> str:

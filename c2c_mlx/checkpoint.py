@@ -49,7 +49,7 @@ def save(fuser: Fuser, folder: str | Path, dtype: mx.Dtype | None = None) -> Non
     """
     weights = parameters(fuser)
     if dtype is not None:
-        weights = {name: w.astype(dtype) for name, w in weights.items()}
+        weights = _as(dtype, weights)
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: not saved, '{bad}' holds NaN or infinite numbers")
     with replacing(folder) as staging:
@@ -58,7 +58,7 @@ def save(fuser: Fuser, folder: str | Path, dtype: mx.Dtype | None = None) -> Non
 
 
 def load(folder: str | Path) -> Fuser:
-    """Reads a fuser folder in inference mode: float32 on the CPU, the file's dtype on a GPU.
+    """Reads a fuser folder in inference mode: as it is on a GPU, dense float32 on the CPU.
 
     Raises:
         C2CError: if anything is missing, damaged, superfluous, misshapen, not a float, not finite,
@@ -69,13 +69,16 @@ def load(folder: str | Path) -> Fuser:
     path = locate(folder, WEIGHTS)
     found = _header(folder, path)
     fuser = skeleton(config, len(found), str(folder))
-    _compare(folder, found, {name: p.shape for name, p in parameters(fuser).items()})
+    _compare(folder, found, parameters(fuser))
     weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    if mx.default_device().type == mx.cpu:  # the CPU has no fast half-precision matmul
-        weights = {name: w.astype(mx.float32) for name, w in weights.items()}
+    on_cpu = mx.default_device().type == mx.cpu
+    if on_cpu:  # it has fast products of float32 alone
+        weights = _as(mx.float32, weights)
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: '{bad}' in {WEIGHTS} holds NaN or infinite numbers")
     fuser.update(tree_unflatten(list(weights.items())))
+    if on_cpu:
+        fuser.dequantise()
     mx.eval(fuser.parameters())  # a lazy array would break when its file is replaced
     fuser.provenance = provenance
     fuser.eval()
@@ -313,9 +316,7 @@ def _header(folder: Path, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _compare(
-    folder: Path,
-    found: dict[str, tuple[str, tuple[int, ...]]],
-    wanted: dict[str, tuple[int, ...]],
+    folder: Path, found: dict[str, tuple[str, tuple[int, ...]]], wanted: dict[str, mx.array]
 ) -> None:
     def refuse(what: str) -> NoReturn:
         raise C2CError(f"{folder}: {what} in {WEIGHTS}")
@@ -325,10 +326,17 @@ def _compare(
     if extra := sorted(found.keys() - wanted.keys()):
         refuse(f"unexpected tensor '{extra[0]}'")
     for name, (dtype, shape) in found.items():
-        if shape != wanted[name]:
-            refuse(f"'{name}' should have shape {wanted[name]}, not {shape},")
-        if dtype not in _FLOATS:
+        if shape != wanted[name].shape:
+            refuse(f"'{name}' should have shape {wanted[name].shape}, not {shape},")
+        if wanted[name].dtype == mx.uint32 and dtype != "U32":
+            refuse(f"'{name}' should hold packed numbers, not {dtype},")
+        if wanted[name].dtype != mx.uint32 and dtype not in _FLOATS:
             refuse(f"'{name}' should hold floats, not {dtype},")
+
+
+def _as(dtype: mx.Dtype, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """All but packed numbers in this dtype."""
+    return {n: w if w.dtype == mx.uint32 else w.astype(dtype) for n, w in weights.items()}
 
 
 def _not_finite(weights: dict[str, mx.array]) -> str | None:

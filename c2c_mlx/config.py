@@ -120,6 +120,7 @@ class FuserConfig:
     # before it is the same in every chat), or the messages' own text.
     positions: Literal["all", "from_first_message", "messages"] = "all"
     message_gate: bool = False  # one more dynamic weight per message, closed below a half
+    bits: Literal[0, 4, 8] = 0  # per number of a quantised weight; 0: it is not quantised
     fuse_response: bool = False  # the answer is fused, too, token by token as it is written
 
     def __post_init__(self) -> None:

@@ -8,10 +8,10 @@ keys and values never mix, nor do layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_map
 from c2c_mlx.config import FuserConfig, Provenance
 
 KV = tuple[mx.array, mx.array]
+Weight = mx.array | dict[str, mx.array]  # dense [..., out, in]; or packed, scales and biases
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
@@ -30,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "relu": nn.relu,
 }
 NORM_EPS = 1e-6
+GROUP = 64  # numbers of a row that share a scale once it is quantised
 
 
 class StackedLinear(nn.Module):
@@ -122,6 +124,8 @@ class Fuser(nn.Module):
             self.output_scale = mx.ones((*stack, config.receiver.width))
             self.freeze(keys=["input_mean", "input_scale", "output_scale"], recurse=False)
         self._selected: tuple[list[mx.array], list[tuple[int, int]], dict[str, Any]] | None = None
+        if config.bits:
+            self.quantise(config.bits)
 
     @classmethod
     def load(cls, folder: str | Path) -> Fuser:
@@ -142,6 +146,30 @@ class Fuser(nn.Module):
         gates = np.zeros((2, len(self.config.layer_map)), dtype=bool)
         gates[self.kinds] = np.array(self.gate_logit) > 0
         return gates
+
+    def quantise(self, bits: Literal[4, 8]) -> None:
+        """Packs every weight whose rows divide into groups; the rest stays as it is."""
+        self.config = replace(self.config, bits=bits)
+        halves = (self.config.sharer.width, self.config.receiver.width)
+        for module, name in self._weights():
+            widths = halves if module is self.proj_in else (module[name].shape[-1],)
+            if all(width % GROUP == 0 for width in widths):
+                packed, scales, biases = mx.quantize(module[name], GROUP, bits)
+                module[name] = {"packed": packed, "scales": scales, "biases": biases}
+
+    def dequantise(self) -> None:
+        """Makes every weight dense: for training, and for the CPU."""
+        for module, name in self._weights():
+            if isinstance(w := module[name], dict):
+                module[name] = mx.dequantize(
+                    w["packed"], w["scales"], w["biases"], GROUP, self.config.bits
+                )
+        self.config = replace(self.config, bits=0)
+
+    def _weights(self) -> Iterator[tuple[nn.Module, str]]:
+        for module in self.modules():
+            if isinstance(module, (StackedLinear, StackedBlock)):
+                yield from ((module, name) for name in ("weight", "w1", "w2") if name in module)
 
     def set_gate(self, kind: int, layer: int, is_open: bool) -> None:
         """Opens or closes one slice; `layer` indexes the layer map, `kind` is 0 for keys."""
@@ -278,7 +306,7 @@ def project(
         if config.normalise:
             mean, scale = (params[f"input_{n}"][:, None, part] for n in ("mean", "scale"))
             x = (x - mean) * scale
-        h = mx.addmm(h, x, params["proj_in"]["weight"][..., part].swapaxes(-1, -2))
+        h = _plus_product(h, x, _columns(params["proj_in"]["weight"], part))
     h = _block(params["mlp1"], h, act, dropout)
     s = _block(params["scalar_mlp2"], h, act, dropout)
     s = mx.sigmoid(_linear(params["scalar_head"], s))
@@ -325,14 +353,40 @@ def _rows(kv: KV, slices: list[tuple[int, int]]) -> mx.array:
 
 
 def _linear(params: dict[str, Any], x: mx.array) -> mx.array:
-    return mx.addmm(params["bias"][:, None], x, params["weight"].swapaxes(-1, -2))
+    return _plus_product(params["bias"][:, None], x, params["weight"])
+
+
+def _plus_product(c: mx.array, x: mx.array, w: Weight) -> mx.array:
+    """The sum of `c` and the product of x [S, N, in] with a weight [S, out, in]."""
+    return mx.addmm(c, x, w.swapaxes(-1, -2)) if isinstance(w, mx.array) else c + _product(x, w)
+
+
+def _product(x: mx.array, w: Weight) -> mx.array:
+    if isinstance(w, mx.array):
+        return x @ w.swapaxes(-1, -2)
+    bits = 32 * w["packed"].shape[-1] // x.shape[-1]
+    return mx.quantized_matmul(
+        x, w["packed"], w["scales"], w["biases"], transpose=True, group_size=GROUP, bits=bits
+    )
+
+
+def _columns(w: Weight, part: slice) -> Weight:
+    """Some of a weight's input channels; of a quantised one, whole groups."""
+    if isinstance(w, mx.array):
+        return w[..., part]
+    width = GROUP * w["scales"].shape[-1]
+    start, stop, _ = part.indices(width)
+    return {
+        name: x[..., start * x.shape[-1] // width : stop * x.shape[-1] // width]
+        for name, x in w.items()
+    }
 
 
 def _block(
     params: dict[str, Any], x: mx.array, act: Callable[[mx.array], mx.array], dropout: float
 ) -> mx.array:
     norm = mx.fast.rms_norm(x, None, NORM_EPS) * params["norm"][:, None]
-    y = act(norm @ params["w1"].swapaxes(-1, -2)) @ params["w2"].swapaxes(-1, -2)
+    y = _product(act(_product(norm, params["w1"])), params["w2"])
     if dropout:
         y = y * mx.random.bernoulli(1 - dropout, y.shape) / (1 - dropout)
     return x + y

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def preflight(
     if fuser is not None:
         config, _ = checkpoint.read_description(fuser)
         caches += models[0].cache_per_token * tokens  # the fused cache
-        fuser_bytes = _fuser_weights(fuser)
+        on_disk = checkpoint.find_file(fuser, checkpoint.WEIGHTS).stat().st_size
+        fuser_bytes = 4 * _parameters(replace(config, bits=0)) if _is_dense() else on_disk
         passes.append(_fuser_pass(config) * tokens)
     weights = [m.weights for m in models]
     return _checked(
@@ -222,16 +223,11 @@ def _per_position(config: FuserConfig) -> int:
 
 
 def _fuser_pass(config: FuserConfig) -> int:
-    """Bytes per position of a pass over all slices; twice its widest step, as measured."""
+    """Bytes per position of a pass over all slices, as measured at two sizes of fuser."""
     width = config.sharer.width + config.receiver.width
+    inside = 7 * (config.hidden_dim + config.intermediate_dim)
     slices = len(config.fused_kinds) * len(config.layer_map)
-    widest = max(2 * width, 2 * config.hidden_dim + 2 * config.intermediate_dim)
-    return _floats(2 * slices * (widest + 2 * config.receiver.width))
-
-
-def _fuser_weights(folder: Path) -> int:
-    size = (folder / checkpoint.WEIGHTS).stat().st_size
-    return 2 * size if _is_dense() else size  # the file's dtype is half precision
+    return _floats(slices * (width + inside + 2 * config.receiver.width))
 
 
 def _floats(count: int) -> int:

@@ -156,7 +156,7 @@ def fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
     """The folder of the fuser that was asked for, or of the one that is known for the pair.
 
     Raises:
-        C2CError: if there is none, or one of the models can't be had.
+        C2CError: if there is none, or it or one of the models can't be had.
     """
     from c2c_mlx.store import find_folder
 
@@ -172,7 +172,7 @@ def fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
 
         def note(text: str) -> None:
             status.close()
-            print(f"{PROGRAM}: {text}", file=sys.stderr)
+            print(text, file=sys.stderr)
 
         return find_folder(name, status.loading, note)
 

@@ -239,6 +239,7 @@ def _load(
         wanted = _fuser_config(args, receiver.shape, sharer.shape)
         return receiver, sharer, new_fuser(wanted, config.gates, config.seed)
     fuser = checkpoint.load(folder)
+    fuser.dequantise()
     fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
     checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
     return receiver, sharer, fuser

@@ -16,6 +16,8 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.progress import Progress
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from c2c_mlx.config import ModelShape
     from c2c_mlx.fuser import Fuser
 
@@ -65,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     argument = add("convert", _convert, "turn a published PyTorch checkpoint into a fuser folder")
     argument("src", metavar="SRC", help="checkpoint folder, with config.json and final/")
     argument("dst", metavar="DST", help="fuser folder to make; must not exist or be empty")
+    argument = add("quantize", _quantize, "pack a fuser's weights into 8 or 4 bits per number")
+    argument("fuser", metavar="FUSER", help=FUSER)
+    argument("dst", metavar="DST", help="fuser folder to make; must not exist or be empty")
+    argument("--bits", type=int, choices=(8, 4), default=8, help="(%(default)s)")
     argument = add("verify", _verify, "check every byte of a fuser, or of a published checkpoint")
     argument("fuser", metavar="FUSER", help=f"{FUSER}, or checkpoint folder")
     argument = add("remove", _remove, "delete a fuser or a model of the embedded pair's cache")
@@ -105,7 +111,8 @@ def _show(args: argparse.Namespace) -> None:
 
     folder = _find(args.fuser)
     fuser = checkpoint.load(folder)
-    config, provenance = fuser.config, fuser.provenance
+    config, provenance = checkpoint.read_description(folder)
+    fuser.dequantise()
     count = sum(w.size for w in checkpoint.parameters(fuser).values())
     rows = {
         "folder": str(folder),
@@ -114,7 +121,8 @@ def _show(args: argparse.Namespace) -> None:
         "layers": f"{layer_map_text(config)} (receiver from sharer)",
         "size": f"{_size((folder / checkpoint.WEIGHTS).stat().st_size)}, "
         f"{count / 1e6:.1f} million parameters: hidden {config.hidden_dim}, "
-        f"intermediate {config.intermediate_dim}, depth {config.depth}, {config.activation}",
+        f"intermediate {config.intermediate_dim}, depth {config.depth}, {config.activation}"
+        + (f", {config.bits} bits" if config.bits else ""),
         "tokens": f"alignment {config.alignment}, positions {config.positions}",
         "source": provenance.source,
         "steps": str(provenance.steps or ""),
@@ -193,6 +201,45 @@ def _convert(args: argparse.Namespace) -> None:
     with closing(Status(sys.stderr)) as status:
         config = convert(args.src, args.dst, partial(_show_step, status, "converting"))
     _print(f"{args.dst}: {config.sharer.name} -> {config.receiver.name}")
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    import c2c_mlx.blas  # noqa: F401
+
+    import mlx.core as mx
+
+    from c2c_mlx import checkpoint
+
+    folder, target = _find(args.fuser), Path(args.dst)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise C2CError(f"{target}: already exists; choose another folder or remove it first")
+    if checkpoint.read_description(folder)[0].bits:
+        raise C2CError(f"{args.fuser} is quantised already: start from the original")
+    fuser = checkpoint.load(folder)
+    before = _change(fuser)
+    fuser.quantise(args.bits)
+    checkpoint.save(fuser, target, mx.float16)
+    difference = mx.linalg.norm(_change(checkpoint.load(target)) - before)
+    sizes = [(f / checkpoint.WEIGHTS).stat().st_size for f in (folder, target)]
+    error = (difference / mx.maximum(mx.linalg.norm(before), 1e-12)).item()
+    _print(
+        f"{target}: {_size(sizes[1])} of {_size(sizes[0])} ({sizes[1] / sizes[0]:.2f}); what it "
+        f"adds to random caches differs by {error:.2%}"
+    )
+
+
+def _change(fuser: Fuser) -> mx.array:
+    """What the open slices add to caches of random numbers."""
+    import mlx.core as mx
+
+    config = fuser.config
+    mx.random.seed(0)
+    shapes = [
+        (len(config.layer_map), 1, m.kv_heads, 64, m.head_dim)
+        for m in (config.sharer, config.receiver)
+    ]
+    sharer, receiver = ((mx.random.normal(s), mx.random.normal(s)) for s in shapes)
+    return fuser.change(sharer=sharer, receiver=receiver).delta.astype(mx.float32)
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -359,3 +359,43 @@ def test_skeletons_compute_nothing() -> None:
     shapes = checkpoint.parameters(checkpoint.skeleton(huge, 20, "here"))
     assert shapes["mlp1.w1"].shape == (2, 3, 10**5, 10**5)
     assert tree_unflatten(list(shapes.items())).keys() == make().parameters().keys()
+
+
+# Quantised fusers.
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.56), (4, 0.32)])
+def test_quantised_round_trip(tmp_path: Path, bits: Any, share: float) -> None:
+    shapes = {"hidden_dim": 128, "intermediate_dim": 128, "layer_map": ((0, 2), (1, 3))}
+    sizes = {m: replace(getattr(CONFIG, m), head_dim=64) for m in ("receiver", "sharer")}
+    fuser = make(config=replace(CONFIG, **sizes, **shapes))
+    checkpoint.save(fuser, tmp_path / "dense", mx.float16)
+    fuser.quantise(bits)
+    checkpoint.save(fuser, tmp_path / "packed", mx.float16)
+    packed, dense = (
+        (tmp_path / name / "fuser.safetensors").stat().st_size for name in ("packed", "dense")
+    )
+    assert packed < share * dense
+    config, provenance = checkpoint.read_description(tmp_path / "packed")
+    assert (config.bits, provenance) == (bits, fuser.provenance)
+    loaded = Fuser.load(tmp_path / "packed")
+    fuser.dequantise()
+    if mx.default_device().type == mx.cpu:
+        assert loaded.config.bits == 0
+        assert {w.dtype for w in checkpoint.parameters(loaded).values()} == {mx.float32}
+    loaded.dequantise()
+    for name, w in checkpoint.parameters(fuser).items():
+        assert mx.allclose(checkpoint.parameters(loaded)[name], w, atol=1e-3), name
+
+
+def test_packed_numbers_must_be_packed(tmp_path: Path) -> None:
+    fuser = make(config=replace(CONFIG, hidden_dim=64, intermediate_dim=64))
+    fuser.quantise(8)
+    fuser.save(tmp_path / "fuser")
+    folder = tmp_path / "fuser"
+    rewrite_weights(folder, lambda w: w.update({k: v.astype(mx.float32) for k, v in w.items()}))
+    assert "should hold packed numbers, not F32" in refused(folder)
+    rewrite(folder, lambda d: d.update(bits=0))
+    assert "is missing" in refused(folder)
+    rewrite(folder, lambda d: d.update(bits=3))
+    assert "'bits' must be one of 0, 4, 8" in refused(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -279,3 +279,58 @@ def test_the_normalisation_is_not_trained() -> None:
     names = {name for name, _ in tree_flatten(make(normalise=True).trainable_parameters())}
     everything = {name for name, _ in tree_flatten(make(normalise=True).parameters())}
     assert everything - names == {"input_mean", "input_scale", "output_scale"}
+
+
+# --- quantised weights
+
+WIDE = {"hidden_dim": 64, "intermediate_dim": 128}
+WIDE_PAIR = ModelShape("r", 4, 2, 64), ModelShape("s", 5, 1, 64)
+
+
+def wide(gates: list[list[float]], receiver: ModelShape = WIDE_PAIR[0], **options: Any) -> Fuser:
+    mx.random.seed(2)
+    fuser = Fuser(FuserConfig(receiver, WIDE_PAIR[1], LAYER_MAP, **WIDE, **options))
+    fuser.gate_logit = mx.array(gates)
+    fuser.eval()
+    return fuser
+
+
+def wide_caches(receiver: ModelShape = WIDE_PAIR[0]) -> dict[str, KV]:
+    def kv(shape: ModelShape) -> KV:
+        size = (LAYERS, BATCH, shape.kv_heads, LENGTH, shape.head_dim)
+        return mx.random.normal(size), mx.random.normal(size)
+
+    mx.random.seed(0)
+    return {"sharer": kv(WIDE_PAIR[1]), "receiver": kv(receiver)}
+
+
+@pytest.mark.parametrize("gates", [[[1.0] * 3] * 2, [[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]]])
+@pytest.mark.parametrize("options", [{}, {"normalise": True}])
+@pytest.mark.parametrize(("bits", "near"), [(8, 0.01), (4, 0.2)])
+def test_quantised_is_as_its_dense_copy(
+    gates: list[list[float]], options: dict[str, Any], bits: Literal[4, 8], near: float
+) -> None:
+    fuser, given = wide(gates, **options), wide_caches()
+    original = fuser.change(**given).delta
+    fuser.quantise(bits)
+    assert fuser.config.bits == bits
+    packed = fuser.change(**given)
+    fuser.dequantise()
+    assert fuser.config.bits == 0
+    dense = fuser.change(**given)
+    assert packed.slices == dense.slices
+    assert_close(packed.delta, dense.delta)
+    error = mx.linalg.norm(dense.delta - original) / mx.linalg.norm(original)
+    assert 0 < error.item() < near
+
+
+def test_weights_that_do_not_divide_into_groups_stay_dense() -> None:
+    odd = ModelShape("r", 4, 2, 24)
+    fuser, given = wide([[1.0] * 3] * 2, odd), wide_caches(odd)
+    fuser.quantise(8)
+    packed = [name for name, w in tree_flatten(fuser.parameters()) if w.dtype == mx.uint32]
+    assert "mlp1.w1.packed" in packed
+    assert not [name for name in packed if name.startswith("proj_in")]
+    before = fuser.change(**given).delta
+    fuser.dequantise()
+    assert_close(before, fuser.change(**given).delta)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -143,7 +142,6 @@ def test_too_large_a_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        env=os.environ,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("c2c-chat: memory: receiver 1099.51")

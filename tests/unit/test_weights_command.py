@@ -14,6 +14,8 @@ from torch_files import write_checkpoint
 from c2c_mlx.commands import one_line, run, weights
 from c2c_mlx.errors import C2CError
 
+SHIPPED = "smollm2-135m+gemma3-270m"
+
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "c2c_mlx.commands.weights", *map(str, arguments)]
@@ -116,3 +118,20 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_line() -> None:
     assert one_line("  é\tü\u202ex\x07y\n") == "  é ü x y"
+
+
+@pytest.mark.parametrize(("bits", "share"), [("8", "0.5"), ("4", "0.")])
+def test_quantize(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: str, share: str
+) -> None:
+    target = tmp_path / "quantised"
+    assert weights.main(["quantize", SHIPPED, str(target), "--bits", bits]) == 0
+    out = capsys.readouterr().out
+    assert f"({share}" in out and "what it adds to random caches differs by" in out
+    assert weights.main(["verify", str(target)]) == 0
+    assert weights.main(["show", str(target)]) == 0
+    assert f"{bits} bits" in capsys.readouterr().out
+    assert weights.main(["quantize", str(target), str(tmp_path / "again")]) == 2
+    assert "is quantised already" in capsys.readouterr().err
+    assert weights.main(["quantize", SHIPPED, str(target)]) == 2
+    assert "already exists" in capsys.readouterr().err
