@@ -136,9 +136,10 @@ class FusedPrefix:
 
         All models read every new id, and what is fused of it takes its place inside of the
         receiver's pass: the receiver attends to fused keys and values alone, the new id's included.
+        So `stats` are live, and the fused cache always is what a prefill of the text would give.
 
         Args:
-            answers: aligns the answer to each sharer's reading of it.
+            answers: aligns to each sharer's reading the answer to the prompt that was extended to.
 
         Returns:
             A function (ids [1, N], cache) -> logits [1, N, V]; the cache is this object's.

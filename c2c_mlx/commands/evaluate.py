@@ -110,10 +110,10 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
     fuses = bool(set(names) & set(C2C_MODES))
     folder = fuser_folder(args.fuser, receiver, sharer) if fuses else None
 
-    from c2c_mlx import blas, checkpoint
+    from c2c_mlx import blas, checkpoint, memory
     from c2c_mlx.evaluation import report, runner
     from c2c_mlx.evaluation.modes import Modes
-    from c2c_mlx.models import load_model
+    from c2c_mlx.models import find_folder, load_model
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
@@ -141,9 +141,15 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
 
     try:
         with closing(status):
+            alone = names == ["receiver"]
+            memory.preflight(
+                find_folder(receiver, status.loading),
+                None if alone else find_folder(sharer, status.loading),
+                folder,
+            )
             modes = Modes(
                 load_model(receiver, progress=status.loading),
-                load_model(sharer, progress=status.loading) if names != ["receiver"] else None,
+                None if alone else load_model(sharer, progress=status.loading),
                 fuser,
                 items,
                 args.seed,

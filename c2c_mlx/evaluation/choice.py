@@ -81,7 +81,7 @@ _LETTER = rf"\(?(?:{_UPPER}|{_LOWER})"
 _CUES = tuple(
     re.compile(cue + _LETTER)
     for cue in (
-        r"(?:\b(?i:answer)(?i: is| would be)?|答案(?:是|为)?)\s*[:：]?\s*(?i:option |choice )?",
+        r"(?:\b(?i:answer\b)(?i: is| would be)?|答案(?:是|为)?)\s*[:：]?\s*(?i:option |choice )?",
         r"^\s*(?=\(?\w\s*[).:]|\(?\w\W*$)",
         r"\b(?i:option|choice|it is|it's|go with|choose)\s*[:：]?\s*",
     )

@@ -122,8 +122,8 @@ def score_table(name: str, modes: Mapping[str, Any], groups: Sequence[str]) -> s
         for mode, of_mode in modes.items():
             of = of_mode["groups"][group] if group else of_mode
             score = of["scores"][name]
-            cells = [group or "all", mode, str(score.get("items", 0)), _with_ends(score, "")]
-            cells.append(_with_ends(score.get("vs_receiver", {}), "+"))
+            cells = [group or "all", mode, str(score.get("items", 0)), _with_ends(name, score, "")]
+            cells.append(_with_ends(name, score.get("vs_receiver", {}), "+"))
             if "corpus" in score:
                 cells.append(f"{score['corpus']:.1f}")
             rows.append(cells)
@@ -173,10 +173,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _with_ends(score: Mapping[str, Any], sign: str) -> str:
+def _with_ends(name: str, score: Mapping[str, Any], sign: str) -> str:
     if not score.get("items"):
         return ""
-    digits = 1 if abs(score["mean"]) >= 10 else 3
+    digits = 1 if name in ("chrf", "bleu") else 3
     numbers = [f"{x:{sign}.{digits}f}" for x in (score["mean"], *score["ci95"])]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
@@ -283,7 +283,11 @@ def compare_table(found: Result, names: Sequence[str]) -> str:
     """What `compare` found, for people."""
     rows = [
         [NAMES.get(name, name), group, str(of["difference"].get("items", 0))]
-        + [_with_ends(of["a"], ""), _with_ends(of["b"], ""), _with_ends(of["difference"], "+")]
+        + [
+            _with_ends(name, of["a"], ""),
+            _with_ends(name, of["b"], ""),
+            _with_ends(name, of["difference"], "+"),
+        ]
         for name, groups in found.items()
         for group, of in groups.items()
     ]

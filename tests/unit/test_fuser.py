@@ -161,7 +161,7 @@ def test_shapes_of_a_change() -> None:
     assert change.delta.shape == (6, BATCH, 2, LENGTH, 8)
     assert change.weight.shape == (6, BATCH, 2, LENGTH, 1)
     assert change.message_weight is not None
-    assert change.message_weight.shape == (6, BATCH, 1, LENGTH, 1)
+    assert change.message_weight.shape == (1, BATCH, 1, LENGTH, 1)
     assert 0 < change.weight.min().item() and change.weight.max().item() < 1
     assert make().change(**caches()).message_weight is None
 
