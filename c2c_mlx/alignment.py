@@ -60,13 +60,25 @@ def align_chat(
     *,
     strategy: Strategy = "span",
     add_generation_prompt: bool = True,
+    padding: bool = True,
 ) -> TokenAlignment:
     """Render one conversation for both models and align the two prompts.
 
     Strategies: *span*, each model reads its own tokenisation and a receiver token takes the sharer
     token that covers its last character (template tokens before the messages take the first
-    sharer token, those after a message that message's last); *first* and *longest*, the sharer
-    reads the receiver's prompt token by token (see `align_ids`); *same*, both read the same ids.
+    sharer token, those after a message that message's last); *first* and *longest*, as the
+    reference aligns chats: the sharer reads its own template, and the receiver's messages token by
+    token (see `align_ids`); *same*, both read the same ids.
+
+    Args:
+        messages: The conversation.
+        receiver_tokenizer: The answering model's.
+        sharer_tokenizer: The reading model's.
+        strategy: One of the four.
+        add_generation_prompt: Whether the prompts ask for an answer.
+        padding: Whether *first* and *longest* pad the shorter of two sections of template text, so
+            that both models' positions are the same. An id below zero is padding: `~id` stands
+            there, and no position attends to it.
 
     Raises:
         C2CError: A template refuses the messages, or a tokenizer gives no character offsets.
@@ -77,14 +89,20 @@ def align_chat(
     receiver = _prompt(messages, receiver_tokenizer, add_generation_prompt)
     coordinates = receiver.coordinates[receiver.last]
     message = _message_of(messages, coordinates)
-    if strategy != "span":
-        sharer_ids = receiver.ids
-        if strategy != "same":
-            sharer_ids = align_ids(receiver.ids, receiver_tokenizer, sharer_tokenizer, strategy)
+    if strategy == "same":
         identity = np.arange(len(receiver.ids), dtype=np.int32)
-        return TokenAlignment(receiver.ids, list(sharer_ids), identity, message)
+        return TokenAlignment(receiver.ids, list(receiver.ids), identity, message)
 
     sharer = _prompt(messages, sharer_tokenizer, add_generation_prompt)
+    if strategy != "span":
+        others = _message_of(messages, sharer.coordinates[sharer.last])
+        sections = zip(
+            _sections(receiver.ids, message, len(messages)),
+            _sections(sharer.ids, others, len(messages)),
+            strict=True,
+        )
+        tokenizers = (receiver_tokenizer, sharer_tokenizer)
+        return _by_sections(list(sections), *tokenizers, strategy, padding)
     if not sharer.ids:  # an index needs something to point at
         filler = _role_id(fast_tokenizer(sharer_tokenizer), "bos") or 0
         zero = np.zeros(1, dtype=np.int64)
@@ -96,6 +114,50 @@ def align_chat(
     return TokenAlignment(
         receiver.ids, sharer.ids, np.maximum.accumulate(index).astype(np.int32), message
     )
+
+
+_Section: TypeAlias = tuple[list[int], list[int]]  # template text, then a message; ids
+
+
+def _sections(ids: list[int], message: npt.NDArray[np.int32], count: int) -> list[_Section]:
+    """The prompt cut before and after each message; the last section has none."""
+    sections, at = [], 0
+    for number in range(count):
+        own = np.flatnonzero(message == number)
+        start, stop = (int(own[0]), int(own[-1]) + 1) if len(own) else (at, at)
+        sections.append((ids[at:start], ids[start:stop]))
+        at = stop
+    return [*sections, (ids[at:], [])]
+
+
+def _by_sections(
+    sections: Sequence[tuple[_Section, _Section]],
+    receiver: Tokenizer,
+    sharer: Tokenizer,
+    strategy: Literal["first", "longest"],
+    padding: bool,
+) -> TokenAlignment:
+    """Template text beside template text, then each message token by token."""
+    pads = [~(_role_id(fast_tokenizer(t), "pad") or 0) for t in (receiver, sharer)]
+    ids: list[int] = []
+    read: list[int] = []
+    index: list[int] = []
+    message: list[int] = []
+    for number, ((own, text), (other, _)) in enumerate(sections):
+        length = max(len(own), len(other)) if padding else 0
+        is_last = number == len(sections) - 1
+        template = own if is_last else own + pads[:1] * (length - len(own))
+        start = len(read)
+        read += other + pads[1:] * (length - len(other))
+        ids += template
+        index += np.clip(np.arange(start, start + len(template)), 0, max(len(read) - 1, 0)).tolist()
+        message += [-1] * len(template)
+        index += range(len(read), len(read) + len(text))
+        read += align_ids(text, receiver, sharer, strategy)
+        ids += text
+        message += [number] * len(text)
+    fed = np.maximum.accumulate(np.array(index, dtype=np.int32)) if index else np.zeros(0, np.int32)
+    return TokenAlignment(ids, read or [~pads[1]], fed, np.array(message, dtype=np.int32))
 
 
 class AnswerAlignment:

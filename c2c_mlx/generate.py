@@ -24,7 +24,7 @@ from c2c_mlx.config import SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Reason
 from c2c_mlx.fuser import Change
-from c2c_mlx.prefix import PREFILL_CHUNK, Progress
+from c2c_mlx.prefix import PREFILL_CHUNK, Progress, padding
 from c2c_mlx.prefix import Prefix as Prefix
 from c2c_mlx.prefix import common_prefix as common_prefix
 
@@ -210,6 +210,7 @@ class FusedPrefix:
             for layer, keys, values in zip(kv.attention_layers(self.cache), *fused, strict=True):
                 if end:
                     kv.append(self.cache, layer, keys[..., :end, :], values[..., :end, :])
+            kv.hide(self.cache, padding(texts[0].receiver_ids[start : start + end], start))
             rest = kv.StackedKV(*(x[..., end:, :] for x in fused))
             mx.eval(kv.arrays(self.cache), rest)
         times.append(time.perf_counter())

@@ -250,6 +250,43 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
+class PaddedCache(KVCache):  # type: ignore[misc]
+    """A cache layer of which some positions are padding: they count, but nobody attends to them."""
+
+    def __init__(self, layer: KVCache) -> None:
+        super().__init__()
+        self.keys, self.values, self.offset = layer.keys, layer.values, layer.offset
+        self.hidden: list[int] = []
+
+    def trim(self, n: int) -> int:
+        """mlx-lm's cache protocol."""
+        trimmed: int = super().trim(n)
+        self.hidden = [position for position in self.hidden if position < self.offset]
+        return trimmed
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """mlx-lm's cache protocol."""
+        if not self.hidden:
+            return super().make_mask(n, return_array=return_array, window_size=window_size)
+        column = np.arange(self.offset + n)
+        row = column[self.offset :, None]
+        visible = np.isin(column, self.hidden, invert=True)
+        mask = (column < row) & visible | (column == row)  # something to attend to, in any case
+        if window_size is not None:
+            mask &= row < column + window_size
+        return mx.array(mask)
+
+
+def hide(cache: Cache, positions: Sequence[int]) -> None:
+    """Makes positions padding; the cache may not have come to them yet."""
+    if not positions:
+        return
+    for i in attention_layers(cache):
+        if not isinstance(cache[i], PaddedCache):
+            cache[i] = PaddedCache(cache[i])
+        cache[i].hidden = sorted({*cache[i].hidden, *positions})
+
+
 class TrainingCache:
     """A cache layer for batches that gradients flow through: concatenates, never writes in place.
 

@@ -25,6 +25,11 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
+def padding(ids: Sequence[int], start: int = 0) -> list[int]:
+    """The positions of those of `ids` that are padding; the first one is at `start`."""
+    return [position for position, token in enumerate(ids, start) if token < 0]
+
+
 class Prefix:
     """One model's cache and the ids that stand in it; extending it costs only what is new."""
 
@@ -34,7 +39,10 @@ class Prefix:
         self.ids: list[int] = []
 
     def extend(self, ids: Sequence[int], progress: Progress | None = None) -> None:
-        """Makes the cache hold exactly `ids`, from their common prefix on, in chunks."""
+        """Makes the cache hold exactly `ids`, from their common prefix on, in chunks.
+
+        An id below zero is padding: `~id` takes its place, and nobody attends to it.
+        """
         keep = common_prefix(self.ids, ids)
         self.ids = list(
             ids[:keep]
@@ -44,7 +52,8 @@ class Prefix:
             self.cache = kv.make_cache(self.model)
         while len(self.ids) < len(ids):
             chunk = ids[len(self.ids) : len(self.ids) + PREFILL_CHUNK]
-            self.model(mx.array(list(chunk))[None], cache=self.cache)
+            kv.hide(self.cache, padding(chunk, len(self.ids)))
+            self.model(mx.array([max(i, ~i) for i in chunk])[None], cache=self.cache)
             mx.eval(kv.arrays(self.cache))  # the head's logits are in no state: never computed
             self.ids.extend(chunk)
             if progress:

@@ -150,7 +150,7 @@ class Example:
 
 def make_example(chat: Chat, receiver: Any, sharer: Any, alignment: Strategy) -> Example:
     """Tokenises and aligns one chat; `receiver` and `sharer` are tokenizers."""
-    aligned = align_chat(chat.messages[:-1], receiver, sharer, strategy=alignment)
+    aligned = align_chat(chat.messages[:-1], receiver, sharer, strategy=alignment, padding=False)
     response = response_ids(chat.messages, receiver)
     return Example(
         aligned.receiver_ids,

@@ -409,18 +409,36 @@ def test_a_tokenizer_without_offsets_is_refused():
 # --- tokens one by one ---
 
 
-@pytest.mark.parametrize("strategy", ["first", "longest", "same"])
-def test_one_sharer_id_for_each_receiver_id(strategy):
+def test_the_same_ids_for_both():
     receiver, sharer = wrapped("bytes", CHATML), wrapped("trimmed", PLAIN)
-    aligned = align_chat([user("the été dog")], receiver, sharer, strategy=strategy)
+    aligned = align_chat([user("the été dog")], receiver, sharer, strategy="same")
     assert aligned.index.tolist() == list(range(len(aligned.receiver_ids)))
-    assert len(aligned.sharer_ids) == len(aligned.receiver_ids)
+    assert aligned.sharer_ids == aligned.receiver_ids
     assert said(aligned, receiver, 0) == "the été dog"
-    if strategy == "same":
-        assert aligned.sharer_ids == aligned.receiver_ids
-    else:
-        expected = align_ids(aligned.receiver_ids, receiver, sharer, strategy)
-        assert aligned.sharer_ids == expected
+
+
+@pytest.mark.parametrize("strategy", ["first", "longest"])
+@pytest.mark.parametrize("padding", [True, False])
+def test_messages_token_by_token_between_each_ones_template(strategy, padding):
+    receiver, sharer = wrapped("bytes", CHATML), wrapped("trimmed", PLAIN)
+    messages = [user("the été dog"), {"role": "assistant", "content": "dog"}, user("été")]
+    aligned = align_chat(messages, receiver, sharer, strategy=strategy, padding=padding)
+    assert said(aligned, receiver, 0) == "the été dog"
+    for number in range(3):
+        at = np.flatnonzero(aligned.message == number)
+        ids = [aligned.receiver_ids[i] for i in at]
+        read = [aligned.sharer_ids[i] for i in aligned.index[at]]
+        assert read == align_ids(ids, receiver, sharer, strategy)
+        assert min(read) >= 0
+        if padding:
+            assert np.array_equal(aligned.index[at], at)
+    template = [i for i, m in zip(aligned.receiver_ids, aligned.message, strict=True) if m < 0]
+    plain = align_chat(messages, receiver, sharer)
+    own = [i for i, m in zip(plain.receiver_ids, plain.message, strict=True) if m < 0]
+    assert [i for i in template if i >= 0] == own
+    assert (min(aligned.receiver_ids + aligned.sharer_ids) < 0) == padding
+    assert aligned.receiver_ids[-1] >= 0
+    assert np.all(np.diff(aligned.index) >= 0)
 
 
 def test_first_and_longest_choose_among_several_sharer_tokens():

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, Rotating
 
 from c2c_mlx import LanguageModel, kv
 from c2c_mlx.errors import C2CError
+from c2c_mlx.prefix import Prefix
 from c2c_mlx.training.data import pad
 from c2c_mlx.training.loss import prefill
 
@@ -264,3 +265,55 @@ def test_training_refuses_a_model_with_other_layers() -> None:
 
     with pytest.raises(C2CError, match="all attention"):
         kv.training_cache(Hybrid(), None, 0)
+
+
+# --- padding
+
+
+def run(model: nn.Module, ids: list[int], hidden: list[int]) -> tuple[mx.array, kv.Cache]:
+    cache = kv.make_cache(model)
+    kv.hide(cache, hidden)
+    logits = model(mx.array([ids]), cache=cache)
+    mx.eval(logits, kv.arrays(cache))
+    return logits[0], cache
+
+
+@pytest.mark.parametrize("name", ["receiver", "gemma"])
+def test_nobody_attends_to_padding_but_it_counts(
+    name: str, receiver: LanguageModel, gemma: nn.Module
+) -> None:
+    model = receiver.model if name == "receiver" else gemma
+    ids = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+    others = [i + 100 if at in (0, 3, 4) else i for at, i in enumerate(ids)]
+    seen = [at for at in range(len(ids)) if at not in (0, 3, 4)]
+    (logits, cache), (same, _) = run(model, ids, [0, 3, 4]), run(model, others, [0, 3, 4])
+    plain, plainly = run(model, ids, [])
+    at = mx.array(seen)
+    assert mx.isfinite(logits).all()
+    assert mx.allclose(logits[at], same[at], atol=1e-5)
+    assert not mx.allclose(logits[at], plain[at], atol=1e-3)
+    # A first layer's keys depend on tokens and positions alone.
+    assert mx.allclose(cache[0].keys[..., : len(ids), :], plainly[0].keys[..., : len(ids), :])
+    step = mx.array([[17]])
+    assert mx.allclose(
+        model(step, cache=cache), model(step, cache=run(model, others, [0, 3, 4])[1]), atol=1e-5
+    )
+
+
+def test_padding_goes_when_the_cache_is_rolled_back(receiver: LanguageModel) -> None:
+    _, cache = run(receiver.model, [5, 6, 7, 8], [1, 3])
+    assert kv.trim(cache, 3)
+    assert [c.hidden for c in cache] == [[1]] * len(cache)
+    kv.hide(cache, [])
+    assert kv.length(cache) == 3
+
+
+def test_a_prefix_reads_padding_in_any_chunks(receiver: LanguageModel) -> None:
+    ids = [5, 6, ~7, 8, ~9, ~9, 10, 11]
+    whole, parts = Prefix(receiver.model), Prefix(receiver.model)
+    whole.extend(ids)
+    for n in (2, 4, 5, 8):
+        parts.extend(ids[:n])
+    for a, b in zip(whole.cache, parts.cache, strict=True):
+        assert a.hidden == b.hidden == [2, 4, 5]
+        assert mx.allclose(a.keys[..., :8, :], b.keys[..., :8, :], atol=1e-5)
