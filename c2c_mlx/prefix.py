@@ -44,9 +44,8 @@ class Prefix:
         An id below zero is padding: `~id` takes its place, and nobody attends to it.
         """
         keep = common_prefix(self.ids, ids)
-        self.ids = list(
-            ids[:keep]
-        )  # first of all: an interruption leaves more in the cache, not less
+        # First of all: an interruption then leaves more in the cache than is noted, never less.
+        self.ids = list(ids[:keep])
         if not kv.trim(self.cache, keep):
             self.ids, keep = [], 0
             self.cache = kv.make_cache(self.model)
