@@ -19,11 +19,11 @@ from c2c_mlx.events import (
     Failed,
     Gates,
     GatesSet,
-    Idle,
     Loaded,
     Mode,
     Prefilling,
     Text,
+    TurnOver,
 )
 from c2c_mlx.progress import Progress
 
@@ -101,7 +101,12 @@ class InferenceThread(threading.Thread):
 
     def undo(self, modes: Sequence[Mode]) -> None:
         """Takes back the last turn of each mode."""
-        self._jobs.put(lambda: [self._ready.undo(mode) for mode in modes])
+
+        def job() -> None:
+            for mode in modes:
+                self._ready.undo(mode)
+
+        self._jobs.put(job)
 
     def restore(self, histories: Mapping[Mode, Sequence[ANSWERED_TURN]]) -> None:
         """Forgets the conversations and takes up these."""
@@ -132,9 +137,14 @@ class InferenceThread(threading.Thread):
 
         self._jobs.put(job)
 
-    def reload(self) -> None:
-        """Loads the pair again, after a download that failed."""
-        self._jobs.put(self._load)
+    def reload(self, pair: Pair) -> None:
+        """Loads another pair, or the same again after a download that failed."""
+
+        def job() -> None:
+            self.pair, self._session = pair, None
+            self._load()
+
+        self._jobs.put(job)
 
     def close(self) -> None:
         """Has the thread end as soon as it can; `join` waits for that."""
@@ -158,8 +168,6 @@ class InferenceThread(threading.Thread):
                     break
                 except Exception as e:
                     self.events.put(Failed(explain(e)))
-                if self._jobs.empty():
-                    self.events.put(Idle(mx.get_active_memory() / 1e9))
         finally:
             self._session = None
             mx.clear_streams()  # without it, one exit in twenty aborts
@@ -195,6 +203,7 @@ class InferenceThread(threading.Thread):
                 receiver=receiver.name,
                 sharer=sharer.name if sharer else "",
                 fuser=self._fuser_name() if fuser else "",
+                memory_gb=_memory_gb(),
                 device=f"{name} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
                 context_length=receiver.context_length,
                 receiver_layers=len(receiver.model.layers),
@@ -221,6 +230,12 @@ class InferenceThread(threading.Thread):
         return self.pair.fuser or f"{self.pair.receiver}+{self.pair.sharer}"
 
     def _answer(self, turn: int, question: str, modes: Sequence[Mode], attempt: int) -> None:
+        try:
+            self._answers(turn, question, modes, attempt)
+        finally:
+            self.events.put(TurnOver(_memory_gb()))
+
+    def _answers(self, turn: int, question: str, modes: Sequence[Mode], attempt: int) -> None:
         session, self._turn = self._ready, turn
         session.sampling = replace(self.sampling, seed=(self.sampling.seed + attempt) % 2**64)
         for mode in modes:
@@ -257,6 +272,12 @@ class InferenceThread(threading.Thread):
         if self._session is None:
             raise C2CError(f"no model is loaded: {self.pair.receiver} could not be had")
         return self._session
+
+
+def _memory_gb() -> float:
+    import mlx.core as mx
+
+    return float(mx.get_active_memory() / 1e9)
 
 
 def explain(error: Exception) -> str:

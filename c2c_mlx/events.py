@@ -108,6 +108,7 @@ class Loaded:
     sharer: str
     fuser: str
     device: str
+    memory_gb: float
     context_length: int  # of the receiver
     receiver_layers: int
     layers: tuple[tuple[int, int], ...]  # the fuser's (receiver layer, sharer layer)
@@ -130,10 +131,10 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Idle:
-    """A job is over and no other one waits."""
+class TurnOver:
+    """Every mode that was asked has answered, failed, or been stopped."""
 
     memory_gb: float
 
 
-EngineEvent = Event | Progress | GateReport | Loaded | GatesSet | Failed | Idle
+EngineEvent = Event | Progress | GateReport | Loaded | GatesSet | Failed | TurnOver

@@ -1,1 +1,1 @@
-"""The terminal app; not there yet."""
+"""The terminal app; `app.run` opens it."""
