@@ -232,6 +232,8 @@ class InferenceThread(threading.Thread):
     def _answer(self, turn: int, question: str, modes: Sequence[Mode], attempt: int) -> None:
         try:
             self._answers(turn, question, modes, attempt)
+        except Exception as e:
+            self.events.put(Failed(explain(e)))
         finally:
             self.events.put(TurnOver(_memory_gb()))
 

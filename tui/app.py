@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -87,6 +87,7 @@ class ChatApp(App[None]):
         engine: answers; started after the first paint.
         conversation: empty, or one that is taken up again.
         modes: who answers, one after the other.
+        save: keeps the conversation after each turn.
     """
 
     CSS_PATH = "app.tcss"
@@ -111,9 +112,16 @@ class ChatApp(App[None]):
         Binding("ctrl+q", "quit", "Quit", priority=True),
     ]
 
-    def __init__(self, engine: Engine, conversation: Conversation, modes: Sequence[Mode]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        conversation: Conversation,
+        modes: Sequence[Mode],
+        save: Callable[[Conversation], None] = conversation.save,
+    ) -> None:
         super().__init__()
         self.engine = engine
+        self.save = save
         self.conversation = conversation
         self.modes = list(modes)
         self.loaded: Loaded | None = None
@@ -360,7 +368,7 @@ class ChatApp(App[None]):
 
     def _save(self) -> None:
         try:
-            conversation.save(self.conversation)
+            self.save(self.conversation)
         except C2CError as e:
             self.complain(str(e))
 

@@ -28,6 +28,12 @@ class Scale:
     label: str
 
 
+def bar_widths(width: int) -> tuple[int, int]:
+    """Cells for a weight and for a change where a row is '  7 ● wwww cccc ● wwww cccc '."""
+    both = max((width - 4) // 2 - 4, 2)
+    return both // 2, both - both // 2
+
+
 def bar(value: float, width: int) -> str:
     """A solid bar of `width` cells, in eighths; a value in (0, 1] always shows something."""
     eighths = round(min(max(value, 0.0), 1.0) * width * 8)
@@ -102,13 +108,18 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 
 def change_scale(values: np.ndarray) -> Scale:
-    """Changes have no natural end: the scale reaches the largest, rounded up to one digit."""
-    most = float(values.max()) if values.size else 0.0
-    if most <= 0:
+    """Changes have no natural end: the scale ends where one in twenty of them does.
+
+    The few beyond it, of a token that is changed out of all proportion, would darken all others.
+    """
+    there = values[values > 0]
+    if not there.size:
         return Scale(1.0, "100 %")
+    most = float(np.quantile(there, 0.95))
     step = 10.0 ** np.floor(np.log10(most))
     top = float(np.ceil(most / step - 1e-9) * step)
-    return Scale(top, percent(top))
+    beyond = " and more" if there.max() > top else ""
+    return Scale(top, percent(top) + beyond)
 
 
 def percent(share: float) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from rich.segment import Segment
 from rich.style import Style
+from rich.text import Text as RichText
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
@@ -37,13 +38,13 @@ class GateView(ScrollView, can_focus=True):
     }
     BINDINGS = [
         Binding("space", "gate", "Close/open gate"),
-        Binding("k", "gate(0)", "K"),
-        Binding("v", "gate(1)", "V"),
+        Binding("k", "gate(0)", show=False),
+        Binding("v", "gate(1)", show=False),
         Binding("a", "every_gate", "All"),
         Binding("r", "restore", "Restore"),
         Binding("w", "next_view", "View"),
         Binding("m", "next_measure", "Measure"),
-        Binding("z", "zoom", "Zoom"),
+        Binding("z", "zoom", show=False),
         Binding("x", "other_kind", "K/V", show=False),
         Binding("up", "move(-1, 0)", show=False),
         Binding("down", "move(1, 0)", show=False),
@@ -106,7 +107,7 @@ class GateView(ScrollView, can_focus=True):
         self.row = next(iter(self._rows), 0)
         self.virtual_size = Size(1, loaded.receiver_layers)
         self.redraw()
-        self.scroll_to(y=max(self.row - 1, 0), animate=False)
+        self.call_after_refresh(self.scroll_to, y=max(self.row - 1, 0), animate=False)
 
     def show_gates(self, gates: Gates) -> None:
         """The fuser's gates after surgery."""
@@ -184,8 +185,7 @@ class GateView(ScrollView, can_focus=True):
         return Segment(OPEN if is_open else CLOSED, self._style(part, layer, selected))
 
     def _bars(self, layer: int, at: int, width: int) -> list[Segment]:
-        first = (width - 10) // 4
-        second = (width - 10) // 2 - first
+        first, second = maths.bar_widths(width)
         report, segments = self.report, []
         top = maths.change_scale(np.array(report.changes)).top if report else 1.0
         for kind in (0, 1):
@@ -196,9 +196,9 @@ class GateView(ScrollView, can_focus=True):
             style = self._style(f"kind-{kind}", layer)
             weight = report.weights[kind][at] if report else 0.0
             change = report.changes[kind][at] / top if report else 0.0
-            segments.append(Segment(maths.bar(weight, first - 1), style))
+            segments.append(Segment(maths.bar(weight, first), style))
             segments.append(Segment(" ", self._style("row", layer)))
-            segments.append(Segment(maths.thin_bar(change, second - 1), style))
+            segments.append(Segment(maths.thin_bar(change, second), style))
             segments.append(Segment(" ", self._style("row", layer)))
         return segments
 
@@ -360,12 +360,9 @@ class GatePanel(Vertical):
     def _head(self) -> str:
         view = self.view
         if view.view == "bars":
-            width = view.size.width
-            first = (width - 10) // 4
-            second = (width - 10) // 2 - first
+            first, second = maths.bar_widths(view.size.width)
             return "    " + "".join(
-                f"{kind} {'weight'[: first - 1]:{first}}{'change'[: second - 1]:{second}}"
-                for kind in KINDS
+                f"{kind} {'weight'[:first]:{first}} {'change'[:second]:{second}} " for kind in KINDS
             )
         what = "weight" if view.measure == "weights" else "change"
         kinds = f"{KINDS[view.kind]} (x: other)" if view.app.no_color else "K above, V below"
@@ -405,16 +402,20 @@ class GatePanel(Vertical):
             lines.append("ask something to see weights and changes")
         return "\n".join(lines)
 
-    def _legend(self) -> str:
+    def _legend(self) -> RichText:
         view = self.view
         if view.view != "bars":
-            if view.app.no_color:
-                return f"{maths.SHADES[1:]} 0 to {view.scale.label} (mean over heads)"
-            return f"dark to bright: 0 to {view.scale.label} (mean over heads)"
+            text = RichText("0 ")
+            if self.app.no_color:
+                text.append(maths.SHADES[1:])
+            else:
+                for colour in maths.ramp(self.app.current_theme.dark):
+                    text.append("█", style=colour)
+            return text.append(f" {view.scale.label} · mean of heads")
         report = view.report
         top = maths.change_scale(np.array(report.changes)).label if report else "100 %"
-        return (
-            f"{OPEN} gate open {CLOSED} closed (fuser)\n"
-            f"█ weight 0 to 1 (prompt, mean of heads)\n"
+        return RichText(
+            f"{OPEN} gate open  {CLOSED} closed: the fuser's\n"
+            "█ weight, 0 to 1: this prompt's, mean of heads\n"
             f"━ change of the cache, 0 to {top}"
         )
