@@ -1,1 +1,1 @@
-"""The terminal app; `app.run` opens it."""
+"""The terminal app; `run.run` opens it."""

@@ -190,7 +190,7 @@ async def take_pictures(folder: Path) -> None:
         async with chat.run_test(size=size) as pilot:
             chat.theme = theme
             for question in questions[:2]:
-                chat.prompt.show(question)
+                chat.main.prompt.show(question)
                 await pilot.press("enter")
                 await until(lambda chat=chat: not chat.is_busy)
             await pilot.press(*keys)
@@ -206,7 +206,7 @@ async def until(condition: Any, seconds: float = 20.0) -> None:
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError("the app did not get there")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.03)
 
 
 _WAY = ("down",) * 3

@@ -96,11 +96,11 @@ def _chat(args: argparse.Namespace) -> int | None:
 
 def _open_app(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConfig) -> int:
     from c2c_mlx.engine import Pair
-    from c2c_mlx.tui import app
+    from c2c_mlx.tui.run import run as open_app
 
     default_receiver, default_sharer = registry.default_pair()
     pair = Pair(args.receiver or default_receiver, args.sharer or default_sharer, args.fuser)
-    return app.run(pair, sampling, args.system, modes, args.resume)
+    return open_app(pair, sampling, args.system, modes, args.resume)
 
 
 def parse_modes(text: str) -> list[Mode]:

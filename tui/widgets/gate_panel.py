@@ -411,11 +411,11 @@ class GatePanel(Vertical):
             else:
                 for colour in maths.ramp(self.app.current_theme.dark):
                     text.append("█", style=colour)
-            return text.append(f" {view.scale.label} · mean of heads")
+            return text.append(f" {view.scale.label}")
         report = view.report
         top = maths.change_scale(np.array(report.changes)).label if report else "100 %"
         return RichText(
             f"{OPEN} gate open  {CLOSED} closed: the fuser's\n"
-            "█ weight, 0 to 1: this prompt's, mean of heads\n"
+            "█ weight, 0 to 1: this prompt's\n"
             f"━ change of the cache, 0 to {top}"
         )

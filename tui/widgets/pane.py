@@ -7,7 +7,7 @@ from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Collapsible, Markdown, Static
 
-from c2c_mlx.events import Figures, Mode
+from c2c_mlx.events import Mode
 from c2c_mlx.tui import race
 from c2c_mlx.tui.conversation import NAMES, Answer
 
@@ -94,7 +94,6 @@ class AnswerPane(Vertical):
         self.mode = mode
         self.border_title = NAMES[mode]
         self.turn: TurnView | None = None
-        self.figures: Figures | None = None
 
     def compose(self) -> ComposeResult:
         """Turns are mounted as they come."""
