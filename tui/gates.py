@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -86,6 +87,7 @@ def levels(values: np.ndarray, top: float, n: int = N_LEVELS) -> np.ndarray:
     return steps.astype(int)
 
 
+@cache
 def ramp(dark: bool, n: int = N_LEVELS) -> list[str]:
     """Colours from nothing to most, for a dark or a light background."""
     stops = np.array([_rgb(c) for c in (_ON_DARK if dark else _ON_LIGHT)], dtype=float)

@@ -12,7 +12,8 @@ def cost(figures: Figures) -> str:
     tokens = f"{figures.generated_tokens} tokens"
     if figures.relayed_tokens:
         tokens = f"{figures.relayed_tokens} relayed + {figures.generated_tokens} tokens"
-    speed = f"{figures.tokens_per_s:.0f} tokens/s · " if figures.tokens_per_s else ""
+    rate = figures.tokens_per_s
+    speed = f"{rate:.{0 if rate >= 10 else 1}f} tokens/s · " if rate else ""
     return (
         f"{seconds(figures.first_token_s)} to first token · {speed}"
         f"{seconds(figures.total_s)} in all · {tokens}"

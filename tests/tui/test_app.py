@@ -19,7 +19,7 @@ from c2c_mlx.tui.widgets.pane import AnswerPane
 
 FAST = float("inf")
 QUESTIONS = list(Recording.read(RECORDING).turns)
-SIZE = (200, 50)
+SIZE = (160, 40)
 
 
 async def ask(pilot: Pilot[None], question: str) -> None:

@@ -79,7 +79,8 @@ class GateView(ScrollView, can_focus=True):
         self._cells = np.zeros((2, 0, 0), int)  # levels of the heat map in view
         self._bins: list[tuple[int, int]] = []
         self.scale = maths.Scale(1.0, "1")
-        self._styles: dict[tuple[int, int, bool], Style] = {}
+        self._tokens: dict[str, np.ndarray] = {}  # of the report in view, by measure
+        self._styles: dict[tuple[object, ...], Style] = {}
 
     # --- what is shown ----------------------------------------------------------------------
 
@@ -117,6 +118,7 @@ class GateView(ScrollView, can_focus=True):
     def show_reports(self, reports: list[GateReport | None]) -> None:
         """What was measured, turn by turn; the last one is in view."""
         self.reports = reports
+        self._tokens.clear()
         self.token = max(self.n_columns - 1, 0) if self.view == "turns" else 0
         self.redraw()
 
@@ -146,7 +148,9 @@ class GateView(ScrollView, can_focus=True):
             return np.zeros((2, len(layers), 0))
         if self.view == "bars":
             return np.array(getattr(self.report, self.measure))[..., None]
-        return np.array(getattr(self.report, f"token_{self.measure}"))
+        if self.measure not in self._tokens:
+            self._tokens[self.measure] = np.array(getattr(self.report, f"token_{self.measure}"))
+        return self._tokens[self.measure]
 
     # --- drawing ----------------------------------------------------------------------------
 
@@ -228,7 +232,7 @@ class GateView(ScrollView, can_focus=True):
     def _cell_style(self, key: int, value: int, cursor: bool) -> Style:
         """Keys in the upper half of a cell, values in the lower; a bar where the cursor is."""
         if (key, value, cursor) not in self._styles:
-            colours = self._ramp()
+            colours = maths.ramp(self.app.current_theme.dark)
             front, back = colours[key], colours[value]
             if cursor:
                 back = colours[max(key, value)]
@@ -236,15 +240,15 @@ class GateView(ScrollView, can_focus=True):
             self._styles[key, value, cursor] = Style(color=front, bgcolor=back)
         return self._styles[key, value, cursor]
 
-    def _ramp(self) -> list[str]:
-        return maths.ramp(self.app.current_theme.dark)
-
     def _style(self, part: str, layer: int, selected: bool = False) -> Style:
         """The style of a part of a row; the cursor's row is lighter, its gate reversed."""
-        style = self.get_component_rich_style(f"gates--{part}")
-        if layer == self.row:
-            style += self.get_component_rich_style("gates--cursor", partial=True)
-        return style + Style(reverse=True) if selected else style
+        key = (part, layer == self.row, selected)
+        if key not in self._styles:
+            style = self.get_component_rich_style(f"gates--{part}")
+            if layer == self.row:
+                style += self.get_component_rich_style("gates--cursor", partial=True)
+            self._styles[key] = style + Style(reverse=True) if selected else style
+        return self._styles[key]
 
     # --- moving and cutting -----------------------------------------------------------------
 
