@@ -243,6 +243,7 @@ class InferenceThread(threading.Thread):
         for mode in modes:
             if self._cancelled:
                 return
+            self.events.put(Prefilling(mode, 0, 0))
             try:
                 answered = False
                 for event in session.ask(question, mode):

@@ -23,7 +23,7 @@ class Prefilling:
 
     mode: Mode
     done: int
-    total: int
+    total: int  # 0: not known yet
 
 
 @dataclass(frozen=True)

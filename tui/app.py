@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ class ChatApp(App[None]):
 
     async def on_ready(self) -> None:
         """The first frame has been painted: shows what there is, then lets the models load."""
+        sys.setswitchinterval(0.001)  # a key must not wait 5 ms for each turn of the interpreter
         self._show_pair()
         self.main.prompt.focus()
         if self.conversation.turns:
@@ -151,7 +153,8 @@ class ChatApp(App[None]):
             case events.Loaded():
                 self._show_loaded(event)
             case events.Prefilling():
-                self.main.run_in(event.mode, f"reading {event.done} of {event.total} tokens")
+                far = f" {event.done} of {event.total} tokens" if event.total else ""
+                self.main.run_in(event.mode, f"reading{far}")
             case events.Finished() if self.turn:
                 self._finish(event, self.turn)
             case events.GateReport() if self.turn:
@@ -189,8 +192,8 @@ class ChatApp(App[None]):
         self.title = f"{short(pair.receiver)} ← {short(pair.sharer)}"
 
     def _show_context(self) -> None:
-        answers = list(self.turn.answers.values()) if self.turn else []
-        self.main.show_context(self.loaded, answers)
+        latest = {m: a for t in self.conversation.turns for m, a in t.answers.items() if a.is_kept}
+        self.main.show_context(self.loaded, list(latest.values()))
 
     def _finish(self, event: events.Finished, turn: Turn) -> None:
         turn.finish(event)
@@ -259,6 +262,7 @@ class ChatApp(App[None]):
     async def _ask(self, question: str) -> None:
         self.is_busy, self.is_editing = True, False
         self.conversation.add(question, self.gates)
+        self.main.say("asking" if self.loaded else "asking as soon as the models are loaded")
         await self.main.begin(question, self.modes)
         self.backend.ask(question, tuple(self.modes), self.attempt)
 
@@ -349,6 +353,7 @@ class ChatApp(App[None]):
         else:
             self.modes.append(mode)
         self.main.show_pane(mode, mode in self.modes)
+        self.main.go_to(mode if mode in self.modes else "c2c")
 
     def action_gates(self) -> None:
         """Goes to the gates, and back."""

@@ -200,7 +200,7 @@ async def take_pictures(folder: Path) -> None:
             print(path)
 
 
-async def until(condition: Any, seconds: float = 20.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     """Waits for what the app's own tasks bring about."""
     end = time.monotonic() + seconds
     while not condition():

@@ -14,8 +14,9 @@ def cost(figures: Figures) -> str:
         tokens = f"{figures.relayed_tokens} relayed + {figures.generated_tokens} tokens"
     rate = figures.tokens_per_s
     speed = f"{rate:.{0 if rate >= 10 else 1}f} tokens/s · " if rate else ""
+    first = f"{seconds(figures.first_token_s)} to first token · "
     return (
-        f"{seconds(figures.first_token_s)} to first token · {speed}"
+        f"{first if figures.generated_tokens else ''}{speed}"
         f"{seconds(figures.total_s)} in all · {tokens}"
     )
 

@@ -33,7 +33,7 @@ def shows() -> Callable[..., object]:
     async def shows(app: ChatApp, *texts: str) -> None:
         """Waits until all of these stand on the screen."""
         try:
-            await preview.until(lambda: all(text in seen(app) for text in texts), seconds=10)
+            await preview.until(lambda: all(text in seen(app) for text in texts))
         except TimeoutError:
             missing = [text for text in texts if text not in seen(app)]
             pytest.fail(f"not on the screen: {missing}\n{seen(app)}")

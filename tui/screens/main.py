@@ -17,7 +17,10 @@ from c2c_mlx.tui.widgets.gate_panel import GatePanel
 from c2c_mlx.tui.widgets.pane import AnswerPane
 from c2c_mlx.tui.widgets.prompt import Prompt
 
-TABS = {"c2c": "C2C", "relay": "Relay", "receiver": "Receiver", "gates": "Gates"}
+TABS = {
+    **{"c2c": "C2C", "relay": "Relay", "receiver": "Receiver", "sharer": "Sharer"},
+    "gates": "Gates",
+}
 
 
 class MainScreen(Screen[None]):
@@ -35,8 +38,7 @@ class MainScreen(Screen[None]):
         self._state = Static("starting", id="state", markup=False)
         self._loading = ProgressBar(id="loading", show_eta=False)
         self._tabs = Tabs(*(Tab(name, id=f"tab-{key}") for key, name in TABS.items()))
-        for mode in modes:
-            self.show_pane(mode, True)
+        self._shown = tuple(modes)
 
     def compose(self) -> ComposeResult:
         """Everything is there from the first paint on; models come later."""
@@ -51,14 +53,23 @@ class MainScreen(Screen[None]):
         yield self.prompt
         yield Footer()
 
+    def on_mount(self) -> None:
+        """Hides the panes of modes that do not answer."""
+        for mode in MODES:
+            self.show_pane(mode, mode in self._shown)
+
     def say(self, text: str, is_error: bool = False) -> None:
         """The line between the panes and the prompt."""
         self._state.update(text)
         self._state.set_class(is_error, "-error")
 
     def show_pane(self, mode: Mode, is_shown: bool) -> None:
-        """Shows or hides a pane."""
+        """Shows or hides a pane, and its tab."""
         self.panes[mode].set_class(is_shown, "-shown")
+        if is_shown:
+            self._tabs.show(f"tab-{mode}")
+        else:
+            self._tabs.hide(f"tab-{mode}")
 
     # --- loading, the fuser -----------------------------------------------------------------
 
@@ -125,7 +136,8 @@ class MainScreen(Screen[None]):
         turn = self.panes[mode].turn
         if turn is not None:
             turn.finish(answer)
-        self.panes[mode].say(f"{race.seconds(figures.first_token_s)} to first token")
+        came = f"{race.seconds(figures.first_token_s)} to first token"
+        self.panes[mode].say(came if figures.generated_tokens else "no answer")
 
     def fail(self, event: Failed) -> None:
         """An answer, or a load, that came to nothing."""
