@@ -186,7 +186,7 @@ async def take_pictures(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     questions = list(Recording.read(RECORDING).turns)
     for name, size, theme, keys in _PICTURES:
-        chat = app(speed=float("inf"))
+        chat = app(speed=float("inf"), modes=MODES if name == "three-panes" else MODES[:2])
         async with chat.run_test(size=size) as pilot:
             chat.theme = theme
             for question in questions[:2]:
@@ -209,13 +209,16 @@ async def until(condition: Any, seconds: float = 60.0) -> None:
         await asyncio.sleep(0.03)
 
 
-_WAY = ("down",) * 3
+# name, size, theme, keys after two turns
 _PICTURES = (
     ("chat", (140, 44), "c2c-dark", ()),
-    ("tokens", (140, 44), "c2c-dark", ("ctrl+g", *_WAY, "w", "m", *("right",) * 12)),
-    ("light", (140, 44), "c2c-light", ("ctrl+g", "w", "m")),
+    ("heat-map", (140, 44), "c2c-dark", ("ctrl+g", *["down"] * 3, "w", "m", *["right"] * 15)),
+    ("light", (140, 44), "c2c-light", ("ctrl+g", "down", "v", "down", "v")),
+    ("three-panes", (200, 44), "c2c-dark", ()),
     ("narrow", (80, 24), "c2c-dark", ()),
-    ("help", (120, 44), "c2c-dark", ("f1",)),
+    ("narrow-gates", (80, 24), "c2c-dark", ("ctrl+g",)),
+    ("settings", (100, 30), "c2c-dark", ("f2",)),
+    ("help", (100, 44), "c2c-dark", ("f1",)),
 )
 
 

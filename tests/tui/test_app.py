@@ -109,7 +109,7 @@ async def test_every_pane_keeps_its_conversation(shows) -> None:
         await ask(pilot, QUESTIONS[0])
         await pilot.press("ctrl+o")
         await ask(pilot, QUESTIONS[1])
-        await shows(chat, answer(0, "c2c").text, answer(1, "relay").text, "receiver alone")
+        await shows(chat, answer(0, "c2c").text, answer(1, "relay").text[:20], "receiver alone")
         views = {mode: len(pane.query(".turn")) for mode, pane in chat.main.panes.items()}
         assert views == {"c2c": 2, "relay": 2, "receiver": 1, "sharer": 0}
 
