@@ -24,7 +24,7 @@ from c2c_mlx.tui.backend import Backend
 from c2c_mlx.tui.conversation import NAMES, Answer, Conversation, Turn
 from c2c_mlx.tui.screens.ballot import Ballot
 from c2c_mlx.tui.screens.help import Help
-from c2c_mlx.tui.screens.main import MainScreen, short
+from c2c_mlx.tui.screens.main import MainScreen
 from c2c_mlx.tui.screens.sessions import Sessions
 from c2c_mlx.tui.screens.settings import Settings
 from c2c_mlx.tui.widgets.gate_panel import GateView
@@ -93,7 +93,7 @@ class ChatApp(App[None]):
     async def on_ready(self) -> None:
         """The first frame has been painted: shows what there is, then lets the models load."""
         sys.setswitchinterval(0.001)  # a key must not wait 5 ms for each turn of the interpreter
-        self._show_pair()
+        self.main.show_pair(self.conversation.pair)
         self.main.prompt.focus()
         if self.conversation.turns:
             await self.main.show_conversation(self.conversation)
@@ -175,7 +175,6 @@ class ChatApp(App[None]):
         self._show_gates(loaded.gates)
         self.main.panes["c2c"].say("" if loaded.fuser else "no fuser")
         self.main.say("" if self.is_busy else "ready")
-        self._show_pair()
         self._show_context()
         last = self.turn
         if last and last.gates != loaded.gates and _shape(last.gates) == _shape(loaded.gates):
@@ -186,10 +185,6 @@ class ChatApp(App[None]):
         self.main.gate_panel.view.show_gates(gates)
         if self.loaded is not None:
             self.main.show_fuser(self.loaded, gates, self.memory_gb)
-
-    def _show_pair(self) -> None:
-        pair = self.conversation.pair
-        self.title = f"{short(pair.receiver)} ← {short(pair.sharer)}"
 
     def _show_context(self) -> None:
         latest = {m: a for t in self.conversation.turns for m, a in t.answers.items() if a.is_kept}
@@ -318,6 +313,7 @@ class ChatApp(App[None]):
         await self.main.show_conversation(talk)
         self._show_context()
         if talk.pair != self.backend.pair:
+            self.main.show_pair(talk.pair)
             self.backend.reload(talk.pair)
         self._tell_backend()
 

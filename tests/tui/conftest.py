@@ -30,12 +30,17 @@ def screen() -> Callable[[ChatApp], str]:
 
 @pytest.fixture
 def shows() -> Callable[..., object]:
-    async def shows(app: ChatApp, *texts: str) -> None:
-        """Waits until all of these stand on the screen."""
+    async def shows(app: ChatApp, *texts: str, without: str = "\0") -> None:
+        """Waits until all of these stand on the screen, and one no more."""
+
+        def is_so() -> bool:
+            now = seen(app)
+            return all(text in now for text in texts) and without not in now
+
         try:
-            await preview.until(lambda: all(text in seen(app) for text in texts))
+            await preview.until(is_so)
         except TimeoutError:
             missing = [text for text in texts if text not in seen(app)]
-            pytest.fail(f"not on the screen: {missing}\n{seen(app)}")
+            pytest.fail(f"not on the screen: {missing}, or still: {without}\n{seen(app)}")
 
     return shows

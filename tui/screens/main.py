@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.screen import Screen
-from textual.widgets import Footer, Header, ProgressBar, Static, Tab, Tabs
+from textual.widgets import Footer, ProgressBar, Static, Tab, Tabs
 
+from c2c_mlx.engine import Pair
 from c2c_mlx.events import MODES, Failed, Figures, GateReport, Gates, Loaded, Mode
 from c2c_mlx.progress import Progress
 from c2c_mlx.tui import race
@@ -35,6 +36,8 @@ class MainScreen(Screen[None]):
         self.panes = {mode: AnswerPane(mode) for mode in MODES}
         self.gate_panel = GatePanel()
         self.prompt = Prompt()
+        # Not Textual's Header: one whose title changes while the app ends brings it down.
+        self._title = Static("", id="title", markup=False)
         self._state = Static("starting", id="state", markup=False)
         self._loading = ProgressBar(id="loading", show_eta=False)
         self._tabs = Tabs(*(Tab(name, id=f"tab-{key}") for key, name in TABS.items()))
@@ -42,7 +45,7 @@ class MainScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """Everything is there from the first paint on; models come later."""
-        yield Header(icon="")
+        yield self._title
         yield self._tabs
         with Horizontal(id="panes"):
             yield from self.panes.values()
@@ -83,6 +86,10 @@ class MainScreen(Screen[None]):
         """Nothing is being loaded any more."""
         self._loading.remove_class("-shown")
 
+    def show_pair(self, pair: Pair) -> None:
+        """Who talks to whom, before anything is loaded."""
+        self._title.update(f"{short(pair.receiver)} ← {short(pair.sharer)}")
+
     def show_fuser(self, loaded: Loaded, gates: Gates, memory_gb: float) -> None:
         """Says in the header and on the pane which fuser it is, and whether it is itself."""
         n = sum(
@@ -93,7 +100,8 @@ class MainScreen(Screen[None]):
         modified = f" (modified: {n} {'gate' if n == 1 else 'gates'})" if n else ""
         self.panes["c2c"].border_title = f"{NAMES['c2c']}{modified}"
         fuser = f"fuser {short(loaded.fuser)}{modified}" if loaded.fuser else "no fuser"
-        self.app.sub_title = f"{fuser} · {loaded.device} · {memory_gb:.1f} GB"
+        pair = f"{short(loaded.receiver)} ← {short(loaded.sharer) or 'no sharer'}"
+        self._title.update(f"{pair} · {fuser} · {loaded.device} · {memory_gb:.1f} GB")
 
     def show_reports(self, reports: list[GateReport | None]) -> None:
         """The gates, turn by turn."""

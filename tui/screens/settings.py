@@ -35,15 +35,15 @@ class Settings(ModalScreen[tuple[SamplingConfig, str | None] | None]):
             with VerticalScroll():
                 with Horizontal(classes="field"):
                     yield Label("system prompt")
-                    yield TextArea(self.system or "", id="system")
+                    yield TextArea(self.system or "", id="system", compact=True)
                 for name, title in _FIELDS.items():
                     with Horizontal(classes="field"):
                         yield Label(title)
-                        yield Input(f"{getattr(self.sampling, name):g}", id=name)
+                        yield Input(f"{getattr(self.sampling, name):g}", id=name, compact=True)
                 yield Static("temperature 0 is greedy", id="problem", markup=False)
                 with Horizontal(classes="buttons"):
-                    yield Button("Cancel", id="cancel")
-                    yield Button("Save", id="save", variant="primary")
+                    yield Button("Cancel", id="cancel", compact=True)
+                    yield Button("Save", id="save", variant="primary", compact=True)
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         """Save or cancel."""

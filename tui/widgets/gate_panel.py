@@ -326,8 +326,9 @@ class GateView(ScrollView, can_focus=True):
         self.redraw()
 
     def on_resize(self) -> None:
-        """Bars and columns have another width."""
+        """Bars and columns have another width, and the cursor may have gone out of sight."""
         self.redraw()
+        self.call_after_refresh(self.scroll_to_region, Region(0, self.row, 1, 1), animate=False)
 
     def on_focus(self) -> None:
         """The cursor shows."""
