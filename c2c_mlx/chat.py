@@ -5,22 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
+import numpy as np
 
 from c2c_mlx import kv, relay
-from c2c_mlx.alignment import align_chat, render, tokenize
+from c2c_mlx.alignment import TokenAlignment, align_chat, render, tokenize
 from c2c_mlx.checkpoint import check_models
 from c2c_mlx.config import ModelShape, SamplingConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.events import Event, Figures, Finished, Mode, Prefilling, Reason, RelayedText, Text
+from c2c_mlx.events import (
+    Event,
+    Figures,
+    Finished,
+    GateReport,
+    Gates,
+    Mode,
+    Prefilling,
+    Reason,
+    RelayedText,
+    Text,
+)
 from c2c_mlx.fuser import Fuser
 from c2c_mlx.generate import C2C, FusedPrefix, GateStats, Prefix, common_prefix, decode
 from c2c_mlx.models import LanguageModel
+from c2c_mlx.store import no_fuser
 
 Messages = list[dict[str, str]]
+
+
+class _Stopped(Exception):
+    """Leaves the reading of a prompt when the user wants no answer any more."""
 
 
 @dataclass
@@ -107,6 +125,50 @@ class ChatSession:
         self._background: Messages = []  # the relay's other conversation, with the sharer
         self._prefixes: dict[str, Prefix] = {}
         self._fused = FusedPrefix(self.c2c) if self.c2c else None
+        self._aligned: TokenAlignment | None = None
+
+    def undo(self, mode: Mode) -> None:
+        """Forgets the mode's last turn; its caches are rolled back when they are next used."""
+        del self.history.get(mode, [])[-_messages_per_turn(mode) :]
+        if mode == "relay":
+            del self._background[-2:]
+
+    def restore(self, mode: Mode, turns: Sequence[tuple[str, str, str]]) -> None:
+        """Takes up a conversation that another session had.
+
+        Args:
+            mode: whose history is replaced.
+            turns: question, relayed text (the relay's alone) and answer of each.
+        """
+        history: Messages = []
+        for question, relayed, answer in turns:
+            asked = [{"role": "user", "content": question}]
+            history += relay.with_background(question, relayed) if mode == "relay" else asked
+            history.append({"role": "assistant", "content": answer})
+        self.history[mode] = history
+        if mode == "relay":
+            self._background = [m for i, m in enumerate(history) if i % 4 < 2]
+
+    @property
+    def gates(self) -> Gates:
+        """The fuser's gates as plain values, empty without a fuser."""
+        if self.c2c is None:
+            return (), ()
+        keys, values = self.c2c.fuser.gates.tolist()
+        return tuple(keys), tuple(values)
+
+    def set_gates(self, gates: Gates) -> None:
+        """Opens and closes gates of the fuser; a kind that is not fused stays closed.
+
+        What has been fused so far was fused with other gates, so it is fused anew in the next turn.
+        """
+        if self.c2c is None:
+            return
+        fuser = self.c2c.fuser
+        for kind, at in np.argwhere(fuser.gates != np.array(gates)).tolist():
+            if kind in fuser.kinds:
+                fuser.set_gate(kind, at, gates[kind][at])
+        self._fused = FusedPrefix(self.c2c)
 
     def messages(self, mode: Mode) -> Messages:
         """The mode's conversation so far, the system prompt first if there is one."""
@@ -116,8 +178,30 @@ class ChatSession:
         """How the latest C2C turn changed the receiver's cache; computed when asked for."""
         return self._fused.stats() if self._fused else None
 
+    def gate_report(self) -> GateReport | None:
+        """The same for people to look at: means over heads, and tokens by their text."""
+        stats, aligned = self.gate_stats(), self._aligned
+        if stats is None or aligned is None or self.c2c is None or self.sharer is None:
+            return None
+        stop = stats.start + stats.weight.shape[-1]
+        readers = self.receiver.tokenizer, self.sharer.tokenizer
+        feeding = [aligned.sharer_ids[i] for i in aligned.index[stats.start : stop]]
+        pairs = zip(aligned.receiver_ids[stats.start : stop], feeding, strict=True)
+        weights = stats.applied_weight.mean(axis=2)
+        changes = (stats.change / np.maximum(stats.own, 1e-12)).mean(axis=2)
+        return GateReport(
+            layers=self.c2c.fuser.config.layer_map,
+            gates=self.gates,
+            weights=_rounded(weights.mean(axis=-1)),
+            changes=_rounded(stats.relative_change.mean(axis=-1)),
+            tokens=tuple((readers[0].decode([r]), readers[1].decode([s])) for r, s in pairs),
+            token_weights=_rounded(weights),
+            token_changes=_rounded(changes),
+            start=stats.start,
+        )
+
     def stop(self) -> None:
-        """Ends the answer that is being given after its next token; any thread may call it."""
+        """Ends the turn after the next token, or the next chunk of a prompt; from any thread."""
         self._stopping = True
 
     def ask(self, question: str, mode: Mode = "c2c") -> Generator[Event, None, None]:
@@ -146,12 +230,16 @@ class ChatSession:
                 for piece in self._relay(question, cost):
                     relayed += piece.text
                     yield piece
+                if self._stopping:
+                    raise _Stopped
                 turn = relay.with_background(question, relayed.strip())
             for text in self._answer([*self.messages(mode), *turn], mode, cost):
                 said += text.text
                 yield text
+        except _Stopped:
+            pass
         finally:
-            if said:
+            if said.strip():
                 turn.append({"role": "assistant", "content": said.strip()})
                 self.history.setdefault(mode, []).extend(turn)
             else:
@@ -245,6 +333,7 @@ class ChatSession:
             aligned.message,
             self._report("c2c"),
         )
+        self._aligned = aligned
         fusion = self._fused.last
         assert fusion is not None
         cost.prompt_tokens = len(aligned.receiver_ids)
@@ -268,7 +357,23 @@ class ChatSession:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _report(self, mode: Mode) -> Callable[[int, int], None]:
-        return lambda done, total: self.on_prefill(Prefilling(mode, done, total))
+        def report(done: int, total: int) -> None:
+            self.on_prefill(Prefilling(mode, done, total))
+            if self._stopping:
+                raise _Stopped
+
+        return report
+
+
+def _messages_per_turn(mode: Mode) -> int:
+    return 4 if mode == "relay" else 2
+
+
+def _rounded(values: np.ndarray) -> Any:
+    """Nested tuples of floats with four decimals: short in a file, and good enough to be seen."""
+    if values.ndim == 1:
+        return tuple(np.round(values.astype(float), 4).tolist())
+    return tuple(map(_rounded, values))
 
 
 def _decode(
@@ -283,21 +388,12 @@ def _shape(lm: LanguageModel, wanted: ModelShape) -> ModelShape:
     return kv.model_shape(lm.model, lm.name, lm.fingerprint if wanted.tokenizer else "")
 
 
-def no_fuser(receiver: str, sharer: str) -> str:
-    """What to do when a pair has no fuser."""
-    return (
-        f"no fuser is known for sharer {sharer} and receiver {receiver}: name one with --fuser, "
-        f"train one with 'c2c-train --sharer {sharer} --receiver {receiver} --data DIR --out DIR', "
-        f"or take --mode relay"
-    )
-
-
 def _fitting(lm: LanguageModel, ids: Sequence[int], sampling: SamplingConfig) -> SamplingConfig:
     """The sampling with a limit of tokens that still fits; refuses before anything is read."""
     room = lm.context_length - len(ids)
     if room < 1:
         raise C2CError(
             f"the conversation is {len(ids)} tokens long, but {lm.name} reads at most "
-            f"{lm.context_length}: shorten the message, or start anew with /reset"
+            f"{lm.context_length}: shorten the message, or start a new conversation"
         )
     return replace(sampling, max_tokens=min(sampling.max_tokens, room))

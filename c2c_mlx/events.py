@@ -1,7 +1,7 @@
 """What a turn tells the world while it runs: frozen, plain Python, safe to hand to another thread.
 
-A turn is a sequence `RelayedText* Text* Finished`, with `Prefilling` on the way to the first of
-them; every event carries its mode.
+An answer is a sequence `RelayedText* Text* Finished`, with `Prefilling` on the way to the first of
+them; every event carries its mode. `engine.InferenceThread` adds what stands around the answers.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from c2c_mlx.progress import Progress
+
 Mode = Literal["c2c", "relay", "receiver", "sharer"]
 Reason = Literal["stop", "length", "stopped"]
 MODES: tuple[Mode, ...] = ("c2c", "relay", "receiver", "sharer")
+Gates = tuple[tuple[bool, ...], tuple[bool, ...]]  # keys, values; each over the fuser's layer map
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Prefilling:
 
     mode: Mode
     done: int
-    total: int
+    total: int  # 0: not known yet
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,63 @@ class Finished:
 
 
 Event = Prefilling | RelayedText | Text | Finished
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """How one C2C answer's fusion changed the receiver's cache; kinds are keys, then values.
+
+    Three quantities that are not the same: a *gate* is part of the fuser and open or closed; a
+    *weight* in [0, 1] depends on the prompt, and is 0 where nothing was added; a *change* is
+    ||what was added|| / ||the receiver's own||. Both are means over heads.
+    """
+
+    layers: tuple[tuple[int, int], ...]  # (receiver layer, sharer layer), L of them
+    gates: Gates
+    weights: tuple[tuple[float, ...], ...]  # [2][L] over all positions
+    changes: tuple[tuple[float, ...], ...]  # [2][L]
+    tokens: tuple[tuple[str, str], ...]  # [N] the receiver's token and the sharer's that feeds it
+    token_weights: tuple[tuple[tuple[float, ...], ...], ...]  # [2][L][N]
+    token_changes: tuple[tuple[tuple[float, ...], ...], ...]  # [2][L][N]
+    start: int  # position of the first token in the receiver's prompt
+    sharer: int = 0  # which one, should there be several
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What there is to talk to; an empty name: that part is missing, and its modes with it."""
+
+    receiver: str
+    sharer: str
+    fuser: str
+    device: str
+    memory_gb: float
+    context_length: int  # of the receiver
+    receiver_layers: int
+    layers: tuple[tuple[int, int], ...]  # the fuser's (receiver layer, sharer layer)
+    gates: Gates
+
+
+@dataclass(frozen=True)
+class GatesSet:
+    """The fuser's gates after somebody changed them."""
+
+    gates: Gates
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job came to nothing; the message says what is wrong and what to do."""
+
+    message: str
+    mode: Mode | None = None  # whose answer it was
+
+
+@dataclass(frozen=True)
+class TurnOver:
+    """Every mode that was asked has answered, failed, or been stopped."""
+
+    memory_gb: float
+
+
+EngineEvent = Event | Progress | GateReport | Loaded | GatesSet | Failed | TurnOver

@@ -62,6 +62,11 @@ class GateStats:
         own = np.linalg.norm(self.own, axis=-1)
         return np.linalg.norm(self.change, axis=-1) / np.maximum(own, 1e-12)
 
+    @property
+    def applied_weight(self) -> np.ndarray:
+        """[2, L, Hr, N] the weight, but 0 where a message gate kept everything out."""
+        return np.where(self.change > 0, self.weight, 0.0)
+
 
 @dataclass(frozen=True)
 class Fusion:

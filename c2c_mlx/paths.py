@@ -1,4 +1,4 @@
-"""Where the package keeps what it downloads and converts, and how it gets there whole."""
+"""Where the package keeps what it fetches, how that gets there whole, and what the user made."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ def cache_home() -> Path:
         return Path.home() / "Library" / "Caches" / "c2c-mlx"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "c2c-mlx"
+
+
+def data_home() -> Path:
+    """The folder of what can't be fetched again: sessions, votes. It may not exist yet.
+
+    `C2C_MLX_HOME` decides; without it, the platform's own place for data.
+    """
+    if override := os.environ.get("C2C_MLX_HOME"):
+        return Path(override).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "c2c-mlx"
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "c2c-mlx"
 
 
 def downloads(name: str) -> Path:

@@ -63,6 +63,44 @@ def find_folder(
     return folder
 
 
+def find_for_pair(
+    receiver: str,
+    sharer: str,
+    given: str | None,
+    report: Report = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """The folder of the fuser that was asked for, or of the one that is known for the pair.
+
+    Args:
+        receiver: the receiver's name.
+        sharer: the sharer's name.
+        given: what the user named; None: nothing.
+        report: as in `find_folder`.
+        note: as in `find_folder`.
+
+    Raises:
+        C2CError: if there is none, or it or one of the models can't be had.
+    """
+    name = given or registry.find_fuser(receiver, sharer)
+    if name is None:
+        from c2c_mlx.models import check_name
+
+        for model in (sharer, receiver):  # a model that can't be had is the first thing to say
+            check_name(model)
+        raise C2CError(no_fuser(receiver, sharer))
+    return find_folder(name, report, note)
+
+
+def no_fuser(receiver: str, sharer: str) -> str:
+    """What to do when a pair has no fuser."""
+    return (
+        f"no fuser is known for sharer {sharer} and receiver {receiver}: name one with --fuser, "
+        f"train one with 'c2c-train --sharer {sharer} --receiver {receiver} --data DIR --out DIR', "
+        f"or take --mode relay"
+    )
+
+
 def find_entry(name: str) -> registry.FuserEntry | None:
     """What the registry knows of a fuser's name; None if it is not in there."""
     return next((e for e in registry.fusers() if e.name == name), None)

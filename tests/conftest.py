@@ -15,6 +15,7 @@ from mlx_lm.models import gemma3_text
 
 from c2c_mlx import Fuser, LanguageModel, kv, load_model
 from c2c_mlx.config import FuserConfig
+from c2c_mlx.engine import Pair
 
 TINY = Path(__file__).parent / "golden" / "data" / "e2e" / "qwen3_llama"
 MakeFuser = Callable[..., Fuser]
@@ -73,3 +74,17 @@ def make_fuser() -> MakeFuser:
         return fuser
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(
+    receiver: LanguageModel, sharer: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> Pair:
+    """The two by their folders, and a random fuser with every gate open."""
+    mx.random.seed(1)
+    layer_map = tuple((i, i + 2) for i in range(4))
+    fuser = Fuser(FuserConfig(receiver.shape, sharer.shape, layer_map, 24, 20))
+    fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+    folder = tmp_path_factory.mktemp("fuser")
+    fuser.save(folder)
+    return Pair(str(receiver.path), str(sharer.path), str(folder))

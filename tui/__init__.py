@@ -1,1 +1,1 @@
-"""The terminal app; not there yet."""
+"""The terminal app; `run.run` opens it."""

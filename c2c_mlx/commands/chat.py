@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 PROGRAM = "c2c-chat"
 EPILOG = """\
 examples:
-  c2c-chat                                          # the embedded pair, nothing to configure
+  c2c-chat                                          # the app, with the embedded pair
   c2c-chat --prompt "What is the capital of France?"
   echo "Translate to English: Il pleut." | c2c-chat --mode c2c,relay,receiver --prompt -
   c2c-chat --sharer qwen --receiver llama --fuser my-fuser --json --prompt "Hello"
 
 --mode says who answers: c2c (the receiver, from the fused cache), relay (the sharer writes, the
-receiver reads), receiver or sharer (one model alone). Several, with commas, answer one by one.
+receiver reads), receiver or sharer (one model alone). Several, with commas, answer one by one; the
+app begins with c2c,relay.
 """
 HELP = """\
 /mode MODE[,MODE]  who answers: c2c, relay, receiver, sharer
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sharer", metavar="MODEL", help="alias, folder or hub id (default: the embedded pair's)")
     add("--receiver", metavar="MODEL", help="alias, folder or hub id (default: likewise)")
     add("--fuser", metavar="FUSER", help="folder, name or hub id (default: the pair's)")
-    add("--mode", default="c2c", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: c2c)")
+    add("--mode", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: c2c)")
     add("--prompt", metavar="TEXT", help="answer once; - reads standard input")
     add("--system", metavar="TEXT", help="system prompt")
     add("--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="(%(default)s)")
@@ -70,15 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=defaults.seed, metavar="N", help="(%(default)s)")
     add("--json", action="store_true", help="one object per mode and line, with figures")
     add("--plain", action="store_true", help="a conversation line by line, through a pipe, too")
+    add("--resume", nargs="?", const="", metavar="NAME", help="reopen a session (default: latest)")
     return parser
 
 
-def _chat(args: argparse.Namespace) -> None:
-    modes = parse_modes(args.mode)
+def _chat(args: argparse.Namespace) -> int | None:
+    modes = parse_modes(args.mode or "c2c")
     fields = ("max_tokens", "temp", "top_p", "seed")
     sampling = from_dict(SamplingConfig, {f: getattr(args, f) for f in fields}, "arguments")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     interactive = args.prompt is None and (args.plain or on_terminal)
+    if interactive and not args.plain:
+        return _open_app(args, modes if args.mode else ["c2c", "relay"], sampling)
+    if args.resume is not None:
+        raise C2CError("--resume needs a terminal, and neither --prompt nor --plain")
     prompt = None if interactive else _prompt(args.prompt)
     session, need = _session(args, modes, sampling)
     if prompt is None:
@@ -86,6 +92,16 @@ def _chat(args: argparse.Namespace) -> None:
     else:
         for mode in modes:
             _answer_once(session, prompt, mode, need if args.json else None, len(modes) > 1)
+    return None
+
+
+def _open_app(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConfig) -> int:
+    from c2c_mlx.engine import Pair
+    from c2c_mlx.tui.run import run as open_app
+
+    default_receiver, default_sharer = registry.default_pair()
+    pair = Pair(args.receiver or default_receiver, args.sharer or default_sharer, args.fuser)
+    return open_app(pair, sampling, args.system, modes, args.resume)
 
 
 def parse_modes(text: str) -> list[Mode]:
@@ -158,23 +174,15 @@ def fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
     Raises:
         C2CError: if there is none, or it or one of the models can't be had.
     """
-    from c2c_mlx.store import find_folder
+    from c2c_mlx.store import find_for_pair
 
-    name = given or registry.find_fuser(receiver, sharer)
-    if name is None:
-        from c2c_mlx.chat import no_fuser
-        from c2c_mlx.models import check_name
-
-        for model in (sharer, receiver):  # a model that can't be had is the first thing to say
-            check_name(model)
-        raise C2CError(no_fuser(receiver, sharer))
     with closing(Status(sys.stderr)) as status:
 
         def note(text: str) -> None:
             status.close()
             print(text, file=sys.stderr)
 
-        return find_folder(name, status.loading, note)
+        return find_for_pair(receiver, sharer, given, status.loading, note)
 
 
 class Status:

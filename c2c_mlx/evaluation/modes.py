@@ -17,12 +17,13 @@ from mlx_lm.generate import BatchGenerator
 
 from c2c_mlx import kv, relay
 from c2c_mlx.alignment import align_chat, render, tokenize
-from c2c_mlx.chat import ChatSession, no_fuser
+from c2c_mlx.chat import ChatSession
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages
 from c2c_mlx.fuser import KV, Fuser
 from c2c_mlx.generate import C2C, FusedPrefix, Prefix
 from c2c_mlx.models import LanguageModel
+from c2c_mlx.store import no_fuser
 from c2c_mlx.training.data import Example
 
 LOGITS = 1024  # tokens whose logits are computed at a time; bounds the memory

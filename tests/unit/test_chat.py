@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
         ask(s, "Who wrote it?", mode)
     before = list(session.history[mode])
     read.clear()
-    with pytest.raises(C2CError, match=r"tokens long, but .* reads at most 512.*/reset"):
+    with pytest.raises(C2CError, match=r"tokens long, but .* reads at most 512.*new conversation"):
         list(session.ask("too long " * 300, mode))
     assert session.history[mode] == before
     assert read == []

@@ -1,0 +1,234 @@
+"""How the app feels: gate panel, keys while an answer comes, Esc, and 200 ends in a terminal.
+
+    python benchmarks/tui.py                   all of it
+    python benchmarks/tui.py --parts panel     one of panel, keys, ends
+
+The models are two tiny random ones of the tests. Ends are real: a pseudo-terminal, the command
+c2c-chat, keys typed into it at a random moment, its exit code. Where others use the machine, too,
+the clock says more about them; so what a thread computes is given beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import pty
+import random
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from c2c_mlx import events
+from c2c_mlx.config import SamplingConfig
+from c2c_mlx.engine import InferenceThread, Pair
+from c2c_mlx.tui.app import ChatApp
+from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.preview import until
+
+TINY = Path(__file__).parents[1] / "tests" / "golden" / "data" / "e2e" / "qwen3_llama"
+LONG = SamplingConfig(max_tokens=400, temp=1.0)
+SIZE = (140, 50)
+
+
+def tiny_pair(folder: Path) -> Pair:
+    """The tests' models with a random fuser, made in a process of its own."""
+    code = (
+        "from c2c_mlx import Fuser, load_model\n"
+        "from c2c_mlx.config import FuserConfig\n"
+        f"r, s = load_model({str(TINY / 'receiver')!r}), load_model({str(TINY / 'sharer')!r})\n"
+        "f = Fuser(FuserConfig(r.shape, s.shape, tuple((i, i + 2) for i in range(4)), 24, 20))\n"
+        f"f.gate_logit = f.gate_logit + 1; f.save({str(folder)!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return Pair(str(TINY / "receiver"), str(TINY / "sharer"), str(folder))
+
+
+def report(layers: int, tokens: int, seed: int) -> events.GateReport:
+    """As from a long prompt and a deep receiver."""
+    generator = np.random.default_rng(seed)
+    weights, changes = generator.random((2, 2, layers, tokens))
+    return events.GateReport(
+        layers=tuple((i, i) for i in range(layers)),
+        gates=((True,) * layers, (True,) * layers),
+        weights=tuple(map(tuple, weights.mean(-1).tolist())),
+        changes=tuple(map(tuple, changes.mean(-1).tolist())),
+        tokens=tuple((f"r{i}", f"s{i}") for i in range(tokens)),
+        token_weights=tuple(tuple(map(tuple, kind)) for kind in weights.tolist()),
+        token_changes=tuple(tuple(map(tuple, kind)) for kind in changes.tolist()),
+        start=0,
+    )
+
+
+async def gate_panel() -> None:
+    """From a report that has arrived to its last row drawn, in each view."""
+    layers, tokens = 36, 256
+    from c2c_mlx.tui.preview import app as replayed
+
+    chat = replayed(speed=float("inf"))
+    async with chat.run_test(size=(140, 60)) as pilot:
+        await until(lambda: chat.loaded is not None)
+        view = chat.main.gate_panel.view
+        view.show_loaded(
+            events.Loaded(
+                *("receiver", "sharer", "fuser", "none", 0.0, 4096, layers),
+                tuple((i, i) for i in range(layers)),
+                ((True,) * layers, (True,) * layers),
+            )
+        )
+        reports = [report(layers, tokens, seed) for seed in range(40)]
+        for name in ("bars", "tokens", "turns"):
+            view.view = name  # type: ignore[assignment]
+            await pilot.pause()
+            times = []
+            for at in range(1, len(reports) + 1):
+                tic = time.thread_time()
+                view.show_reports(list(reports[:at]))
+                rows = [view.render_line(y) for y in range(view.size.height)]
+                times.append(1e3 * (time.thread_time() - tic))
+            assert len(rows) >= layers
+            print(
+                f"gate panel, {layers} layers, {name:6}  median {statistics.median(times):5.1f} ms"
+            )
+
+
+async def typing_and_stopping(pair: Pair, rounds: int) -> None:
+    """While two models write: from a key to its letter on the screen, from Esc to the end."""
+    engine = InferenceThread(pair, LONG)
+    chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"], save=lambda _: None)
+    echoes: list[tuple[float, float]] = []
+    stops: list[tuple[float, float]] = []
+    try:
+        async with chat.run_test(size=SIZE) as pilot:
+            await until(lambda: chat.loaded is not None, seconds=120)
+            for _ in range(rounds):
+                chat.main.prompt.show("Who wrote it?")
+                await pilot.press("enter")
+                await until(lambda: chat.turn is not None and bool(chat.turn.answers), 60)
+                for letter in "abc":
+                    await asyncio.sleep(random.uniform(0, 0.05))
+                    if chat.is_busy:
+                        echoes.append(await echo(chat, letter))
+                await asyncio.sleep(random.uniform(0, 0.2))
+                if chat.is_busy:
+                    tic, computed = time.perf_counter(), time.process_time()
+                    chat.simulate_key("escape")
+                    while chat.is_busy:
+                        await asyncio.sleep(0.001)
+                    spent = time.process_time() - computed
+                    stops.append((1e3 * (time.perf_counter() - tic), 1e3 * spent))
+                await until(lambda: not chat.is_busy, 60)
+                await chat.action_new()
+    finally:
+        engine.close()
+        engine.join()
+    for what, times in (("key to echo, while writing", echoes), ("Esc to the end", stops)):
+        clock, computing = map(list, zip(*times, strict=True))
+        print(
+            f"{what:27} median {statistics.median(clock):4.0f} ms, p95 {p95(clock):4.0f} ms;"
+            f" computing {statistics.median(computing):4.1f} ms, p95 {p95(computing):4.1f} ms"
+            f" (n {len(times)})"
+        )
+
+
+async def echo(chat: ChatApp, letter: str) -> tuple[float, float]:
+    """Milliseconds from a key to the screen update that shows it, and of the UI's computing."""
+    before = chat.main.prompt.text
+    tic, computed = time.perf_counter(), time.thread_time()
+    chat.simulate_key(letter)
+    while chat.main.prompt.text == before:
+        await asyncio.sleep(0.001)
+    painted = asyncio.Event()
+    chat.call_after_refresh(painted.set)
+    await painted.wait()
+    return 1e3 * (time.perf_counter() - tic), 1e3 * (time.thread_time() - computed)
+
+
+def p95(values: list[float]) -> float:
+    """The 95th percentile."""
+    return float(np.quantile(values, 0.95))
+
+
+def ends(pair: Pair, home: Path, cycles: int) -> None:
+    """Starts c2c-chat in a pseudo-terminal, asks, stops or not, quits; counts what goes wrong."""
+    command = [str(Path(sys.executable).with_name("c2c-chat")), "--max-tokens", "200"]
+    command += ["--receiver", pair.receiver, "--sharer", pair.sharer, "--fuser", str(pair.fuser)]
+    codes: dict[Any, int] = {}
+    dirty = 0
+    for number in range(cycles):
+        code, output = one_end(command, home)
+        codes[code] = codes.get(code, 0) + 1
+        # The terminal is clean if the alternate screen was left, and the cursor is back.
+        dirty += not (
+            output.rfind(b"\x1b[?1049l") > output.rfind(b"\x1b[?1049h")
+            and output.rfind(b"\x1b[?25h") > output.rfind(b"\x1b[?25l")
+        )
+        dirty += b"Traceback" in output
+        if sys.stdout.isatty():
+            print(f"\r{number + 1} of {cycles}", end="", flush=True)
+    print(f"\rstart, ask or stop, quit: {cycles} cycles, exit codes {codes}, unclean {dirty}")
+
+
+def one_end(command: list[str], home: Path) -> tuple[int | str, bytes]:
+    """One cycle; returns the exit code (or what kept it from one) and the terminal's bytes."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"C2C_MLX_HOME": str(home), "TERM": "xterm-256color", "LINES": "40"}
+        os.execv(command[0], command)
+    # Quit while it starts, loads, reads, writes, or after a stop.
+    keys = [b"Who wrote it?\r"] + random.choice([[], [b"\x1b"], [b"\x1b", b"And when?\r"]])
+    steps = [(random.uniform(0, 1.0), key) for key in keys] if random.random() < 0.8 else []
+    steps.append((random.uniform(0, 1.5), b"\x11"))
+    output, deadline = b"", time.monotonic() + 120
+    painted, when = False, 0.0
+    try:
+        while time.monotonic() < deadline:
+            ready, _, _ = select.select([terminal], [], [], 0.02)
+            if ready:
+                try:
+                    piece = os.read(terminal, 65536)
+                except OSError:  # the other side is closed
+                    piece = b""
+                if not piece:
+                    break
+                output += piece
+            if not painted and b"\x1b[?1049h" in output:
+                painted, when = True, time.monotonic()
+            if painted and steps and time.monotonic() - when > steps[0][0]:
+                os.write(terminal, steps.pop(0)[1])
+                when = time.monotonic()
+        else:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            return "hung", output
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output
+    finally:
+        os.close(terminal)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cycles", type=int, default=200, help="ends (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=40, help="turns (%(default)s)")
+    parser.add_argument("--parts", default="panel,keys,ends", metavar="P[,P]")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        pair = tiny_pair(home / "fuser")
+        if "panel" in args.parts:
+            asyncio.run(gate_panel())
+        if "keys" in args.parts:
+            asyncio.run(typing_and_stopping(pair, args.rounds))
+        if "ends" in args.parts:
+            ends(pair, home, args.cycles)
+
+
+if __name__ == "__main__":
+    main()

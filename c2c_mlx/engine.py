@@ -1,0 +1,286 @@
+"""The one thread that touches MLX: jobs go in by a queue, events come out by another.
+
+MLX's arrays, streams and random state belong to the thread that made them, so this one loads,
+reads, writes and cleans up. Whoever shows the events calls the methods below and never waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from c2c_mlx.config import SamplingConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.events import (
+    EngineEvent,
+    Failed,
+    Gates,
+    GatesSet,
+    Loaded,
+    Mode,
+    Prefilling,
+    Text,
+    TurnOver,
+)
+from c2c_mlx.progress import Progress
+
+if TYPE_CHECKING:
+    from c2c_mlx.chat import ChatSession
+    from c2c_mlx.fuser import Fuser
+
+ANSWERED_TURN = tuple[str, str, str]  # question, relayed text, answer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who talks: models as `load_model` takes them; no fuser named: the one that the pair has."""
+
+    receiver: str
+    sharer: str
+    fuser: str | None = None
+
+
+class _Closing(Exception):
+    """Leaves a load that nobody waits for any more."""
+
+
+class InferenceThread(threading.Thread):
+    """Loads a pair, then does one job after the other until it is closed.
+
+    Every method may be called from any thread, in any state, and returns at once. It is no daemon:
+    the interpreter waits for it, so an exit is always clean.
+
+    Args:
+        pair: what to load first.
+        sampling: the same for every mode.
+        system: a system prompt, or None.
+    """
+
+    def __init__(self, pair: Pair, sampling: SamplingConfig, system: str | None = None) -> None:
+        super().__init__(name="inference")
+        self.pair, self.sampling, self.system = pair, sampling, system
+        self.events: SimpleQueue[EngineEvent] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._session: ChatSession | None = None
+        self._asked = self._called_off = 0  # turns are numbered; these are the last ones
+        self._turn = 0
+        self._closing = False
+        self._jobs.put(self._load)
+
+    # --- from any thread --------------------------------------------------------------------
+
+    def drain(self) -> list[EngineEvent]:
+        """The events since the last call, in order."""
+        events = []
+        try:
+            while True:
+                events.append(self.events.get_nowait())
+        except Empty:
+            return events
+
+    def ask(self, question: str, modes: Sequence[Mode], attempt: int = 0) -> None:
+        """Has the modes answer one after the other, so that each has the machine to itself.
+
+        Args:
+            question: the user's message.
+            modes: who answers, in this order.
+            attempt: added to the seed, so that a second answer to a question may be another one.
+        """
+        self._asked += 1
+        turn = self._asked
+        self._jobs.put(lambda: self._answer(turn, question, modes, attempt))
+
+    def stop(self) -> None:
+        """Ends everything asked so far; what has been said stays in the conversation."""
+        self._called_off = self._asked
+        if self._session is not None:
+            self._session.stop()
+
+    def undo(self, modes: Sequence[Mode]) -> None:
+        """Takes back the last turn of each mode."""
+
+        def job() -> None:
+            for mode in modes:
+                self._ready.undo(mode)
+
+        self._jobs.put(job)
+
+    def restore(self, histories: Mapping[Mode, Sequence[ANSWERED_TURN]]) -> None:
+        """Forgets the conversations and takes up these."""
+
+        def job() -> None:
+            self._ready.reset()
+            for mode, turns in histories.items():
+                self._ready.restore(mode, turns)
+
+        self._jobs.put(job)
+
+    def set_gates(self, gates: Gates) -> None:
+        """Opens and closes the fuser's gates, from the next answer on."""
+
+        def job() -> None:
+            self._ready.set_gates(gates)
+            self.events.put(GatesSet(self._ready.gates))
+
+        self._jobs.put(job)
+
+    def configure(self, sampling: SamplingConfig, system: str | None) -> None:
+        """Changes how answers are made, from the next one on."""
+
+        def job() -> None:
+            self.sampling, self.system = sampling, system
+            if self._session is not None:
+                self._session.sampling, self._session.system = sampling, system
+
+        self._jobs.put(job)
+
+    def reload(self, pair: Pair) -> None:
+        """Loads another pair, or the same again after a download that failed."""
+
+        def job() -> None:
+            self.pair, self._session = pair, None
+            self._load()
+
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Has the thread end as soon as it can; `join` waits for that."""
+        self._closing = True
+        self.stop()
+        self._jobs.put(None)
+
+    # --- on the thread itself ---------------------------------------------------------------
+
+    def run(self) -> None:
+        """The thread's life; called by `start`."""
+        import c2c_mlx.blas  # noqa: F401
+
+        import mlx.core as mx
+
+        try:
+            while (job := self._jobs.get()) is not None and not self._closing:
+                try:
+                    job()
+                except _Closing:
+                    break
+                except Exception as e:
+                    self.events.put(Failed(explain(e)))
+        finally:
+            self._session = None
+            mx.clear_streams()  # without it, one exit in twenty aborts
+
+    def _load(self) -> None:
+        import mlx.core as mx
+
+        from c2c_mlx import blas
+        from c2c_mlx.chat import ChatSession
+        from c2c_mlx.models import LanguageModel, load_model
+
+        self._report(Progress(f"loading {self.pair.receiver}", 0, 0))
+        if blas.notice and mx.default_device().type == mx.cpu:
+            self.events.put(Failed(blas.notice))
+        receiver = load_model(self.pair.receiver, progress=self._report)
+        sharer: LanguageModel | None = None
+        fuser: Fuser | None = None
+        # What is missing costs the modes that need it, not the conversation.
+        try:
+            sharer = load_model(self.pair.sharer, progress=self._report)
+            fuser = self._load_fuser()
+            session = ChatSession(receiver, sharer, fuser, on_prefill=self._prefilled)
+        except C2CError as e:
+            self.events.put(Failed(str(e)))
+            fuser = None
+            session = ChatSession(receiver, sharer, on_prefill=self._prefilled)
+        session.sampling, session.system = self.sampling, self.system
+        self._session = session
+        device = mx.default_device()
+        name = mx.device_info(device).get("device_name", "")
+        self.events.put(
+            Loaded(
+                receiver=receiver.name,
+                sharer=sharer.name if sharer else "",
+                fuser=self._fuser_name() if fuser else "",
+                memory_gb=_memory_gb(),
+                device=f"{name} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
+                context_length=receiver.context_length,
+                receiver_layers=len(receiver.model.layers),
+                layers=fuser.config.layer_map if fuser else (),
+                gates=session.gates,
+            )
+        )
+
+    def _load_fuser(self) -> Fuser:
+        from c2c_mlx.fuser import Fuser
+        from c2c_mlx.store import find_for_pair
+
+        pair = self.pair
+        return Fuser.load(find_for_pair(pair.receiver, pair.sharer, pair.fuser, self._report))
+
+    def _fuser_name(self) -> str:
+        return self.pair.fuser or f"{self.pair.receiver}+{self.pair.sharer}"
+
+    def _answer(self, turn: int, question: str, modes: Sequence[Mode], attempt: int) -> None:
+        try:
+            self._answers(turn, question, modes, attempt)
+        except Exception as e:
+            self.events.put(Failed(explain(e)))
+        finally:
+            self.events.put(TurnOver(_memory_gb()))
+
+    def _answers(self, turn: int, question: str, modes: Sequence[Mode], attempt: int) -> None:
+        session, self._turn = self._ready, turn
+        session.sampling = replace(self.sampling, seed=(self.sampling.seed + attempt) % 2**64)
+        for mode in modes:
+            if self._cancelled:
+                return
+            self.events.put(Prefilling(mode, 0, 0))
+            try:
+                answered = False
+                for event in session.ask(question, mode):
+                    if self._cancelled:
+                        session.stop()
+                    answered = answered or isinstance(event, Text)
+                    self.events.put(event)
+                if mode == "c2c" and answered and (report := session.gate_report()):
+                    self.events.put(report)
+            except Exception as e:
+                self.events.put(Failed(explain(e), mode))
+
+    def _prefilled(self, event: Prefilling) -> None:
+        self.events.put(event)
+        if self._cancelled and self._session is not None:
+            self._session.stop()
+
+    def _report(self, progress: Progress) -> None:
+        if self._closing:
+            raise _Closing
+        self.events.put(progress)
+
+    @property
+    def _cancelled(self) -> bool:
+        return self._closing or self._turn <= self._called_off
+
+    @property
+    def _ready(self) -> ChatSession:
+        if self._session is None:
+            raise C2CError(f"no model is loaded: {self.pair.receiver} could not be had")
+        return self._session
+
+
+def _memory_gb() -> float:
+    import mlx.core as mx
+
+    return float(mx.get_active_memory() / 1e9)
+
+
+def explain(error: Exception) -> str:
+    """An error as one line with the next step, whatever it was."""
+    if isinstance(error, C2CError):
+        return str(error)
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, MemoryError) or "alloc" in text.lower() or "out of memory" in text.lower():
+        return f"out of memory ({text}): start a new conversation, or take smaller models"
+    return f"{type(error).__name__}: {text}; this is a bug, and asking again may work"

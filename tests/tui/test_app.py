@@ -1,0 +1,360 @@
+"""The app as a person sees it, answering from a recording."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from c2c_mlx import events
+from c2c_mlx.config import SamplingConfig
+from c2c_mlx.progress import Progress
+from c2c_mlx.tui import conversation, votes
+from c2c_mlx.tui.app import ChatApp
+from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.preview import RECORDING, Recording, Replay, app, until
+from c2c_mlx.tui.widgets.pane import AnswerPane
+
+FAST = float("inf")
+QUESTIONS = list(Recording.read(RECORDING).turns)
+SIZE = (160, 40)
+
+
+async def ask(pilot: Pilot[None], question: str) -> None:
+    chat = pilot.app
+    assert isinstance(chat, ChatApp)
+    chat.main.prompt.show(question)
+    await pilot.press("enter")
+    await until(lambda: not chat.is_busy)
+    await pilot.pause()
+
+
+def answer(number: int, mode: str) -> events.Finished:
+    return next(
+        e
+        for _, e in Recording.read(RECORDING).turns[QUESTIONS[number]]
+        if isinstance(e, events.Finished) and e.mode == mode
+    )
+
+
+def kept(speed: float = FAST, talk: Conversation | None = None) -> ChatApp:
+    """As users have it: conversations are saved."""
+    recording = Recording.read(RECORDING)
+    return ChatApp(Replay(recording, speed), talk or Conversation(recording.pair), ["c2c", "relay"])
+
+
+class Stage(Replay):
+    """An engine that says what the test puts into it."""
+
+    def __init__(self, *said: events.EngineEvent) -> None:
+        super().__init__(Recording.read(RECORDING))
+        self.said = list(said)
+        self.asked: list[str] = []
+
+    def start(self) -> None:
+        self.say(*self.said)
+
+    def ask(self, question: str, modes: object, attempt: int = 0) -> None:
+        self.asked.append(question)
+
+    def say(self, *said: events.EngineEvent) -> None:
+        self._play([(0.0, event) for event in said])
+
+
+def staged(*said: events.EngineEvent) -> tuple[ChatApp, Stage]:
+    stage = Stage(*said)
+    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"], save=lambda _: None), stage
+
+
+def loaded(**other: object) -> events.Loaded:
+    from dataclasses import replace
+
+    recorded = Recording.read(RECORDING).start[-1][1]
+    assert isinstance(recorded, events.Loaded)
+    return replace(recorded, **other)  # type: ignore[arg-type]
+
+
+async def test_everything_stands_there_before_a_model_is_loaded(shows) -> None:
+    chat, stage = staged()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C", "text relay", "gates", "Ask both", "starting")
+        stage.say(Progress("downloading gemma3-270m", 30, 120))
+        await shows(chat, "downloading gemma3-270m", "25%")
+        await pilot.press("h", "i", "ctrl+j", "y", "o")
+        assert chat.main.prompt.text == "hi\nyo" and chat.loaded is None
+        stage.say(loaded())
+        await shows(chat, "ready", "gemma3-270m · ", without="25%")
+        assert chat.main.prompt.text == "hi\nyo"
+
+
+async def test_a_turn_shows_both_answers_and_what_they_cost(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        c2c, relay = (answer(0, mode) for mode in ("c2c", "relay"))
+        await shows(
+            chat,
+            *(c2c.text, relay.text, "the sharer wrote", "C2C against relay: first token"),
+            f"{c2c.figures.first_token_s:.2f} s to first token",
+            f"{relay.figures.relayed_tokens} relayed + {relay.figures.generated_tokens}",
+            *("smollm2-135m ← gemma3-270m", "1.7 GB", "context ▰"),
+        )
+
+
+async def test_every_pane_keeps_its_conversation(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        await pilot.press("ctrl+o")
+        await ask(pilot, QUESTIONS[1])
+        await shows(chat, answer(0, "c2c").text, answer(1, "relay").text[:20], "receiver alone")
+        views = {mode: len(pane.query(".turn")) for mode, pane in chat.main.panes.items()}
+        assert views == {"c2c": 2, "relay": 2, "receiver": 1, "sharer": 0}
+
+
+async def test_a_narrow_terminal_has_tabs_and_resizing_loses_nothing(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[1])
+        await pilot.resize_terminal(80, 24)
+        c2c, relay = answer(1, "c2c").text, answer(1, "relay").text
+        await shows(chat, "Relay", c2c, without=relay)
+        await pilot.press("ctrl+t")
+        await shows(chat, relay, without=c2c)
+        await pilot.press("ctrl+g")
+        await shows(chat, "sharer's layer")
+        await pilot.resize_terminal(*SIZE)
+        await shows(chat, relay.split(",")[0], c2c.split(",")[0], "gates")
+
+
+async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[1])
+        report = chat.turn.report
+        (receiver_layer, sharer_layer), weight = report.layers[0], report.weights[1][0]
+        await pilot.press("ctrl+g")
+        await shows(
+            chat,
+            f"layer {receiver_layer} ← sharer's layer {sharer_layer}",
+            f"V open · weight {weight:.2f}",
+            *("gate open", "weight, 0 to 1", "change of the cache"),
+        )
+        await pilot.press("up")
+        await shows(chat, f"layer {receiver_layer - 1}: the fuser leaves it alone")
+        await pilot.press("down", "w", *["right"] * 13)
+        number = chat.main.gate_panel.view.token
+        ours, theirs = (t.strip() for t in report.tokens[number])
+        assert number == 13
+        await shows(chat, f"token {report.start + number} ", ours, theirs, "layer x token")
+        await pilot.press("w")
+        await shows(chat, "over turns", "turn 1")
+
+
+async def test_surgery_is_said_and_undone(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        await pilot.press("ctrl+g", "v", "down", "k")
+        await shows(chat, "C2C (modified: 2 gates)", "○", "Ctrl+R asks again")
+        assert [sum(kind) for kind in chat.gates] == [14, 14]
+        await pilot.press("a")
+        await until(lambda: not any(map(any, chat.gates)))
+        await pilot.press("r")
+        await until(lambda: chat.gates == chat.loaded.gates)
+        await shows(chat, "C2C", without="modified")
+        await pilot.press("home", "space")
+        await shows(chat, "layer 0 is not fused")
+        await pilot.press("escape")
+        assert chat.main.prompt.has_focus
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+async def test_a_heat_map_needs_no_colour(monkeypatch, screen, no_color) -> None:
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[1])
+        await pilot.press("ctrl+g", "w", "x")
+        await pilot.pause()
+        assert ("▓" in screen(chat)) == no_color
+        assert ("▀" in screen(chat)) != no_color
+
+
+async def test_a_stop_keeps_what_was_said_and_the_conversation_goes_on(shows) -> None:
+    chat, stage = staged(loaded())
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        chat.main.prompt.show("Who?")
+        await pilot.press("enter")
+        await until(lambda: stage.asked)
+        stage.say(events.Text("c2c", "It was "), events.Text("c2c", "some"))
+        await shows(chat, "It was some", "writing", "waiting")
+        await pilot.press("escape")
+        await shows(chat, "stopped before it was asked", "It was some")
+        assert not chat.is_busy and chat.conversation.history("c2c") == [
+            ("Who?", "", "It was some")
+        ]
+
+
+async def test_while_an_answer_comes_a_question_waits_in_the_prompt(shows) -> None:
+    chat, stage = staged(loaded())
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        for text in ("Who?", "And when?"):
+            chat.main.prompt.show(text)
+            await pilot.press("enter")
+        await shows(chat, "an answer is being given")
+        assert stage.asked == ["Who?"] and chat.main.prompt.text == "And when?"
+
+
+async def test_a_model_can_say_nothing_that_the_terminal_obeys(shows, screen) -> None:
+    chat, stage = staged(loaded())
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        chat.main.prompt.show("[bold]Who[/] \x1b[2J?")
+        await pilot.press("enter")
+        await until(lambda: stage.asked)
+        stage.say(events.RelayedText("relay", "[red]a[/]\x1b]0;x\x07"))
+        stage.say(events.Text("relay", "[bold]b[/bold]\x1b[31m\x9b"))
+        await shows(chat, "[bold]Who[/]", "[red]a[/]", "[bold]b[/bold]")
+        assert not any(c in screen(chat) for c in "\x1b\x07\x9b")
+
+
+async def test_errors_are_notices_and_the_others_answer(shows) -> None:
+    chat, stage = staged(events.Failed("no fuser: train one"), loaded(fuser="", layers=()))
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "no fuser: train one", "nothing is fused")
+        chat.main.prompt.show("Who?")
+        await pilot.press("enter")
+        await until(lambda: stage.asked)
+        stage.say(events.Failed("the conversation is too long: start anew", "c2c"))
+        stage.say(events.Text("relay", "She did."), events.TurnOver(1.0))
+        await shows(chat, "the conversation is too", "She did.")
+        assert not chat.is_busy
+
+
+async def test_again_replaces_the_turn_and_says_when_nothing_can_change(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        await ask(pilot, QUESTIONS[1])
+        await pilot.press("ctrl+r")
+        await until(lambda: chat.attempt == 1 and not chat.is_busy)
+        await shows(chat, "greedy decoding says the same again", answer(1, "c2c").text)
+        assert [t.question for t in chat.conversation.turns] == QUESTIONS[:2]
+        assert len(chat.main.panes["c2c"].query(".turn")) == 2
+
+
+async def test_editing_replaces_the_turn_and_escape_leaves_it(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        await pilot.press("f3")
+        assert chat.main.prompt.text == QUESTIONS[0]
+        await pilot.press("escape")
+        assert chat.main.prompt.text == "" and len(chat.conversation.turns) == 1
+        await pilot.press("f3", "!")
+        await pilot.press("enter")
+        await until(lambda: chat.conversation.turns[-1].question.endswith("!"))
+        await until(lambda: not chat.is_busy)
+        await shows(chat, f"{QUESTIONS[0]}!")
+        assert len(chat.conversation.turns) == 1
+        await pilot.press("ctrl+n")
+        await shows(chat, "ready", without=QUESTIONS[0])
+        assert not chat.conversation.turns
+
+
+async def test_the_prompt_leafs_through_earlier_questions() -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        for question in QUESTIONS[:2]:
+            await ask(pilot, question)
+        await pilot.press("x", "up", "up", "up")
+        assert chat.main.prompt.text == QUESTIONS[0]
+        await pilot.press("down", "down", "down")
+        assert chat.main.prompt.text == "x"
+
+
+async def test_blind_answers_are_hidden_until_the_vote(shows, screen, home) -> None:
+    chat = kept()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await pilot.press("f7")
+        chat.main.prompt.show(QUESTIONS[0])
+        await pilot.press("enter")
+        await shows(chat, "which answer is better?", "A", "B", answer(0, "c2c").text)
+        assert "to first token" not in screen(chat).replace("against", "")
+        c2c_first = chat.screen.candidates[0][0] == "c2c"
+        await pilot.press("a" if c2c_first else "b")
+        await shows(chat, "you preferred C2C", "1 blind vote: C2C 1", answer(0, "relay").text)
+    pair = chat.loaded.receiver, chat.loaded.sharer, chat.loaded.fuser
+    assert votes.summary(*pair) == "1 blind vote: C2C 1, text relay 0, ties 0"
+
+
+async def test_sessions_are_saved_and_taken_up_again(shows, home) -> None:
+    chat = kept()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        await pilot.press("ctrl+g", "v", "escape")
+        await until(lambda: not all(map(all, chat.gates)))
+        await ask(pilot, QUESTIONS[1])
+    talk = conversation.load()
+    assert [t.question for t in talk.turns] == QUESTIONS[:2]
+    again = kept(talk=talk)
+    async with again.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(again, answer(0, "c2c").text, answer(1, "relay").text, "modified: 1 gate")
+        await pilot.press("ctrl+n")
+        await ask(pilot, QUESTIONS[2])
+        await pilot.press("f6", "down", "enter")
+        await shows(again, answer(0, "c2c").text)
+    assert len(conversation.names()) == 2
+
+
+async def test_export_writes_both_files_here(shows, home: Path) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await pilot.press("f5")
+        await shows(chat, "nothing to export")
+        await ask(pilot, QUESTIONS[0])
+        await pilot.press("f5")
+        await shows(chat, "Exported")
+    (markdown,), (document,) = home.glob("*.md"), home.glob("*.json")
+    assert answer(0, "c2c").text in markdown.read_text()
+    assert len(json.loads(document.read_text())["turns"]) == 1
+
+
+async def test_settings_are_checked_and_taken_over(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await pilot.press("f2")
+        await shows(chat, "temperature 0 is greedy")
+        chat.screen.query_one("#temp").value = "-1"
+        await pilot.press("ctrl+s")
+        await shows(chat, "temp must not be negative")
+        chat.screen.query_one("#temp").value = "0.5"
+        chat.screen.query_one("#system").text = "Be kind."
+        await pilot.press("ctrl+s")
+        await until(lambda: chat.screen is chat.main)
+    assert chat.conversation.sampling == SamplingConfig(temp=0.5)
+    assert chat.conversation.system == "Be kind."
+
+
+async def test_copying_help_and_themes(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await pilot.press("f4")
+        await shows(chat, "C2C has said nothing yet")
+        await ask(pilot, QUESTIONS[0])
+        await pilot.press("f4")
+        await shows(chat, "copied C2C's answer")
+        assert chat.clipboard == answer(0, "c2c").text
+        await pilot.press("f1")
+        await shows(chat, "earlier questions", "The same for every prompt".lower())
+        await pilot.press("escape")
+        chat.theme = "c2c-light"
+        await shows(chat, answer(0, "c2c").text)
+
+
+def test_every_mode_has_a_pane() -> None:
+    assert set(app(FAST).main.panes) == set(events.MODES)
+    assert all(isinstance(p, AnswerPane) for p in app(FAST).main.panes.values())

@@ -1,0 +1,188 @@
+"""What the app shows and keeps, without a screen: bins and bars, words, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from c2c_mlx.engine import Pair
+from c2c_mlx.errors import C2CError
+from c2c_mlx.events import Figures, Finished
+from c2c_mlx.tui import conversation, gates, race, storage, votes
+from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.preview import RECORDING, Recording
+
+
+def figures(**values: float) -> Figures:
+    names = dict.fromkeys(Figures.__dataclass_fields__, 0)
+    return Figures(**(names | values))  # type: ignore[arg-type]
+
+
+# --- gates ----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 300), st.integers(1, 80), st.integers(0, 299), st.booleans())
+def test_columns_cover_each_token_once_and_hold_the_cursor(n, width, cursor, zoomed):
+    cursor = min(cursor, max(n - 1, 0))
+    bins = gates.columns(n, width, cursor, zoomed)
+    assert len(bins) == min(n, width)
+    assert all(a < b for a, b in bins)
+    assert all(left[1] == right[0] for left, right in zip(bins, bins[1:], strict=False))
+    assert n == 0 or any(a <= cursor < b for a, b in bins)
+    assert zoomed or not n or (bins[0][0], bins[-1][1]) == (0, n)
+    assert not zoomed or all(b - a == 1 for a, b in bins)
+
+
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_binning_keeps_the_mean(n, width):
+    values = np.random.default_rng(n).random((2, 3, n))
+    bins = gates.columns(n, width, 0)
+    binned = gates.binned(values, bins)
+    assert binned.shape == (2, 3, len(bins))
+    sizes = np.array([b - a for a, b in bins])
+    assert np.allclose((binned * sizes).sum(-1), values.sum(-1))
+
+
+@given(st.floats(0, 1), st.integers(1, 20))
+def test_bars_have_their_width_and_show_whatever_is_there(value, width):
+    for draw in (gates.bar, gates.thin_bar):
+        assert len(draw(value, width)) == width
+        assert (draw(value, width).strip() != "") == (value > 0)
+    assert gates.bar(1, width) == "█" * width
+
+
+def test_level_0_means_nothing():
+    assert gates.levels(np.array([0.0, 1e-6, 0.5, 1.0, 7.0]), 1.0, 16).tolist() == [0, 1, 8, 15, 15]
+
+
+@pytest.mark.parametrize("dark", [True, False])
+def test_luminance_alone_orders_the_colours(dark):
+    light = [gates.luminance(colour) for colour in gates.ramp(dark)]
+    steps = np.diff(light) if dark else -np.diff(light)
+    assert (steps > 0).all()
+    assert abs(light[-1] - light[0]) > 0.6
+
+
+def test_the_scale_of_changes_ends_at_a_round_number_and_says_what_is_beyond():
+    assert gates.change_scale(np.array([0.034, 0.01])).label == "4.0 %"
+    assert gates.change_scale(np.array([4.2])).label == "500 %"
+    assert gates.change_scale(np.zeros(3)).top == 1
+    one_wild_token = gates.change_scale(np.array([0.1] * 99 + [20.0]))
+    assert one_wild_token.top == pytest.approx(0.1)
+    assert one_wild_token.label == "10 % and more"
+
+
+def test_a_token_never_acts_on_the_terminal():
+    assert gates.visible(" a\n\x1b") == "␣a⏎·"
+
+
+# --- words ----------------------------------------------------------------------------------
+
+
+def test_the_verdict_says_what_was_measured():
+    ours = figures(first_token_s=0.5, total_s=2.0, generated_tokens=7)
+    theirs = figures(first_token_s=1.0, total_s=1.0, generated_tokens=8, relayed_tokens=30)
+    text = race.verdict(ours, theirs)
+    assert "first token 2.0x sooner (0.50 : 1.00 s)" in text
+    assert "answer 2.0x slower (2.00 : 1.00 s)" in text
+    assert "tokens 7 : 38" in text
+    assert "equal" in race.verdict(ours, ours)
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("C2C_MLX_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def talk() -> Conversation:
+    """Two turns as they were recorded."""
+    recording = Recording.read(RECORDING)
+    talk = Conversation(recording.pair, system="Be kind.")
+    for question, said in list(recording.turns.items())[:2]:
+        turn = talk.add(question, ((True,), (False,)))
+        for _, event in said:
+            if isinstance(event, Finished):
+                turn.finish(event)
+            elif type(event).__name__ == "GateReport":
+                turn.report = event
+    return talk
+
+
+def test_a_session_comes_back_as_it_was_saved(home: Path, talk: Conversation) -> None:
+    conversation.save(talk)
+    assert conversation.names() == [talk.name]
+    assert conversation.load() == talk == conversation.load(talk.name)
+    assert [p.name for p in (home / "sessions").iterdir()] == [f"{talk.name}.json"]
+
+
+def test_history_leaves_out_what_the_model_does_not_remember(talk: Conversation) -> None:
+    talk.turns[0].answers["relay"].text = " "
+    assert [q for q, _, _ in talk.history("relay")] == [talk.turns[1].question]
+    assert len(talk.history("c2c")) == 2 and talk.history("sharer") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format_version": 1}', '{"format_version": 99}', "null"]
+)
+def test_a_damaged_session_is_one_line(home: Path, text: str) -> None:
+    path = home / "sessions" / "x.json"
+    storage.write(path, text)
+    with pytest.raises(C2CError, match="x.json"):
+        conversation.load("x")
+
+
+def test_every_field_of_a_session_is_checked(home: Path, talk: Conversation) -> None:
+    document = json.loads(talk.to_json())
+    for key in document:
+        broken = document | {key: 7}
+        if key not in ("name", "system"):
+            with pytest.raises(C2CError):
+                conversation.parse(broken, "x.json")
+
+
+def test_a_session_cannot_name_a_file_elsewhere(home: Path, talk: Conversation) -> None:
+    storage.write(home / "sessions" / "x.json", talk.to_json().replace(talk.name, "../../evil"))
+    assert conversation.load("x").name == "x"
+    with pytest.raises(C2CError, match="no session"):
+        conversation.load("../x")
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    storage.write(path, "old")
+    with pytest.raises(C2CError, match="cannot be written"):
+        storage.write(path / "below", "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_export_holds_figures_and_gates(talk: Conversation) -> None:
+    text = talk.to_markdown()
+    assert talk.turns[0].question in text and "| layer | sharer's |" in text
+    assert talk.turns[0].answers["c2c"].text in text and "C2C against relay" in text
+    assert json.loads(talk.to_json())["turns"][0]["report"]["gates"]
+
+
+def test_votes_are_counted_per_pair_and_unmodified_fuser(home: Path) -> None:
+    pair = ("r", "s", "f")
+    assert "no blind votes" in votes.summary(*pair)
+    for choice, modified in (("c2c", False), ("tie", False), ("relay", False), ("c2c", True)):
+        votes.cast(votes.Vote(choice, *pair, modified))
+    with (home / "votes.jsonl").open("a") as file:
+        file.write('{"choice": "c2')  # what a full disk leaves
+    assert votes.summary(*pair) == "3 blind votes: C2C 1, text relay 1, ties 1"
+
+
+def test_a_pair_may_have_any_name() -> None:
+    talk = Conversation(Pair("org/model", "../folder"))
+    talk.add("¿Qué?/../", ((), ()))
+    assert "/" not in talk.name

@@ -1,0 +1,194 @@
+"""The inference thread with two tiny models: its events, its end, and what a stop leaves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from c2c_mlx.config import SamplingConfig
+from c2c_mlx.engine import InferenceThread, Pair, explain
+from c2c_mlx.errors import C2CError
+from c2c_mlx.events import (
+    EngineEvent,
+    Failed,
+    Finished,
+    GateReport,
+    GatesSet,
+    Loaded,
+    RelayedText,
+    Text,
+    TurnOver,
+)
+
+SAMPLING = SamplingConfig(max_tokens=12)
+ALL = ("c2c", "relay", "receiver")
+Open = Callable[..., InferenceThread]
+
+
+@pytest.fixture
+def open_engine(tiny_pair: Pair) -> Iterator[Open]:
+    engines = []
+
+    def open_engine(pair: Pair = tiny_pair, sampling: SamplingConfig = SAMPLING) -> InferenceThread:
+        engines.append(InferenceThread(pair, sampling))
+        engines[-1].start()
+        return engines[-1]
+
+    yield open_engine
+    for engine in engines:
+        engine.close()
+        engine.join(timeout=30)
+        assert not engine.is_alive()
+
+
+def until(engine: InferenceThread, last: type[EngineEvent]) -> list[EngineEvent]:
+    seen: list[EngineEvent] = []
+    while not seen or not isinstance(seen[-1], last):
+        seen.append(engine.events.get(timeout=30))
+    return seen
+
+
+def answers(seen: list[EngineEvent]) -> dict[str, Finished]:
+    return {e.mode: e for e in seen if isinstance(e, Finished)}
+
+
+def test_a_turn_is_one_answer_after_the_other(open_engine: Open) -> None:
+    engine = open_engine()
+    engine.ask("Who wrote it?", ALL)  # before anything is loaded
+    loaded = until(engine, Loaded)[-1]
+    assert isinstance(loaded, Loaded) and loaded.fuser and loaded.receiver_layers == 4
+    seen = until(engine, TurnOver)
+    order = list(dict.fromkeys(e.mode for e in seen if isinstance(e, Text | RelayedText)))
+    assert order == list(ALL) == list(answers(seen))
+    (report,) = (e for e in seen if isinstance(e, GateReport))
+    assert report.layers == loaded.layers and report.gates == loaded.gates
+    assert len(report.tokens) == len(report.token_weights[0][0]) > 10
+    assert all(0 < w < 1 for kind in report.weights for w in kind)
+    assert all(c > 0 for kind in report.changes for c in kind)
+
+
+def test_with_every_gate_closed_c2c_says_what_the_receiver_says(open_engine: Open) -> None:
+    engine = open_engine()
+    loaded = until(engine, Loaded)[-1]
+    assert isinstance(loaded, Loaded)
+    engine.ask("Who wrote it?", ALL)
+    said = answers(until(engine, TurnOver))
+    assert said["c2c"].text != said["receiver"].text
+    engine.undo(ALL)
+    engine.set_gates(((False,) * 4, (False,) * 4))
+    engine.ask("Who wrote it?", ALL)
+    seen = until(engine, TurnOver)
+    assert isinstance(seen[0], GatesSet) and not any(map(any, seen[0].gates))
+    pieces = {m: [e.text for e in seen if isinstance(e, Text) and e.mode == m] for m in ALL}
+    assert pieces["c2c"] == pieces["receiver"] and answers(seen)["c2c"].figures.gates_open == 0
+    assert not any(isinstance(e, GateReport) for e in seen)
+    engine.undo(ALL)
+    engine.set_gates(loaded.gates)
+    engine.ask("Who wrote it?", ALL)
+    again = answers(until(engine, TurnOver))
+    assert [again[m].text for m in ALL] == [said[m].text for m in ALL]
+
+
+def test_an_undone_turn_leaves_no_trace(open_engine: Open) -> None:
+    engine = open_engine()
+    texts = []
+    for _ in range(2):
+        engine.ask("Who wrote it?", ALL)
+        engine.ask("And when?", ALL)
+        until(engine, TurnOver)
+        texts.append([a.text for a in answers(until(engine, TurnOver)).values()])
+        engine.undo(ALL)
+        engine.undo(ALL)
+    assert texts[0] == texts[1]
+
+
+def test_a_restored_conversation_goes_on_as_the_first_would_have(open_engine: Open) -> None:
+    first, second = open_engine(), open_engine()
+    first.ask("Who wrote it?", ALL)
+    said = answers(until(first, TurnOver))
+    second.restore({m: [("Who wrote it?", a.relayed_text, a.text)] for m, a in said.items()})
+    after = []
+    for engine in (first, second):
+        engine.ask("And when?", ALL)
+        after.append([a.text for a in answers(until(engine, TurnOver)).values()])
+    assert after[0] == after[1]
+
+
+def test_a_stop_ends_the_answer_and_skips_the_others(open_engine: Open) -> None:
+    engine = open_engine(sampling=SamplingConfig(max_tokens=400, temp=1.0))
+    engine.ask("Who wrote it?", ["receiver", "relay"])
+    until(engine, Text)
+    engine.stop()
+    seen = until(engine, TurnOver)
+    assert [a.reason for a in answers(seen).values()] == ["stopped"]
+    engine.ask("And when?", ["receiver"])
+    assert answers(until(engine, TurnOver))["receiver"].reason == "length"
+
+
+def test_a_stop_before_it_was_asked_does_not_stop_it(open_engine: Open) -> None:
+    engine = open_engine()
+    engine.stop()
+    engine.ask("Who wrote it?", ["receiver"])
+    assert answers(until(engine, TurnOver))["receiver"].reason != "stopped"
+
+
+def test_another_attempt_has_another_seed(open_engine: Open) -> None:
+    engine = open_engine(sampling=SamplingConfig(max_tokens=12, temp=1.0))
+    texts = []
+    for attempt in (0, 1, 0):
+        engine.ask("Who wrote it?", ["receiver"], attempt)
+        texts.append(answers(until(engine, TurnOver))["receiver"].text)
+        engine.undo(["receiver"])
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_without_a_fuser_the_other_modes_answer(open_engine: Open, tiny_pair: Pair) -> None:
+    engine = open_engine(Pair(tiny_pair.receiver, tiny_pair.sharer))
+    seen = until(engine, Loaded)
+    failed = [e for e in seen if isinstance(e, Failed)]
+    assert len(failed) == 1 and "c2c-train" in failed[0].message
+    engine.ask("Who wrote it?", ALL)
+    seen = until(engine, TurnOver)
+    assert set(answers(seen)) == {"relay", "receiver"}
+    assert [e.mode for e in seen if isinstance(e, Failed)] == ["c2c"]
+
+
+def test_without_a_receiver_every_question_is_refused(open_engine: Open) -> None:
+    engine = open_engine(Pair("no/such/folder", "either"))
+    engine.ask("Who wrote it?", ALL)
+    seen = until(engine, TurnOver)
+    assert len([e for e in seen if isinstance(e, Failed)]) == 2
+    assert not answers(seen)
+
+
+def test_closing_while_it_loads_or_answers_ends_the_thread(open_engine: Open) -> None:
+    open_engine()  # closed by the fixture, in the middle of whatever it does
+    busy = open_engine(sampling=SamplingConfig(max_tokens=400, temp=1.0))
+    busy.ask("Who wrote it?", ALL)
+    until(busy, Text)
+    busy.close()
+    busy.join(timeout=30)
+    assert busy not in threading.enumerate()
+
+
+def test_an_interpreter_ends_cleanly_behind_it(tiny_pair: Pair) -> None:
+    code = (
+        "from c2c_mlx.engine import *\n"
+        "from c2c_mlx.events import Text\n"
+        f"e = InferenceThread({tiny_pair!r}, SamplingConfig(max_tokens=400))\n"
+        "e.start(); e.ask('Who?', ['c2c'])\n"
+        "while not isinstance(e.events.get(timeout=60), Text): pass\n"
+        "e.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_error_becomes_one_line() -> None:
+    assert explain(C2CError("do this")) == "do this"
+    assert explain(RuntimeError("[malloc] Unable to allocate\n3 bytes")).startswith("out of memory")
+    assert "\n" not in explain(ValueError("a\nb"))

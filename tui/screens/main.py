@@ -1,0 +1,215 @@
+"""The screen of the conversation: panes, gates, one line of state, the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal
+from textual.screen import Screen
+from textual.widgets import Footer, ProgressBar, Static, Tab, Tabs
+
+from c2c_mlx.engine import Pair
+from c2c_mlx.events import MODES, Failed, Figures, GateReport, Gates, Loaded, Mode
+from c2c_mlx.progress import Progress
+from c2c_mlx.tui import race
+from c2c_mlx.tui.conversation import NAMES, Answer, Conversation
+from c2c_mlx.tui.widgets.gate_panel import GatePanel
+from c2c_mlx.tui.widgets.pane import AnswerPane
+from c2c_mlx.tui.widgets.prompt import Prompt
+
+TABS = {
+    **{"c2c": "C2C", "relay": "Relay", "receiver": "Receiver", "sharer": "Sharer"},
+    "gates": "Gates",
+}
+
+
+class MainScreen(Screen[None]):
+    """Shows what it is told; what there is to tell is the app's business.
+
+    Args:
+        modes: whose panes are shown at first.
+    """
+
+    def __init__(self, modes: Sequence[Mode]) -> None:
+        super().__init__()
+        self.panes = {mode: AnswerPane(mode) for mode in MODES}
+        self.gate_panel = GatePanel()
+        self.prompt = Prompt()
+        # Not Textual's Header: one whose title changes while the app ends brings it down.
+        self._title = Static("", id="title", markup=False)
+        self._state = Static("starting", id="state", markup=False)
+        self._loading = ProgressBar(id="loading", show_eta=False)
+        self._tabs = Tabs(*(Tab(name, id=f"tab-{key}") for key, name in TABS.items()))
+        self._shown = tuple(modes)
+
+    def compose(self) -> ComposeResult:
+        """Everything is there from the first paint on; models come later."""
+        yield self._title
+        yield self._tabs
+        with Horizontal(id="panes"):
+            yield from self.panes.values()
+            yield self.gate_panel
+        with Horizontal(id="status"):
+            yield self._state
+            yield self._loading
+        yield self.prompt
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Hides the panes of modes that do not answer."""
+        for mode in MODES:
+            self.show_pane(mode, mode in self._shown)
+
+    def say(self, text: str, is_error: bool = False) -> None:
+        """The line between the panes and the prompt."""
+        self._state.update(text)
+        self._state.set_class(is_error, "-error")
+
+    def show_pane(self, mode: Mode, is_shown: bool) -> None:
+        """Shows or hides a pane, and its tab."""
+        self.panes[mode].set_class(is_shown, "-shown")
+        if is_shown:
+            self._tabs.show(f"tab-{mode}")
+        else:
+            self._tabs.hide(f"tab-{mode}")
+
+    # --- loading, the fuser -----------------------------------------------------------------
+
+    def show_progress(self, event: Progress) -> None:
+        """A download, a conversion, a load."""
+        self._loading.add_class("-shown")
+        self._loading.update(total=event.total or None, progress=event.done)
+        self.say(event.what)
+
+    def end_progress(self) -> None:
+        """Nothing is being loaded any more."""
+        self._loading.remove_class("-shown")
+
+    def show_pair(self, pair: Pair) -> None:
+        """Who talks to whom, before anything is loaded."""
+        self._title.update(f"{short(pair.receiver)} ← {short(pair.sharer)}")
+
+    def show_fuser(self, loaded: Loaded, gates: Gates, memory_gb: float) -> None:
+        """Says in the header and on the pane which fuser it is, and whether it is itself."""
+        n = sum(
+            a != b
+            for ours, own in zip(gates, loaded.gates, strict=True)
+            for a, b in zip(ours, own, strict=True)
+        )
+        modified = f" (modified: {n} {'gate' if n == 1 else 'gates'})" if n else ""
+        self.panes["c2c"].border_title = f"{NAMES['c2c']}{modified}"
+        fuser = f"fuser {short(loaded.fuser)}{modified}" if loaded.fuser else "no fuser"
+        pair = f"{short(loaded.receiver)} ← {short(loaded.sharer) or 'no sharer'}"
+        self._title.update(f"{pair} · {fuser} · {loaded.device} · {memory_gb:.1f} GB")
+
+    def show_reports(self, reports: list[GateReport | None]) -> None:
+        """The gates, turn by turn."""
+        self.gate_panel.view.show_reports(reports)
+
+    def show_context(self, loaded: Loaded | None, answers: Sequence[Answer]) -> None:
+        """How much of the receiver's context the longest conversation takes."""
+        figures = [a.figures for a in answers if a.figures]
+        used = max((f.prompt_tokens + f.generated_tokens for f in figures), default=0)
+        if loaded is not None:
+            total = loaded.context_length
+            filled = min(-(-8 * used // total), 8)
+            self.prompt.border_subtitle = f"context {'▰' * filled:▱<8} {used} of {total}"
+
+    # --- a turn -----------------------------------------------------------------------------
+
+    async def begin(self, question: str, modes: Sequence[Mode]) -> None:
+        """Puts the question into the panes."""
+        for mode in modes:
+            await self.panes[mode].begin(question)
+            self.panes[mode].say("waiting")
+
+    async def write(self, mode: Mode, text: str, is_relayed: bool) -> None:
+        """Adds to an answer, or to what the sharer writes for it."""
+        turn = self.panes[mode].turn
+        if turn is not None:
+            await (turn.write_relayed if is_relayed else turn.write)(text)
+
+    def run_in(self, mode: Mode, doing: str) -> None:
+        """Marks the pane whose turn it is."""
+        pane = self.panes[mode]
+        pane.say(doing)
+        if not pane.has_class("-running"):
+            for other in self.panes.values():
+                other.set_class(other is pane, "-running")
+            self.say(f"{NAMES[mode]} answers; one after the other, so that the times are true")
+
+    def finish(self, mode: Mode, answer: Answer, figures: Figures) -> None:
+        """How an answer ended, and what it cost."""
+        turn = self.panes[mode].turn
+        if turn is not None:
+            turn.finish(answer)
+        came = f"{race.seconds(figures.first_token_s)} to first token"
+        self.panes[mode].say(came if figures.generated_tokens else "no answer")
+
+    def fail(self, event: Failed) -> None:
+        """An answer, or a load, that came to nothing."""
+        if event.mode is None:
+            self.end_progress()
+            self.say(event.message, is_error=True)
+            return
+        pane = self.panes[event.mode]
+        pane.say("no answer")
+        if pane.turn is not None:
+            pane.turn.note(event.message)
+
+    def end_turn(self) -> None:
+        """Nobody answers any more."""
+        for pane in self.panes.values():
+            pane.remove_class("-running")
+            if pane.border_subtitle == "waiting":
+                pane.say("not asked")
+                if pane.turn is not None:
+                    pane.turn.note("stopped before it was asked")
+
+    async def reveal(self, answers: Mapping[Mode, Answer]) -> None:
+        """Shows what a blind turn kept back."""
+        for mode, answer in answers.items():
+            turn = self.panes[mode].turn
+            if turn is not None:
+                await turn.show(answer)
+            self.panes[mode].say("")
+
+    async def drop_turn(self, question: str) -> None:
+        """Takes the last turn out of the panes that had it."""
+        for pane in self.panes.values():
+            if pane.turn is not None and pane.turn.question == question:
+                await pane.drop_last()
+
+    async def show_conversation(self, conversation: Conversation) -> None:
+        """Fills everything from a conversation, whatever was there."""
+        for mode, pane in self.panes.items():
+            await pane.clear()
+            for turn in conversation.turns:
+                if answer := turn.answers.get(mode):
+                    await (await pane.begin(turn.question)).show(answer)
+        self.prompt.asked.clear()
+        for turn in conversation.turns:
+            self.prompt.remember(turn.question)
+        self.show_reports([turn.report for turn in conversation.turns])
+
+    # --- narrow terminals -------------------------------------------------------------------
+
+    def go_to(self, tab: str) -> None:
+        """The pane that is seen where there is room for one."""
+        self._tabs.active = f"tab-{tab}"
+
+    def next_tab(self) -> None:
+        """The pane after it."""
+        self._tabs.action_next_tab()
+
+    def on_tabs_tab_activated(self, event: Tabs.TabActivated) -> None:
+        """One pane is seen at a time; the others keep what they have."""
+        chosen = str(event.tab.id).removeprefix("tab-")
+        for pane in self.query(".pane"):
+            pane.set_class(pane.id == chosen, "-tab")
+
+
+def short(name: str) -> str:
+    """A folder or hub id by its last part."""
+    return name.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,72 @@
+"""The line at the bottom: several lines if need be, with the questions of before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual import events
+from textual.message import Message
+from textual.widgets import TextArea
+
+
+class Prompt(TextArea):
+    """Enter sends, ctrl+j or shift+enter begins a line, up and down leaf through the history."""
+
+    @dataclass
+    class Submitted(Message):
+        """The user sent a question."""
+
+        text: str
+
+    def __init__(self) -> None:
+        super().__init__(
+            id="prompt",
+            compact=True,
+            highlight_cursor_line=False,
+            placeholder="Ask both; Enter sends, Ctrl+J begins a new line",
+        )
+        self.asked: list[str] = []
+        self._at = 0  # in the history; its length: what is being typed
+        self._draft = ""
+
+    def remember(self, question: str) -> None:
+        """Puts a question at the end of the history."""
+        if self.asked[-1:] != [question]:
+            self.asked.append(question)
+        self._at = len(self.asked)
+
+    def show(self, text: str) -> None:
+        """Replaces what stands there, cursor at the end."""
+        self.text = text
+        self.move_cursor(self.document.end)
+
+    async def _on_key(self, event: events.Key) -> None:
+        if event.key == "enter":
+            event.stop()
+            event.prevent_default()
+            self.post_message(self.Submitted(self.text))
+        elif event.key in ("ctrl+j", "shift+enter", "alt+enter"):
+            event.stop()
+            event.prevent_default()
+            self.insert("\n")
+        else:
+            await super()._on_key(event)
+
+    def action_cursor_up(self, select: bool = False) -> None:
+        """One line up; on the first line one question back."""
+        if select or self.cursor_location[0] > 0 or self._at == 0:
+            super().action_cursor_up(select)
+            return
+        if self._at == len(self.asked):
+            self._draft = self.text
+        self._at -= 1
+        self.show(self.asked[self._at])
+
+    def action_cursor_down(self, select: bool = False) -> None:
+        """One line down; on the last line one question on."""
+        last = self.document.line_count - 1
+        if select or self.cursor_location[0] < last or self._at == len(self.asked):
+            super().action_cursor_down(select)
+            return
+        self._at += 1
+        self.show(self._draft if self._at == len(self.asked) else self.asked[self._at])
