@@ -22,14 +22,15 @@ from c2c_mlx.layers import k_nearest
 TOKENS, RUNS = 256, 5
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Median of RUNS after a warm-up."""
-    times = []
+def in_turns(*work: Callable[[], Any]) -> list[list[float]]:
+    """Seconds of each piece of work, RUNS times after a warm-up; load slows down all of them."""
+    times: list[list[float]] = [[] for _ in work]
     for _ in range(RUNS + 1):
-        tic = time.perf_counter()
-        mx.eval(work())
-        times.append(time.perf_counter() - tic)
-    return statistics.median(times[1:])
+        for piece, seconds in zip(work, times, strict=True):
+            tic = time.perf_counter()
+            mx.eval(piece())
+            seconds.append(time.perf_counter() - tic)
+    return [seconds[1:] for seconds in times]
 
 
 def fuse(c2c: C2C, own: Prefix, other: Prefix) -> mx.array:
@@ -48,8 +49,6 @@ def main() -> None:
         prefix.extend(ids)
         return kv.arrays(prefix.cache)
 
-    sharer_s, receiver_s = (seconds(lambda m=m: prefill(m.model)) for m in (sharer, receiver))
-    print(f"{TOKENS} tokens: sharer {1e3 * sharer_s:.0f} ms, receiver {1e3 * receiver_s:.0f} ms")
     own, other = Prefix(receiver.model), Prefix(sharer.model)
     own.extend(ids)
     other.extend(ids)
@@ -60,9 +59,17 @@ def main() -> None:
         fuser.gate_logit = mx.ones_like(fuser.gate_logit)
         fuser.eval()
         c2c = C2C(receiver.model, sharer.model, fuser)
-        fuse_s = seconds(lambda c2c=c2c: fuse(c2c, own, other))
-        share = fuse_s / (sharer_s + receiver_s)
-        print(f"preset {preset}, 30 layers: {1e3 * fuse_s:.0f} ms, {share:.1%} of the prefills")
+        rounds = in_turns(
+            lambda: prefill(sharer.model),
+            lambda: prefill(receiver.model),
+            lambda c2c=c2c: fuse(c2c, own, other),
+        )
+        sharer_s, receiver_s, fuse_s = (1e3 * statistics.median(times) for times in rounds)
+        share = statistics.median(f / (s + r) for s, r, f in zip(*rounds, strict=True))
+        print(
+            f"preset {preset}, 30 layers, {TOKENS} tokens: {fuse_s:.0f} ms, {share:.1%} of the "
+            f"prefills (sharer {sharer_s:.0f} ms, receiver {receiver_s:.0f} ms)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,46 +1,60 @@
-"""What turn 10 of a C2C conversation costs against turn 2, at equal new tokens, in one run."""
+"""What turn 10 of a C2C conversation costs against turn 2, at equal new tokens, in one run.
+
+The two are timed in turns, so that a machine that gets busier slows down both.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 
-from c2c_mlx import C2C, Fuser, load_model, registry
+from c2c_mlx import C2C, Fuser, load_model, registry, store
 from c2c_mlx.alignment import align_chat
 from c2c_mlx.generate import FusedPrefix
 
 QUESTION = "Tell me one more thing about the sea, please, in a short sentence."
 ANSWER = "The sea covers more than two thirds of the Earth, and most of it is deep and dark."
-TURNS = 11
+EARLY, LATE, RUNS = 2, 10, 9
 
 
 def main() -> None:
     pair = registry.default_pair()
     receiver, sharer = map(load_model, pair)
-    folder = registry.find_fuser(*pair)
-    assert folder is not None, "the embedded pair's fuser is missing"
-    fuser = Fuser.load(folder)
-    prefix = FusedPrefix(C2C(receiver.model, sharer.model, fuser))
-    messages: list[dict[str, str]] = []
-    costs = []
-    for turn in range(1, TURNS + 1):
-        messages.append({"role": "user", "content": QUESTION})
+    name = registry.find_fuser(*pair)
+    assert name is not None, "the embedded pair's fuser is missing"
+    fuser = Fuser.load(store.find_folder(name))
+    c2c = C2C(receiver.model, sharer.model, fuser)
+    asked = {"role": "user", "content": QUESTION}
+    turn = [asked, {"role": "assistant", "content": ANSWER}]
+
+    def extend(prefix: FusedPrefix, turns: int) -> tuple[float, tuple[int, int]]:
+        """Seconds, and the new tokens of receiver and sharer."""
         aligned = align_chat(
-            messages, receiver.tokenizer, sharer.tokenizer, strategy=fuser.config.alignment
+            [*turn * (turns - 1), asked],
+            receiver.tokenizer,
+            sharer.tokenizer,
+            strategy=fuser.config.alignment,
         )
         tic = time.perf_counter()
         prefix.extend(aligned.receiver_ids, aligned.sharer_ids, aligned.index, aligned.message)
-        seconds = time.perf_counter() - tic
-        assert prefix.last is not None
-        new = prefix.last.stop - prefix.last.start, prefix.last.sharer_tokens
-        costs.append((seconds, new))
-        print(f"turn {turn}: {1e3 * seconds:.0f} ms to read and fuse {new[0]} new tokens")
-        messages.append({"role": "assistant", "content": ANSWER})
-    early, late = costs[1:4], costs[8:11]
-    counts = {new for _, new in early + late}  # (receiver's, sharer's)
+        seconds, last = time.perf_counter() - tic, prefix.last
+        assert last is not None
+        return seconds, (last.stop - last.start, last.sharer_tokens)
+
+    prefixes = {turns: FusedPrefix(c2c) for turns in (EARLY, LATE)}
+    times: dict[int, list[float]] = {turns: [] for turns in prefixes}
+    counts = set()
+    for _ in range(RUNS + 1):
+        for turns, prefix in prefixes.items():
+            extend(prefix, turns - 1)  # rolls back, but for the first time
+            seconds, new = extend(prefix, turns)
+            times[turns].append(seconds)
+            counts.add(new)
     assert len(counts) == 1 and min(counts) > (1, 1), f"turns differ in new tokens: {counts}"
-    ratio = statistics.median(s for s, _ in late) / statistics.median(s for s, _ in early)
-    print(f"turns 9 to 11 against turns 2 to 4, at equal new tokens: {ratio:.2f}")
+    early, late = (statistics.median(t[1:]) for t in times.values())
+    print(f"{min(counts)[0]} new tokens: turn {EARLY} {1e3 * early:.0f} ms, ", end="")
+    ratios = [b / a for a, b in zip(times[EARLY][1:], times[LATE][1:], strict=True)]
+    print(f"turn {LATE} {1e3 * late:.0f} ms, {statistics.median(ratios):.2f} x")
 
 
 if __name__ == "__main__":
