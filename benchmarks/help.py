@@ -6,8 +6,9 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-COMMANDS = ("chat", "train", "weights")
+COMMANDS = ("c2c-chat", "c2c-train", "c2c-eval", "c2c-weights")
 RUNS = 7
 
 
@@ -25,8 +26,8 @@ def main() -> None:
     bare = seconds("-c", "pass")
     print(f"{'interpreter alone':20} {1e3 * bare:5.0f} ms")
     for name in COMMANDS:
-        cost = seconds("-m", f"c2c_mlx.commands.{name}", "--help")
-        print(f"{f'c2c-{name} --help':20} {1e3 * cost:5.0f} ms  {cost / bare:.1f} x")
+        cost = seconds(str(Path(sys.executable).with_name(name)), "--help")
+        print(f"{f'{name} --help':20} {1e3 * cost:5.0f} ms  {cost / bare:.1f} x")
 
 
 if __name__ == "__main__":
