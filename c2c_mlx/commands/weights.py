@@ -229,7 +229,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _change(fuser: Fuser) -> mx.array:
-    """What the open slices add to caches of random numbers."""
+    """What the open slices add to caches of random numbers, with any message gate held open."""
     import mlx.core as mx
 
     config = fuser.config
@@ -239,7 +239,13 @@ def _change(fuser: Fuser) -> mx.array:
         for m in (config.sharer, config.receiver)
     ]
     sharer, receiver = ((mx.random.normal(s), mx.random.normal(s)) for s in shapes)
-    return fuser.change(sharer=sharer, receiver=receiver).delta.astype(mx.float32)
+    if not config.message_gate:
+        return fuser.change(sharer=sharer, receiver=receiver).delta.astype(mx.float32)
+    bias = fuser.message_head.bias
+    fuser.message_head.bias = mx.full(bias.shape, 1e4, bias.dtype)
+    delta = fuser.change(sharer=sharer, receiver=receiver).delta.astype(mx.float32)
+    fuser.message_head.bias = bias
+    return delta
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -127,7 +128,9 @@ def test_quantize(
     target = tmp_path / "quantised"
     assert weights.main(["quantize", SHIPPED, str(target), "--bits", bits]) == 0
     out = capsys.readouterr().out
-    assert f"({share}" in out and "what it adds to random caches differs by" in out
+    assert f"({share}" in out
+    difference = re.search(r"what it adds to random caches differs by (.*)%", out)
+    assert difference is not None and 0.01 < float(difference[1]) < 20
     assert weights.main(["verify", str(target)]) == 0
     assert weights.main(["show", str(target)]) == 0
     assert f"{bits} bits" in capsys.readouterr().out
