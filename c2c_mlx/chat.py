@@ -132,6 +132,9 @@ class ChatSession:
         del self.history.get(mode, [])[-_messages_per_turn(mode) :]
         if mode == "relay":
             del self._background[-2:]
+        if mode == "c2c" and self._fused and self._fused.last:
+            # Asked again, the turn is fused again: otherwise there would be nothing to tell of it.
+            self._fused.fuse_anew(self._fused.last.start)
 
     def restore(self, mode: Mode, turns: Sequence[tuple[str, str, str]]) -> None:
         """Takes up a conversation that another session had.

@@ -160,9 +160,9 @@ class FusedPrefix:
 
         return model
 
-    def fuse_anew(self) -> None:
-        """Forgets what was fused, when a fuser has changed; what was read stays."""
-        self.feeds = []
+    def fuse_anew(self, start: int = 0) -> None:
+        """Forgets what was fused from `start` on, when a fuser has changed; what was read stays."""
+        self.feeds = self.feeds[:start]
 
     def _advance(self, texts: Sequence[TokenAlignment], ids: mx.array) -> mx.array:
         """The receiver's pass over `ids`, which go on in the texts where the caches end."""

@@ -9,6 +9,7 @@ from typing import Any
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel
@@ -263,3 +264,17 @@ def test_reset_forgets_everything(make: MakeSession, mode: Mode) -> None:
     again = ask(session, "Who wrote it?", mode)[1]
     assert again.text == first.text
     assert again.figures.new_prompt_tokens == again.figures.prompt_tokens
+
+
+def test_a_turn_that_is_asked_again_tells_of_its_gates_again(make: MakeSession) -> None:
+    session = make()
+    ask(session, "Who wrote it?", "c2c")
+    _, once = ask(session, "And when?", "c2c")
+    first = session.gate_stats()
+    session.undo("c2c")
+    _, again = ask(session, "And when?", "c2c")
+    second = session.gate_stats()
+    assert again.text == once.text
+    assert first is not None and second is not None and second.start >= first.start > 0
+    at = second.start - first.start
+    np.testing.assert_allclose(second.change, first.change[..., at:], rtol=1e-4)
