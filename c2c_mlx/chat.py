@@ -134,7 +134,7 @@ class ChatSession:
             del self._background[-2:]
         if mode == "c2c" and self._fused and self._fused.last:
             # Asked again, the turn is fused again: otherwise there would be nothing to tell of it.
-            self._fused.fuse_anew(self._fused.last.start)
+            self._fused.fuse_anew(self._fused.fusions[0].start)
 
     def restore(self, mode: Mode, turns: Sequence[tuple[str, str, str]]) -> None:
         """Takes up a conversation that another session had.
@@ -190,7 +190,7 @@ class ChatSession:
         readers = self.receiver.tokenizer, self.sharer.tokenizer
         feeding = [aligned.sharer_ids[i] for i in aligned.index[stats.start : stop]]
         pairs = zip(aligned.receiver_ids[stats.start : stop], feeding, strict=True)
-        weights = stats.applied_weight.mean(axis=2)
+        weights = stats.weight.mean(axis=2)
         changes = (stats.change / np.maximum(stats.own, 1e-12)).mean(axis=2)
         return GateReport(
             layers=self.c2c.fuser.config.layer_map,

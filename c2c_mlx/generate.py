@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -33,13 +33,13 @@ Order = Literal["sequential", "parallel"]
 
 @dataclass(frozen=True)
 class GateStats:
-    """How one turn's fusion changed the receiver's cache, per slice, head and position.
+    """How a turn's fusion changed the receiver's cache, per slice, head and position.
 
     Attributes:
         layers: the receiver's fused layers, L of them.
         start: the first of the N fused positions.
         gates: [2, L] bool, keys before values; nothing is computed for a closed one.
-        weight: [2, L, Hr, N] the dynamic weight, message gate included.
+        weight: [2, L, Hr, N] the dynamic weight, message gate included; 0 where nothing was added.
         own: [2, L, Hr, N] norm of the receiver's own key or value.
         change: [2, L, Hr, N] norm of what was added to it.
     """
@@ -52,25 +52,32 @@ class GateStats:
     change: np.ndarray
 
     @property
-    def mean_weight(self) -> np.ndarray:
-        """[2, L, Hr] mean dynamic weight over the fused positions."""
-        return self.weight.mean(axis=-1)
-
-    @property
     def relative_change(self) -> np.ndarray:
         """[2, L, Hr] ||fused - own|| / ||own|| over the fused positions."""
         own = np.linalg.norm(self.own, axis=-1)
         return np.linalg.norm(self.change, axis=-1) / np.maximum(own, 1e-12)
 
-    @property
-    def applied_weight(self) -> np.ndarray:
-        """[2, L, Hr, N] the weight, but 0 where a message gate kept everything out."""
-        return np.where(self.change > 0, self.weight, 0.0)
+
+class Trace(NamedTuple):
+    """What is kept of a change to tell of it; computed when somebody asks."""
+
+    slices: list[tuple[int, int]]
+    weight: mx.array  # [S, Hr, N], message gate included; 0 where nothing was added
+    norm: mx.array  # [S, Hr, N], of what was added
+
+    @classmethod
+    def of(cls, change: Change) -> Trace:
+        """What is kept of this one, of a batch of one."""
+        weight = change.weight[:, 0, ..., 0]
+        if change.message_weight is not None:
+            weight = weight * change.message_weight[:, 0, ..., 0]
+        norm = mx.linalg.norm(change.delta[:, 0], axis=-1)
+        return cls(change.slices, mx.where(norm > 0, weight, 0.0), norm)
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """What the latest fusion cost, and what each sharer added to positions [start, stop)."""
+    """What one fusion cost, and how each sharer changed positions [start, stop)."""
 
     start: int
     stop: int
@@ -79,7 +86,7 @@ class Fusion:
     receiver_s: float
     fuse_s: float
     texts: tuple[TokenAlignment, ...]  # what has been read, as each sharer feeds it
-    changes: tuple[Change | None, ...]
+    traces: tuple[Trace | None, ...]
 
 
 class FusedPrefix:
@@ -89,7 +96,8 @@ class FusedPrefix:
     of the whole conversation from scratch would give.
 
     Args:
-        links: one per sharer, all of them into the same receiver.
+        links: one per sharer, all of them into the same receiver. A sharer that is in several with
+            fusers of its own reads once.
         order: of several sharers. "sequential": each one changes what those before it have left;
             "parallel": each one changes the receiver's own, and the changes add up.
 
@@ -102,11 +110,17 @@ class FusedPrefix:
             raise C2CError("several sharers need one receiver, the same for all of them")
         self.links, self.order = links, order
         self.own = Prefix(links[0].receiver)
-        self.sharers = [Prefix(link.sharer) for link in links]
+        readers: dict[tuple[int, str], Prefix] = {}
+        self.sharers = [readers.setdefault(_reads(link), Prefix(link.sharer)) for link in links]
         self.cache = kv.make_cache(links[0].receiver)
         # Per fused position: its id, and per sharer the position that feeds it and its message.
         self.feeds: list[tuple[Any, ...]] = []
-        self.last: Fusion | None = None
+        self.fusions: list[Fusion] = []  # of this turn: the prompt's, then the answer's
+
+    @property
+    def last(self) -> Fusion | None:
+        """The latest fusion."""
+        return self.fusions[-1] if self.fusions else None
 
     def extend(
         self,
@@ -132,6 +146,7 @@ class FusedPrefix:
         Returns:
             The fused mlx-lm prompt cache, owned by this object until the next call.
         """
+        self.fusions = []
         self._fuse(prompts, len(prompts[0].receiver_ids) - 1, progress)
         return self.cache
 
@@ -187,12 +202,14 @@ class FusedPrefix:
             None if nothing was new.
         """
         feeds = self._feeds(texts, stop)
-        reading = [
-            *zip(self.sharers, (t.sharer_ids[: _reach(t, stop)] for t in texts), strict=True),
-            (self.own, texts[0].receiver_ids[:stop]),
-        ]
-        kept = [common_prefix(reader.ids, ids) for reader, ids in reading]
-        start = self._unchanged(texts, feeds, kept)
+        reading: dict[Prefix, list[int]] = {}
+        for reader, text in zip(self.sharers, texts, strict=True):
+            ids = text.sharer_ids[: _reach(text, stop)]
+            if reading.setdefault(reader, ids) != ids:
+                raise C2CError("a sharer in several links must read the same text for all of them")
+        reading[self.own] = texts[0].receiver_ids[:stop]
+        kept = {reader: common_prefix(reader.ids, ids) for reader, ids in reading.items()}
+        start = self._unchanged(texts, feeds, [kept[reader] for reader in self.sharers])
         self.feeds = self.feeds[:start]  # before the cache: an interruption leaves it too long
         if not kv.trim(self.cache, start):
             self.feeds, start = [], 0
@@ -200,15 +217,15 @@ class FusedPrefix:
         if given:  # state of other layers goes into the coming pass as it was before it
             kv.copy_state(self.own.cache, self.cache)
 
-        unread = [len(ids) - keep for (_, ids), keep in zip(reading, kept, strict=True)]
+        unread = [len(ids) - kept[reader] for reader, ids in reading.items()]
         times = [time.perf_counter()]
-        for i, (reader, ids) in enumerate(reading):
+        for i, (reader, ids) in enumerate(reading.items()):
             reader.extend(ids, _part(progress, sum(unread[:i]), sum(unread)))
             times.append(time.perf_counter())
         rest: kv.StackedKV | None = None
-        changes: tuple[Change | None, ...] = (None,) * len(self.links)
+        traces: tuple[Trace | None, ...] = (None,) * len(self.links)
         if start < stop:
-            fused, changes = self._changed(texts, start, stop)
+            fused, traces = self._changed(texts, start, stop)
             if not given:
                 kv.copy_state(self.own.cache, self.cache)
             end = stop - given - start
@@ -217,12 +234,14 @@ class FusedPrefix:
                     kv.append(self.cache, layer, keys[..., :end, :], values[..., :end, :])
             kv.hide(self.cache, padding(texts[0].receiver_ids[start : start + end], start))
             rest = kv.StackedKV(*(x[..., end:, :] for x in fused))
-            mx.eval(kv.arrays(self.cache), rest)
+            mx.eval(kv.arrays(self.cache), rest, [t[1:] for t in traces if t and given])
         times.append(time.perf_counter())
         self.feeds = feeds[: stop - given]
         *sharers, own, fusing = np.diff(times).tolist()
         costs = sum(unread[:-1]), sum(sharers), own, fusing
-        self.last = Fusion(start, stop, *costs, tuple(texts), changes)
+        while self.fusions and self.fusions[-1].start >= start:  # fused anew
+            self.fusions.pop()
+        self.fusions.append(Fusion(start, stop, *costs, tuple(texts), traces))
         return rest
 
     def _feeds(self, texts: Sequence[TokenAlignment], stop: int) -> list[tuple[Any, ...]]:
@@ -250,44 +269,50 @@ class FusedPrefix:
 
     def _changed(
         self, texts: Sequence[TokenAlignment], start: int, stop: int
-    ) -> tuple[kv.StackedKV, tuple[Change | None, ...]]:
-        """All attention layers at [start, stop) with every sharer's change, and those changes."""
+    ) -> tuple[kv.StackedKV, tuple[Trace | None, ...]]:
+        """All attention layers at [start, stop) with every sharer's change, and its traces."""
         layers = kv.attention_layers(self.own.cache)
         own = fused = kv.read(self.own.cache, layers, start, stop)
-        changes = []
+        traces = []
         for link, sharer, text in zip(self.links, self.sharers, texts, strict=True):
-            messages, change = _messages(link, text)[None, start:stop], None
+            messages, trace = _messages(link, text)[None, start:stop], None
             if (messages >= 0).any() and link.fuser.gates.any():
                 rows = [layers.index(layer) for layer in link.receiver_layers]
                 before = fused if self.order == "sequential" else own
                 read = link.read_sharer(sharer.cache, text.index[None, start:stop])
                 change = link.change(read, before.of(rows), messages, start)
                 fused = kv.StackedKV(*change.added_to(fused, rows))
-            changes.append(change)
-        return fused, tuple(changes)
+                trace = Trace.of(change)
+            traces.append(trace)
+        return fused, tuple(traces)
 
-    def stats(self, sharer: int = 0) -> GateStats | None:
-        """Gates, weights and changes of the latest fusion; computed only when asked for.
+    def stats(self, sharer: int = 0, since: int = 0) -> GateStats | None:
+        """Gates, weights and changes of this turn's fusions; computed only when asked for.
 
         Args:
             sharer: which one, should there be several.
+            since: leaves out the positions before this one.
+
+        Returns:
+            None if nothing was fused from there on.
         """
-        if self.last is None or (change := self.last.changes[sharer]) is None:
+        link = self.links[sharer]
+        told = [(f, t) for f in self.fusions if f.stop > since and (t := f.traces[sharer])]
+        if not told:
             return None
-        link, start, stop = self.links[sharer], self.last.start, self.last.stop
+        start, stop = max(told[0][0].start, since), told[-1][0].stop
         own = mx.stack(list(kv.read(self.own.cache, link.receiver_layers, start, stop)))
         norms = np.array(mx.linalg.norm(own[:, :, 0], axis=-1).astype(mx.float32))
         weight, added = np.zeros_like(norms), np.zeros_like(norms)
-        if change.slices:
-            kinds, at = np.array(change.slices).T
-            weights = change.weight[:, 0, ..., 0]
-            if change.message_weight is not None:
-                weights = weights * change.message_weight[:, 0, ..., 0]
-            weight[kinds, at] = np.array(weights.astype(mx.float32))
-            delta = mx.linalg.norm(change.delta[:, 0], axis=-1)
-            added[kinds, at] = np.array(delta.astype(mx.float32))
-        layers = tuple(link.receiver_layers)
-        return GateStats(layers, start, link.fuser.gates, weight, norms, added)
+        for fusion, trace in told:  # what is fused anew stands further behind, and counts
+            if trace.slices:
+                kinds, layers = np.array(trace.slices).T
+                first = max(fusion.start, start)
+                at = np.s_[kinds, layers, :, first - start : fusion.stop - start]
+                weight[at], added[at] = (
+                    np.array(x[..., first - fusion.start :].astype(mx.float32)) for x in trace[1:]
+                )
+        return GateStats(tuple(link.receiver_layers), start, link.fuser.gates, weight, norms, added)
 
 
 def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -295,6 +320,11 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     if progress is None:
         return None
     return lambda done, _: progress(before + done, total)
+
+
+def _reads(link: C2C) -> tuple[int, str]:
+    """What decides how a link's sharer reads a chat."""
+    return id(link.sharer), link.fuser.config.alignment
 
 
 def _messages(link: C2C, text: TokenAlignment) -> np.ndarray:

@@ -324,7 +324,6 @@ def test_stats_describe_the_last_extension(make: MakeC2C) -> None:
     assert (stats.weight[0, 1] == 0).all() and (stats.relative_change[0, 1] == 0).all()
     assert (stats.weight[1] > 0).all() and (stats.weight <= 1).all()
     assert (stats.relative_change[1] > 0).all()
-    assert stats.mean_weight.shape == stats.weight.shape[:-1]
 
 
 def test_refuses_models_of_other_shapes(make: MakeC2C) -> None:
@@ -406,6 +405,17 @@ def test_several_sharers_turn_by_turn(several: list[C2C], order: Order) -> None:
     assert all(s is not None and s.change.max() > 0 for s in stats)
 
 
+def test_a_sharer_in_two_links_reads_once(several: list[C2C]) -> None:
+    prefix, (chat, moved, _) = FusedPrefix(*several), for_each(prompt(FIRST))
+    prefix.extend_all([chat, moved, chat])
+    assert prefix.sharers[0] is prefix.sharers[2] is not prefix.sharers[1]
+    assert prefix.last is not None
+    read = sum(text.index[: prefix.last.stop].max() + 1 for text in (chat, moved))
+    assert prefix.last.sharer_tokens == read
+    with pytest.raises(C2CError, match="the same text"):
+        prefix.extend_all([chat, moved, shifted(chat)])
+
+
 def test_one_of_several_changes(several: list[C2C]) -> None:
     prompts = for_each(prompt(FIRST, ANSWER))
     growing = FusedPrefix(*several)
@@ -463,6 +473,19 @@ class Follow:
         )
 
 
+def assert_same_stats(grown: FusedPrefix, fresh: FusedPrefix, text: TokenAlignment) -> None:
+    """A turn's stats, and those of its last position, are what a prefill of its text tells."""
+    fresh.extend_all([text])
+    for since in (0, len(text.receiver_ids) - 2):
+        found, expected = grown.stats(since=since), fresh.stats(since=since)
+        assert found is not None and expected is not None
+        assert found.start == expected.start >= since
+        for name in ("weight", "own", "change"):
+            a, b = getattr(found, name), getattr(expected, name)
+            np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name)
+        assert found.change.any()
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("message_gate", [False, True])
 def test_a_fused_answer_equals_a_prefill_of_it(
@@ -478,8 +501,7 @@ def test_a_fused_answer_equals_a_prefill_of_it(
     assert answer.ids == said[: len(answer.ids)] and len(answer.ids) >= 5
     whole = answer.add([5])  # not read yet, so the caches hold all but it
     assert_same(prefix.cache, FusedPrefix(c2c).extend_all([whole]), 1e-4)
-    stats = prefix.stats()
-    assert stats is not None and stats.start >= len(start.receiver_ids) - 1
+    assert_same_stats(prefix, FusedPrefix(c2c), whole)
 
     longer = replace(whole, receiver_ids=[*whole.receiver_ids[:-1], 6])
     prefix.extend_all([longer])
