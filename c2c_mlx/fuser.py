@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "relu": nn.relu,
 }
 NORM_EPS = 1e-6
+PASS = 1 << 28  # numbers that a pass may hold at once; 1 GB of float32
 GROUP = 64  # numbers of a row that share a scale once it is quantised
 
 
@@ -212,13 +213,12 @@ class Fuser(nn.Module):
         if not slices:
             empty = mx.zeros((0, batch, heads, length, head_dim), receiver[0].dtype)
             return Change([], empty, empty[..., :1], None)
-        dropout = self.config.dropout if self.training else 0.0
-        p, s, m = project(params, sharer, receiver, slices, self.config, dropout, messages)
+        p, s, score = self._project(params, sharer, receiver, slices)
         p = p.reshape(len(slices), batch, length, heads, head_dim).transpose(0, 1, 3, 2, 4)
         s = s.reshape(len(slices), batch, length, heads, 1).transpose(0, 1, 3, 2, 4)
-        weight = s
-        if m is not None:
-            m = m[:, :, None]  # [1, B, 1, N, 1]
+        weight, m = s, None
+        if score is not None:
+            m = mx.sigmoid(_message_mean(score, messages))[:, :, None]  # [1, B, 1, N, 1]
             # As the paper's gate: soft while it learns, then nothing is added below a half.
             weight = weight * (m if self.training else mx.where(m > 0.5, m, 0.0))
         if messages is not None and (messages < 0).any():
@@ -228,6 +228,27 @@ class Fuser(nn.Module):
             uniform = mx.random.uniform(shape=weight.shape)  # keys' noise before values'
             weight = weight * soft_gates(logit, uniform, self.temperature)
         return Change(slices, weight * p, s, m)
+
+    def _project(
+        self, params: dict[str, Any], sharer: KV, receiver: KV, slices: list[tuple[int, int]]
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """`project`, at inference in parts of which each fits into `PASS` numbers."""
+        if self.training:
+            return project(params, sharer, receiver, slices, self.config, self.config.dropout)
+        length = receiver[0].shape[3]
+        step = max(PASS // (receiver[0].shape[1] * pass_width(self.config)), 1)
+        if length <= step:
+            return project(params, sharer, receiver, slices, self.config)
+        parts = []
+        for at in range(0, length, step):
+            here = np.s_[..., at : at + step, :]
+            (sk, sv), (rk, rv) = sharer, receiver
+            pairs = (sk[here], sv[here]), (rk[here], rv[here])
+            parts.append(project(params, *pairs, slices, self.config))
+            mx.eval(parts[-1])
+        p, s, score = map(list, zip(*parts, strict=True))
+        voted = mx.concatenate(score, axis=2) if self.config.message_gate else None
+        return mx.concatenate(p, axis=2), mx.concatenate(s, axis=2), voted
 
     def _select(self) -> tuple[list[tuple[int, int]], dict[str, Any]]:
         """The slices that take part, and their parameters with one leading axis [S, ...]."""
@@ -261,6 +282,13 @@ class Fuser(nn.Module):
         return known[1], known[2]
 
 
+def pass_width(config: FuserConfig) -> int:
+    """Numbers that a pass over all slices holds per position, as measured at two sizes."""
+    width = config.sharer.width + 3 * config.receiver.width
+    inside = 7 * (config.hidden_dim + config.intermediate_dim)
+    return len(config.fused_kinds) * len(config.layer_map) * (width + inside)
+
+
 def soft_gates(logit: mx.array, uniform: mx.array, temperature: float) -> mx.array:
     """The gates in training: sigmoid of the logit plus one Gumbel variate (paper, Eq. 6).
 
@@ -279,8 +307,7 @@ def project(
     receiver: KV,
     slices: list[tuple[int, int]],
     config: FuserConfig,
-    dropout: float,
-    messages: np.ndarray | None,
+    dropout: float = 0.0,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """The maths of one pass over S slices.
 
@@ -291,11 +318,10 @@ def project(
         slices: which of them, keys before values.
         config: the fuser's configuration.
         dropout: probability of dropping a channel inside a block.
-        messages: [B, N] message numbers, or None.
 
     Returns:
-        The projection [S, B, N, Hr*Dr], the dynamic weights [S, B, N, Hr], and the message gate
-        [1, B, N, 1] or None.
+        The projection [S, B, N, Hr*Dr], the dynamic weights [S, B, N, Hr], and the votes on the
+        message gate [1, B, N, 1] or None.
     """
     shape = (len(slices), receiver[0].shape[1], receiver[0].shape[3], -1)
     act = ACTIVATIONS[config.activation]
@@ -316,12 +342,11 @@ def project(
     p = _linear(params["proj_out"], p)
     if config.normalise:
         p = p * params["output_scale"][:, None]
-    m = None
+    score = None
     if config.message_gate:
         # All slices vote on one gate: thirty gates of their own would leave some open by mistake.
         score = _linear(params["message_head"], h).reshape(shape).mean(axis=0, keepdims=True)
-        m = mx.sigmoid(_message_mean(score, messages))
-    return p.reshape(shape), s.reshape(shape), m
+    return p.reshape(shape), s.reshape(shape), score
 
 
 def _message_mean(score: mx.array, messages: np.ndarray | None) -> mx.array:

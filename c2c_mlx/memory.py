@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from c2c_mlx import checkpoint
 from c2c_mlx.config import FuserConfig, ModelShape, TrainConfig
 from c2c_mlx.errors import C2CError
+from c2c_mlx.fuser import PASS, pass_width
 
 CONTEXT = 4096  # positions that a conversation is taken to reach
 CHUNK = 512  # positions per pass of a prefill, as in `generate.PREFILL_CHUNK`
@@ -82,7 +83,7 @@ def preflight(
         caches += models[0].cache_per_token * tokens  # the fused cache
         on_disk = checkpoint.find_file(fuser, checkpoint.WEIGHTS).stat().st_size
         fuser_bytes = 4 * _parameters(replace(config, bits=0)) if _is_dense() else on_disk
-        passes.append(_fuser_pass(config) * tokens)
+        passes.append(_floats(min(pass_width(config) * tokens, PASS)))
     weights = [m.weights for m in models]
     return _checked(
         Need(weights[0], sum(weights[1:]), fuser_bytes, caches + max(passes), tokens, limit())
@@ -220,14 +221,6 @@ def _per_position(config: FuserConfig) -> int:
     blocks = (config.depth) * (3 * config.hidden_dim + 2 * config.intermediate_dim)
     slices = len(config.fused_kinds) * len(config.layer_map)
     return slices * (2 * width + blocks + 2 * config.receiver.width)
-
-
-def _fuser_pass(config: FuserConfig) -> int:
-    """Bytes per position of a pass over all slices, as measured at two sizes of fuser."""
-    width = config.sharer.width + config.receiver.width
-    inside = 7 * (config.hidden_dim + config.intermediate_dim)
-    slices = len(config.fused_kinds) * len(config.layer_map)
-    return _floats(slices * (width + inside + 2 * config.receiver.width))
 
 
 def _floats(count: int) -> int:

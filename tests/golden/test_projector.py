@@ -55,7 +55,7 @@ def test_projection_and_dynamic_weight_of_closed_slices_too(case: str) -> None:
     fuser, io = load(case), arrays(f"projector/{case}/io.safetensors")
     sharer, receiver, both = pair(io, "source_{}"), pair(io, "target_{}"), [(0, 0), (1, 0)]
     params = tree_map(lambda p: p[:, 0], fuser.parameters())
-    projection, weight, _ = project(params, sharer, receiver, both, fuser.config, 0.0, None)
+    projection, weight, _ = project(params, sharer, receiver, both, fuser.config)
     for row, kind in enumerate(KINDS):
         assert_close(projection[row], io[f"mid.{kind}_proj_out"], kind)
         assert_close(weight[row], mx.sigmoid(io[f"mid.{kind}_scalar_head"]), kind)
