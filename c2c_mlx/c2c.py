@@ -49,6 +49,11 @@ class C2C:
                 kv.Rotation(sharer, self.sharer_layers, "sharer"),
             )
 
+    @property
+    def reading(self) -> tuple[int, str]:
+        """What decides how the sharer reads a chat: links that agree in it can share its cache."""
+        return id(self.sharer), self.fuser.config.alignment
+
     def prefill(
         self,
         receiver_ids: Sequence[int],

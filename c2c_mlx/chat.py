@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from c2c_mlx import kv, relay
-from c2c_mlx.alignment import TokenAlignment, align_chat, render, tokenize
+from c2c_mlx.alignment import AnswerAlignment, TokenAlignment, align_chat, render, tokenize
 from c2c_mlx.checkpoint import check_models
 from c2c_mlx.config import ModelShape, SamplingConfig
 from c2c_mlx.errors import C2CError
@@ -30,7 +30,15 @@ from c2c_mlx.events import (
     Text,
 )
 from c2c_mlx.fuser import Fuser
-from c2c_mlx.generate import C2C, FusedPrefix, GateStats, Prefix, common_prefix, decode
+from c2c_mlx.generate import (
+    C2C,
+    FusedPrefix,
+    GateStats,
+    Order,
+    Prefix,
+    common_prefix,
+    decode,
+)
 from c2c_mlx.models import LanguageModel
 from c2c_mlx.store import no_fuser
 
@@ -79,7 +87,7 @@ class _Cost:
 
 
 class ChatSession:
-    """Two models, an optional fuser, and one conversation per mode.
+    """A receiver, its sharers with a fuser each, and one conversation per mode.
 
     Every mode has its own history and its own caches, so a turn costs only its new tokens.
 
@@ -87,12 +95,17 @@ class ChatSession:
         receiver: the model that answers.
         sharer: the model that is read; None: only `receiver` mode works.
         fuser: made for the two; None: `c2c` mode does not work.
+        others: more sharers for `c2c` mode, each with its fuser into the receiver. One model may be
+            there twice, with fusers of its own.
+        order: of several sharers, see `FusedPrefix`.
+        fuse_response: the sharers read along while the receiver writes, and every new token is
+            fused; else the prompt alone is.
         sampling: the same for every mode.
         system: a system prompt, or None for whatever the models' templates say.
         on_prefill: told how far the reading of a prompt is, about once per 512 positions.
 
     Raises:
-        C2CError: if the fuser was not made for these models.
+        C2CError: if a fuser was not made for its models.
     """
 
     def __init__(
@@ -101,6 +114,9 @@ class ChatSession:
         sharer: LanguageModel | None = None,
         fuser: Fuser | None = None,
         *,
+        others: Sequence[tuple[LanguageModel, Fuser]] = (),
+        order: Order = "sequential",
+        fuse_response: bool = False,
         sampling: SamplingConfig | None = None,
         system: str | None = None,
         on_prefill: Callable[[Prefilling], None] = lambda event: None,
@@ -109,14 +125,10 @@ class ChatSession:
         self.sampling = sampling or SamplingConfig()
         self.system = system
         self.on_prefill = on_prefill
-        self.c2c: C2C | None = None
-        if fuser is not None and sharer is not None:
-            check_models(
-                fuser.config,
-                _shape(receiver, fuser.config.receiver),
-                _shape(sharer, fuser.config.sharer),
-            )
-            self.c2c = C2C(receiver.model, sharer.model, fuser)
+        self.order, self.fuse_response = order, fuse_response
+        pairs = [(sharer, fuser), *others] if sharer is not None and fuser is not None else []
+        self.links = [link(receiver, *pair) for pair in pairs]
+        self._read = [lm for lm, _ in pairs]  # the sharer of each link
         self.reset()
 
     def reset(self) -> None:
@@ -124,8 +136,10 @@ class ChatSession:
         self.history: dict[Mode, Messages] = {}
         self._background: Messages = []  # the relay's other conversation, with the sharer
         self._prefixes: dict[str, Prefix] = {}
-        self._fused = FusedPrefix(self.c2c) if self.c2c else None
-        self._aligned: TokenAlignment | None = None
+        self._forget_fused()
+
+    def _forget_fused(self) -> None:
+        self._fused = FusedPrefix(*self.links, order=self.order) if self.links else None
 
     def undo(self, mode: Mode) -> None:
         """Forgets the mode's last turn; its caches are rolled back when they are next used."""
@@ -153,54 +167,62 @@ class ChatSession:
             self._background = [m for i, m in enumerate(history) if i % 4 < 2]
 
     @property
-    def gates(self) -> Gates:
-        """The fuser's gates as plain values, empty without a fuser."""
-        if self.c2c is None:
-            return (), ()
-        keys, values = self.c2c.fuser.gates.tolist()
-        return tuple(keys), tuple(values)
+    def gates(self) -> tuple[Gates, ...]:
+        """Each fuser's gates as plain values."""
+        found = (link.fuser.gates.tolist() for link in self.links)
+        return tuple((tuple(keys), tuple(values)) for keys, values in found)
 
-    def set_gates(self, gates: Gates) -> None:
-        """Opens and closes gates of the fuser; a kind that is not fused stays closed.
+    def set_gates(self, gates: Sequence[Gates]) -> None:
+        """Opens and closes gates of each fuser; a kind that is not fused stays closed.
 
         What has been fused so far was fused with other gates, so it is fused anew in the next turn.
         """
-        if self.c2c is None:
-            return
-        fuser = self.c2c.fuser
-        for kind, at in np.argwhere(fuser.gates != np.array(gates)).tolist():
-            if kind in fuser.kinds:
-                fuser.set_gate(kind, at, gates[kind][at])
-        self._fused = FusedPrefix(self.c2c)
+        for link, wanted in zip(self.links, gates, strict=True):
+            for kind, at in np.argwhere(link.fuser.gates != np.array(wanted)).tolist():
+                if kind in link.fuser.kinds:
+                    link.fuser.set_gate(kind, at, wanted[kind][at])
+        self._forget_fused()
 
     def messages(self, mode: Mode) -> Messages:
         """The mode's conversation so far, the system prompt first if there is one."""
         return [*self._opening(), *self.history.get(mode, [])]
 
-    def gate_stats(self) -> GateStats | None:
+    def gate_stats(self, sharer: int = 0) -> GateStats | None:
         """How the latest C2C turn changed the receiver's cache; computed when asked for."""
-        return self._fused.stats() if self._fused else None
+        return self._fused.stats(sharer) if self._fused else None
 
-    def gate_report(self) -> GateReport | None:
-        """The same for people to look at: means over heads, and tokens by their text."""
-        stats, aligned = self.gate_stats(), self._aligned
-        if stats is None or aligned is None or self.c2c is None or self.sharer is None:
-            return None
+    def gate_reports(self, *, of_last_token: bool = False) -> list[GateReport]:
+        """The same for people to look at: means over heads, and tokens by their text.
+
+        Args:
+            of_last_token: leaves out everything before it, for a look while an answer is fused.
+
+        Returns:
+            One per sharer by which something was changed.
+        """
+        if self._fused is None or self._fused.last is None:
+            return []
+        texts, since = self._fused.last.texts, self._fused.last.stop - 1 if of_last_token else 0
+        found = ((at, self._fused.stats(at, since)) for at in range(len(texts)))
+        return [self._gate_report(at, texts[at], stats) for at, stats in found if stats]
+
+    def _gate_report(self, sharer: int, text: TokenAlignment, stats: GateStats) -> GateReport:
         stop = stats.start + stats.weight.shape[-1]
-        readers = self.receiver.tokenizer, self.sharer.tokenizer
-        feeding = [aligned.sharer_ids[i] for i in aligned.index[stats.start : stop]]
-        pairs = zip(aligned.receiver_ids[stats.start : stop], feeding, strict=True)
+        readers = self.receiver.tokenizer, self._read[sharer].tokenizer
+        feeding = [text.sharer_ids[i] for i in text.index[stats.start : stop]]
+        pairs = zip(text.receiver_ids[stats.start : stop], feeding, strict=True)
         weights = stats.weight.mean(axis=2)
         changes = (stats.change / np.maximum(stats.own, 1e-12)).mean(axis=2)
         return GateReport(
-            layers=self.c2c.fuser.config.layer_map,
-            gates=self.gates,
+            layers=self.links[sharer].fuser.config.layer_map,
+            gates=self.gates[sharer],
             weights=_rounded(weights.mean(axis=-1)),
             changes=_rounded(stats.relative_change.mean(axis=-1)),
             tokens=tuple((readers[0].decode([r]), readers[1].decode([s])) for r, s in pairs),
             token_weights=_rounded(weights),
             token_changes=_rounded(changes),
             start=stats.start,
+            sharer=sharer,
         )
 
     def stop(self) -> None:
@@ -247,7 +269,7 @@ class ChatSession:
                 self.history.setdefault(mode, []).extend(turn)
             else:
                 self._background = background
-        gates = int(self.c2c.fuser.gates.sum()) if self.c2c and mode == "c2c" else 0
+        gates = sum(int(link.fuser.gates.sum()) for link in self.links) if mode == "c2c" else 0
         yield Finished(
             mode,
             said.strip(),
@@ -317,37 +339,37 @@ class ChatSession:
 
     def _from_fused(self, messages: Messages, cost: _Cost) -> Iterator[str]:
         """Both models read, the receiver writes; pieces of text, one per token."""
-        if self._fused is None or self.c2c is None:
+        if self._fused is None:
             raise C2CError(no_fuser(self.receiver.name, self._other.name))
         tic = time.perf_counter()
-        aligned = align_chat(
-            messages,
-            self.receiver.tokenizer,
-            self._other.tokenizer,
-            strategy=self.c2c.fuser.config.alignment,
-        )
+        prompts = align_to_each(messages, self.receiver, self.links, self._read)
         cost.align_s = time.perf_counter() - tic
-        sampling = _fitting(self.receiver, aligned.receiver_ids, self.sampling)
-        _fitting(self._other, aligned.sharer_ids, self.sampling)
-        cache = self._fused.extend(
-            aligned.receiver_ids,
-            aligned.sharer_ids,
-            aligned.index,
-            aligned.message,
-            self._report("c2c"),
-        )
-        self._aligned = aligned
+        ids = prompts[0].receiver_ids
+        sampling = _fitting(self.receiver, ids, self.sampling)
+        for lm, prompt in zip(self._read, prompts, strict=True):
+            _fitting(lm, prompt.sharer_ids, self.sampling)
+        cache = self._fused.extend_all(prompts, self._report("c2c"))
         fusion = self._fused.last
         assert fusion is not None
-        cost.prompt_tokens = len(aligned.receiver_ids)
+        cost.prompt_tokens = len(ids)
         cost.new_prompt_tokens = fusion.stop - fusion.start + 1
         cost.sharer_s, cost.receiver_s, cost.fuse_s = (
             fusion.sharer_s,
             fusion.receiver_s,
             fusion.fuse_s,
         )
-        last = aligned.receiver_ids[-1:]
-        for _, piece in _decode(self.receiver, cache, last, sampling, cost):
+        model: Any = self.receiver.model
+        if self.fuse_response:
+            model = self._fused.answering(
+                [
+                    AnswerAlignment(
+                        *(messages, prompt, self.receiver.tokenizer, lm.tokenizer),
+                        strategy=link.fuser.config.alignment,
+                    )
+                    for lm, prompt, link in zip(self._read, prompts, self.links, strict=True)
+                ]
+            )
+        for _, piece in _decode(self.receiver, cache, ids[-1:], sampling, cost, model):
             yield piece
 
     @property
@@ -380,10 +402,43 @@ def _rounded(values: np.ndarray) -> Any:
 
 
 def _decode(
-    lm: LanguageModel, cache: kv.Cache, last: Sequence[int], sampling: SamplingConfig, cost: _Cost
+    lm: LanguageModel,
+    cache: kv.Cache,
+    last: Sequence[int],
+    sampling: SamplingConfig,
+    cost: _Cost,
+    model: Any = None,
 ) -> Iterator[tuple[int, str]]:
-    """`decode`, with the reason why it ended noted in `cost`."""
-    cost.reason = yield from decode(lm.model, lm.tokenizer, cache, last, sampling, lm.stop_strings)
+    """`decode`, with the reason why it ended noted in `cost`; `model` stands for the lm's own."""
+    model = lm.model if model is None else model
+    cost.reason = yield from decode(model, lm.tokenizer, cache, last, sampling, lm.stop_strings)
+
+
+def link(receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> C2C:
+    """A sharer's way into the receiver.
+
+    Raises:
+        C2CError: if the fuser was not made for these models.
+    """
+    config = fuser.config
+    check_models(config, _shape(receiver, config.receiver), _shape(sharer, config.sharer))
+    return C2C(receiver.model, sharer.model, fuser)
+
+
+def align_to_each(
+    messages: Messages,
+    receiver: LanguageModel,
+    links: Sequence[C2C],
+    sharers: Sequence[LanguageModel],
+) -> list[TokenAlignment]:
+    """The receiver's prompt, aligned to the one of each link's sharer."""
+    known: dict[tuple[int, str], TokenAlignment] = {}
+    for link, lm in zip(links, sharers, strict=True):
+        if link.reading not in known:
+            known[link.reading] = align_chat(
+                *(messages, receiver.tokenizer, lm.tokenizer), strategy=link.fuser.config.alignment
+            )
+    return [known[link.reading] for link in links]
 
 
 def _shape(lm: LanguageModel, wanted: ModelShape) -> ModelShape:

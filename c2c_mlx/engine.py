@@ -122,8 +122,8 @@ class InferenceThread(threading.Thread):
         """Opens and closes the fuser's gates, from the next answer on."""
 
         def job() -> None:
-            self._ready.set_gates(gates)
-            self.events.put(GatesSet(self._ready.gates))
+            self._ready.set_gates([gates] if self._ready.links else [])
+            self.events.put(GatesSet(self._gates))
 
         self._jobs.put(job)
 
@@ -208,7 +208,7 @@ class InferenceThread(threading.Thread):
                 context_length=receiver.context_length,
                 receiver_layers=len(receiver.model.layers),
                 layers=fuser.config.layer_map if fuser else (),
-                gates=session.gates,
+                gates=self._gates,
             )
         )
 
@@ -244,8 +244,9 @@ class InferenceThread(threading.Thread):
                         session.stop()
                     answered = answered or isinstance(event, Text)
                     self.events.put(event)
-                if mode == "c2c" and answered and (report := session.gate_report()):
-                    self.events.put(report)
+                if mode == "c2c" and answered:
+                    for report in session.gate_reports():
+                        self.events.put(report)
             except Exception as e:
                 self.events.put(Failed(explain(e), mode))
 
@@ -258,6 +259,10 @@ class InferenceThread(threading.Thread):
         if self._closing:
             raise _Closing
         self.events.put(progress)
+
+    @property
+    def _gates(self) -> Gates:
+        return next(iter(self._ready.gates), ((), ()))
 
     @property
     def _cancelled(self) -> bool:

@@ -111,7 +111,7 @@ class FusedPrefix:
         self.links, self.order = links, order
         self.own = Prefix(links[0].receiver)
         readers: dict[tuple[int, str], Prefix] = {}
-        self.sharers = [readers.setdefault(_reads(link), Prefix(link.sharer)) for link in links]
+        self.sharers = [readers.setdefault(link.reading, Prefix(link.sharer)) for link in links]
         self.cache = kv.make_cache(links[0].receiver)
         # Per fused position: its id, and per sharer the position that feeds it and its message.
         self.feeds: list[tuple[Any, ...]] = []
@@ -320,11 +320,6 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     if progress is None:
         return None
     return lambda done, _: progress(before + done, total)
-
-
-def _reads(link: C2C) -> tuple[int, str]:
-    """What decides how a link's sharer reads a chat."""
-    return id(link.sharer), link.fuser.config.alignment
 
 
 def _messages(link: C2C, text: TokenAlignment) -> np.ndarray:

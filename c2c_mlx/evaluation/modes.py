@@ -84,7 +84,7 @@ class Modes:
         max_tokens: int,
     ) -> None:
         self.receiver, self.sharer = receiver, sharer
-        self.c2c = c2c = ChatSession(receiver, sharer, fuser).c2c
+        self.c2c = c2c = next(iter(ChatSession(receiver, sharer, fuser).links), None)
         self._silent = c2c and _Silent(c2c.receiver, c2c.sharer, c2c.fuser)
         self.partners = derangement(items, seed)
         self.max_tokens = max_tokens

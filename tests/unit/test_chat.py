@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,6 +17,7 @@ from c2c_mlx import ChatSession, Fuser, LanguageModel
 from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
+from c2c_mlx.generate import Order
 
 SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
 modes = pytest.mark.parametrize("mode", MODES)
@@ -278,3 +280,84 @@ def test_a_turn_that_is_asked_again_tells_of_its_gates_again(make: MakeSession) 
     assert first is not None and second is not None and second.start >= first.start > 0
     at = second.start - first.start
     np.testing.assert_allclose(second.change, first.change[..., at:], rtol=1e-4)
+
+
+# --- several sharers, fused answers
+
+
+@pytest.fixture(scope="module")
+def second(sharer: LanguageModel, receiver: LanguageModel) -> tuple[LanguageModel, Fuser]:
+    """The same sharer with another fuser."""
+    mx.random.seed(2)
+    fuser = Fuser(FuserConfig(receiver.shape, sharer.shape, ((0, 0), (3, 5)), 24, 20))
+    fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+    fuser.eval()
+    return sharer, fuser
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_several_sharers_answer_turn_by_turn(
+    make: MakeSession, second: tuple[LanguageModel, Fuser], order: Order
+) -> None:
+    several: dict[str, Any] = {"others": [second], "order": order}
+    session, fresh = make(**several), make(**several)
+    one, both = ask(make(), "Who wrote it?", "c2c")[1], ask(session, "Who wrote it?", "c2c")[1]
+    assert both.text != one.text
+    assert both.figures.gates_open == one.figures.gates_open + 4
+    reports = session.gate_reports()
+    assert [r.sharer for r in reports] == [0, 1] and [len(r.layers) for r in reports] == [4, 2]
+    fresh.history["c2c"] = [dict(m) for m in session.history["c2c"]]
+    assert ask(session, "And when?", "c2c")[1].text == ask(fresh, "And when?", "c2c")[1].text
+
+
+def test_a_sharer_with_closed_gates_might_as_well_not_be_there(
+    make: MakeSession, second: tuple[LanguageModel, Fuser]
+) -> None:
+    session = make(others=[second])
+    mine = session.gates
+    session.set_gates([mine[0], ((False, False), (False, False))])
+    alone = ask(make(), "Who wrote it?", "c2c")[1].text
+    assert ask(session, "Who wrote it?", "c2c")[1].text == alone
+    assert [r.sharer for r in session.gate_reports()] == [0]
+    session.set_gates(mine)
+    assert session.gates == mine
+
+
+@pytest.mark.parametrize("with_second", [False, True])
+def test_a_fused_answer_is_told_of_and_not_read_again(
+    make: MakeSession, second: tuple[LanguageModel, Fuser], with_second: bool
+) -> None:
+    session = make(fuse_response=True, others=[second] if with_second else [])
+    live, answer = [], session.ask("Who wrote it?")
+    for event in answer:
+        if isinstance(event, Text):
+            live.append(session.gate_reports(of_last_token=True))
+    whole = session.gate_reports()
+    assert len(whole) == len(live[-1]) == 1 + with_second
+    assert isinstance(event, Finished)
+    n = event.figures.prompt_tokens
+    for before, after in itertools.pairwise(live):
+        assert before[0].start < after[0].start and len(after[0].tokens) == 1
+    for last, report in zip(live[-1], whole, strict=True):
+        assert report.start == 0 and last.start >= n
+        assert len(report.tokens) == last.start + 1
+        column = [[row[last.start] for row in kind] for kind in report.token_weights]
+        expected = [[row[0] for row in kind] for kind in last.token_weights]
+        np.testing.assert_allclose(column, expected, atol=1e-3)
+    # What was written has been read by all; the next turn begins behind it.
+    again = ask(session, "And when?", "c2c")[1].figures
+    assert again.new_prompt_tokens < again.prompt_tokens - n
+    fresh = make(fuse_response=True, others=[second] if with_second else [])
+    fresh.history["c2c"] = session.history["c2c"][:2]
+    assert ask(fresh, "And when?", "c2c")[1].text == session.history["c2c"][-1]["content"]
+
+
+def test_with_every_gate_closed_a_fused_answer_is_the_receivers(make: MakeSession) -> None:
+    session = make(fuse_response=True)
+    (keys, values), shut = session.gates[0], (False,) * 4
+    session.set_gates([(shut, shut)])
+    texts = [ask(session, "Who wrote it?", mode)[1].text for mode in ("c2c", "receiver")]
+    assert texts[0] == texts[1]
+    session.set_gates([(keys, values)])
+    session.reset()
+    assert ask(session, "Who wrote it?", "c2c")[1].text != texts[1]
