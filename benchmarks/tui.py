@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from c2c_mlx import events
-from c2c_mlx.config import SamplingConfig
-from c2c_mlx.engine import InferenceThread, Pair
+from c2c_mlx.config import Pair, SamplingConfig
+from c2c_mlx.engine import InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import until
@@ -48,7 +48,7 @@ def tiny_pair(folder: Path) -> Pair:
         f"f.gate_logit = f.gate_logit + 1; f.save({str(folder)!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    return Pair(str(TINY / "receiver"), str(TINY / "sharer"), str(folder))
+    return Pair(str(TINY / "receiver"), (str(TINY / "sharer"),), (str(folder),))
 
 
 def report(layers: int, tokens: int, seed: int) -> events.GateReport:
@@ -76,11 +76,11 @@ async def gate_panel() -> None:
     async with chat.run_test(size=(140, 60)) as pilot:
         await until(lambda: chat.loaded is not None)
         view = chat.main.gate_panel.view
+        diagonal, is_open = tuple((i, i) for i in range(layers)), ((True,) * layers,) * 2
+        link = events.Link("sharer", "fuser", diagonal, is_open)
         view.show_loaded(
             events.Loaded(
-                *("receiver", "sharer", "fuser", "none", 0.0, 4096, layers),
-                tuple((i, i) for i in range(layers)),
-                ((True,) * layers, (True,) * layers),
+                *("receiver", ("sharer",), (link,), "none", 0.0, 4096, layers),
             )
         )
         reports = [report(layers, tokens, seed) for seed in range(40)]
@@ -90,7 +90,7 @@ async def gate_panel() -> None:
             times = []
             for at in range(1, len(reports) + 1):
                 tic = time.thread_time()
-                view.show_reports(list(reports[:at]))
+                view.show_reports([[r] for r in reports[:at]])
                 rows = [view.render_line(y) for y in range(view.size.height)]
                 times.append(1e3 * (time.thread_time() - tic))
             assert len(rows) >= layers
@@ -159,7 +159,7 @@ def p95(values: list[float]) -> float:
 def ends(pair: Pair, home: Path, cycles: int) -> None:
     """Starts c2c-chat in a pseudo-terminal, asks, stops or not, quits; counts what goes wrong."""
     command = [str(Path(sys.executable).with_name("c2c-chat")), "--max-tokens", "200"]
-    command += ["--receiver", pair.receiver, "--sharer", pair.sharer, "--fuser", str(pair.fuser)]
+    command += ["--receiver", pair.receiver, "--sharer", *pair.sharers, "--fuser", *pair.fusers]
     codes: dict[Any, int] = {}
     dirty = 0
     for number in range(cycles):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,12 @@ class TokenAlignment:
     sharer_ids: list[int]
     index: npt.NDArray[np.int32]
     message: npt.NDArray[np.int32]
+
+    def with_sharer_of(self, other: TokenAlignment) -> Self:
+        """The same chat fed by another chat's sharer: a control."""
+        scale = (len(other.sharer_ids) - 1) / max(len(self.sharer_ids) - 1, 1)
+        index = np.round(self.index * scale).astype(self.index.dtype)
+        return replace(self, sharer_ids=other.sharer_ids, index=index)
 
 
 def align_chat(

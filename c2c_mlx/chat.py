@@ -15,7 +15,7 @@ import numpy as np
 from c2c_mlx import kv, relay
 from c2c_mlx.alignment import AnswerAlignment, TokenAlignment, align_chat, render, tokenize
 from c2c_mlx.checkpoint import check_models
-from c2c_mlx.config import ModelShape, SamplingConfig
+from c2c_mlx.config import ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
     Event,
@@ -34,7 +34,6 @@ from c2c_mlx.generate import (
     C2C,
     FusedPrefix,
     GateStats,
-    Order,
     Prefix,
     common_prefix,
     decode,
@@ -128,7 +127,7 @@ class ChatSession:
         self.order, self.fuse_response = order, fuse_response
         pairs = [(sharer, fuser), *others] if sharer is not None and fuser is not None else []
         self.links = [link(receiver, *pair) for pair in pairs]
-        self._read = [lm for lm, _ in pairs]  # the sharer of each link
+        self.sharers = [lm for lm, _ in pairs] or [lm for lm in (sharer,) if lm]
         self.reset()
 
     def reset(self) -> None:
@@ -208,7 +207,7 @@ class ChatSession:
 
     def _gate_report(self, sharer: int, text: TokenAlignment, stats: GateStats) -> GateReport:
         stop = stats.start + stats.weight.shape[-1]
-        readers = self.receiver.tokenizer, self._read[sharer].tokenizer
+        readers = self.receiver.tokenizer, self.sharers[sharer].tokenizer
         feeding = [text.sharer_ids[i] for i in text.index[stats.start : stop]]
         pairs = zip(text.receiver_ids[stats.start : stop], feeding, strict=True)
         weights = stats.weight.mean(axis=2)
@@ -342,11 +341,11 @@ class ChatSession:
         if self._fused is None:
             raise C2CError(no_fuser(self.receiver.name, self._other.name))
         tic = time.perf_counter()
-        prompts = align_to_each(messages, self.receiver, self.links, self._read)
+        prompts = align_to_each(messages, self.receiver, self.links, self.sharers)
         cost.align_s = time.perf_counter() - tic
         ids = prompts[0].receiver_ids
         sampling = _fitting(self.receiver, ids, self.sampling)
-        for lm, prompt in zip(self._read, prompts, strict=True):
+        for lm, prompt in zip(self.sharers, prompts, strict=True):
             _fitting(lm, prompt.sharer_ids, self.sampling)
         cache = self._fused.extend_all(prompts, self._report("c2c"))
         fusion = self._fused.last
@@ -366,7 +365,7 @@ class ChatSession:
                         *(messages, prompt, self.receiver.tokenizer, lm.tokenizer),
                         strategy=link.fuser.config.alignment,
                     )
-                    for lm, prompt, link in zip(self._read, prompts, self.links, strict=True)
+                    for lm, prompt, link in zip(self.sharers, prompts, self.links, strict=True)
                 ]
             )
         for _, piece in _decode(self.receiver, cache, ids[-1:], sampling, cost, model):

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -57,12 +57,16 @@ def save(fuser: Fuser, folder: str | Path, dtype: mx.Dtype | None = None) -> Non
         write_description(staging, fuser.config, fuser.provenance)
 
 
-def load(folder: str | Path) -> Fuser:
+def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
     """Reads a fuser folder in inference mode: as it is on a GPU, dense float32 on the CPU.
+
+    Args:
+        folder: the fuser's.
+        bits: to which its weights are rounded, on the CPU as well; 0: they stay as they are.
 
     Raises:
         C2CError: if anything is missing, damaged, superfluous, misshapen, not a float, not finite,
-            or made by a newer version.
+            or made by a newer version; or if it is to be quantised for a second time.
     """
     folder = Path(folder)
     config, provenance = read_description(folder)
@@ -77,6 +81,10 @@ def load(folder: str | Path) -> Fuser:
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: '{bad}' in {WEIGHTS} holds NaN or infinite numbers")
     fuser.update(tree_unflatten(list(weights.items())))
+    if bits and bits != config.bits:
+        if config.bits:
+            raise C2CError(f"{folder}: has {config.bits} bits already; start from the original")
+        fuser.quantise(bits)
     if on_cpu:
         fuser.dequantise()
     mx.eval(fuser.parameters())  # a lazy array would break when its file is replaced

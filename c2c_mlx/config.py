@@ -14,6 +14,8 @@ from c2c_mlx.errors import C2CError
 
 FORMAT_VERSION = 1
 
+Order = Literal["sequential", "parallel"]
+
 T = TypeVar("T")
 
 
@@ -143,6 +145,41 @@ class FuserConfig:
     def fused_kinds(self) -> tuple[str, ...]:
         """The leading axis of every parameter: keys before values."""
         return ("keys", "values") if self.kinds == "both" else (self.kinds,)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who talks, by names that `models.load_model` and `store.find_folder` understand.
+
+    Attributes:
+        receiver: answers.
+        sharers: are read; the first one also answers alone, and writes for the text relay.
+        fusers: one per sharer; none: what is known for it and the receiver.
+        order: of several sharers, see `generate.FusedPrefix`.
+        fuse_response: what the receiver writes is fused, too, not the prompt alone.
+        fuser_bits: to which the fusers are rounded when they are loaded; 0: they are not.
+    """
+
+    receiver: str
+    sharers: tuple[str, ...]
+    fusers: tuple[str, ...] = ()
+    order: Order = "sequential"
+    fuse_response: bool = False
+    fuser_bits: Literal[0, 4, 8] = 0
+
+    def __post_init__(self) -> None:
+        if not self.sharers:
+            raise ValueError("sharers: at least one is needed")
+        if len(self.fusers) not in (0, len(self.sharers)):
+            raise ValueError(
+                f"{len(self.fusers)} fusers for {len(self.sharers)} sharers: name one for each, in "
+                "the same order, or none"
+            )
+
+    @property
+    def links(self) -> list[tuple[str, str | None]]:
+        """Each sharer with the fuser that was named for it."""
+        return list(zip(self.sharers, self.fusers or [None] * len(self.sharers), strict=True))
 
 
 @dataclass(frozen=True)

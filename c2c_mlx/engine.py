@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from c2c_mlx.config import SamplingConfig
+from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
     EngineEvent,
     Failed,
     Gates,
     GatesSet,
+    Link,
+    LiveGates,
     Loaded,
     Mode,
     Prefilling,
@@ -34,15 +36,6 @@ if TYPE_CHECKING:
 ANSWERED_TURN = tuple[str, str, str]  # question, relayed text, answer
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Who talks: models as `load_model` takes them; no fuser named: the one that the pair has."""
-
-    receiver: str
-    sharer: str
-    fuser: str | None = None
-
-
 class _Closing(Exception):
     """Leaves a load that nobody waits for any more."""
 
@@ -54,7 +47,7 @@ class InferenceThread(threading.Thread):
     the interpreter waits for it, so an exit is always clean.
 
     Args:
-        pair: what to load first.
+        pair: whom to load first.
         sampling: the same for every mode.
         system: a system prompt, or None.
     """
@@ -118,12 +111,12 @@ class InferenceThread(threading.Thread):
 
         self._jobs.put(job)
 
-    def set_gates(self, gates: Gates) -> None:
-        """Opens and closes the fuser's gates, from the next answer on."""
+    def set_gates(self, gates: Sequence[Gates]) -> None:
+        """Opens and closes each fuser's gates, from the next answer on."""
 
         def job() -> None:
-            self._ready.set_gates([gates] if self._ready.links else [])
-            self.events.put(GatesSet(self._gates))
+            self._ready.set_gates(gates)
+            self.events.put(GatesSet(self._ready.gates))
 
         self._jobs.put(job)
 
@@ -179,48 +172,72 @@ class InferenceThread(threading.Thread):
         from c2c_mlx.chat import ChatSession
         from c2c_mlx.models import LanguageModel, load_model
 
-        self._report(Progress(f"loading {self.pair.receiver}", 0, 0))
+        pair = self.pair
+        self._report(Progress(f"loading {pair.receiver}", 0, 0))
         if blas.notice and mx.default_device().type == mx.cpu:
             self.events.put(Failed(blas.notice))
-        receiver = load_model(self.pair.receiver, progress=self._report)
-        sharer: LanguageModel | None = None
-        fuser: Fuser | None = None
+        receiver = load_model(pair.receiver, progress=self._report)
+        known: dict[str, LanguageModel] = {}
+        sharers: list[LanguageModel] = []
+        links: list[tuple[LanguageModel, Fuser]] = []
+
+        def session() -> ChatSession:
+            sharer = sharers[0] if sharers else None
+            return ChatSession(
+                *(receiver, *(links[0] if links else (sharer, None))),
+                others=links[1:],
+                order=pair.order,
+                fuse_response=pair.fuse_response,
+                on_prefill=self._prefilled,
+            )
+
         # What is missing costs the modes that need it, not the conversation.
         try:
-            sharer = load_model(self.pair.sharer, progress=self._report)
-            fuser = self._load_fuser()
-            session = ChatSession(receiver, sharer, fuser, on_prefill=self._prefilled)
+            for wanted in pair.sharers:
+                if wanted not in known:
+                    known[wanted] = load_model(wanted, progress=self._report)
+                sharers.append(known[wanted])
+            links = list(zip(sharers, self._load_fusers(), strict=True))
+            self._session = session()
         except C2CError as e:
             self.events.put(Failed(str(e)))
-            fuser = None
-            session = ChatSession(receiver, sharer, on_prefill=self._prefilled)
-        session.sampling, session.system = self.sampling, self.system
-        self._session = session
+            links = []
+            self._session = session()
+        self._session.sampling, self._session.system = self.sampling, self.system
         device = mx.default_device()
-        name = mx.device_info(device).get("device_name", "")
+        called = mx.device_info(device).get("device_name", "")
+        parts = zip(sharers, pair.links, links, self._session.gates, strict=False)
         self.events.put(
             Loaded(
                 receiver=receiver.name,
-                sharer=sharer.name if sharer else "",
-                fuser=self._fuser_name() if fuser else "",
+                sharers=tuple(sharer.name for sharer in sharers),
+                links=tuple(
+                    Link(
+                        sharer=sharer.name,
+                        fuser=given or f"{pair.receiver}+{wanted}",
+                        layers=fuser.config.layer_map,
+                        gates=gates,
+                    )
+                    for sharer, (wanted, given), (_, fuser), gates in parts
+                ),
                 memory_gb=_memory_gb(),
-                device=f"{name} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
+                device=f"{called} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
                 context_length=receiver.context_length,
                 receiver_layers=len(receiver.model.layers),
-                layers=fuser.config.layer_map if fuser else (),
-                gates=self._gates,
             )
         )
 
-    def _load_fuser(self) -> Fuser:
+    def _load_fusers(self) -> list[Fuser]:
         from c2c_mlx.fuser import Fuser
         from c2c_mlx.store import find_for_pair
 
-        pair = self.pair
-        return Fuser.load(find_for_pair(pair.receiver, pair.sharer, pair.fuser, self._report))
-
-    def _fuser_name(self) -> str:
-        return self.pair.fuser or f"{self.pair.receiver}+{self.pair.sharer}"
+        return [
+            Fuser.load(
+                find_for_pair(self.pair.receiver, sharer, given, self._report),
+                self.pair.fuser_bits,
+            )
+            for sharer, given in self.pair.links
+        ]
 
     def _answer(self, turn: int, question: str, modes: Sequence[Mode], attempt: int) -> None:
         try:
@@ -244,6 +261,9 @@ class InferenceThread(threading.Thread):
                         session.stop()
                     answered = answered or isinstance(event, Text)
                     self.events.put(event)
+                    if session.fuse_response and mode == "c2c" and isinstance(event, Text):
+                        for report in session.gate_reports(of_last_token=True):
+                            self.events.put(LiveGates(report))
                 if mode == "c2c" and answered:
                     for report in session.gate_reports():
                         self.events.put(report)
@@ -259,10 +279,6 @@ class InferenceThread(threading.Thread):
         if self._closing:
             raise _Closing
         self.events.put(progress)
-
-    @property
-    def _gates(self) -> Gates:
-        return next(iter(self._ready.gates), ((), ()))
 
     @property
     def _cancelled(self) -> bool:

@@ -101,25 +101,45 @@ class GateReport:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What there is to talk to; an empty name: that part is missing, and its modes with it."""
+class LiveGates:
+    """What became of the answer's latest token, where the answer is fused while it is written."""
 
-    receiver: str
+    report: GateReport
+
+
+@dataclass(frozen=True)
+class Link:
+    """A sharer's way into the receiver."""
+
     sharer: str
     fuser: str
-    device: str
-    memory_gb: float
-    context_length: int  # of the receiver
-    receiver_layers: int
-    layers: tuple[tuple[int, int], ...]  # the fuser's (receiver layer, sharer layer)
+    layers: tuple[tuple[int, int], ...]  # (receiver layer, sharer layer)
     gates: Gates
 
 
 @dataclass(frozen=True)
-class GatesSet:
-    """The fuser's gates after somebody changed them."""
+class Loaded:
+    """What there is to talk to; without sharers or links, the modes that need them are missing."""
 
-    gates: Gates
+    receiver: str
+    sharers: tuple[str, ...]
+    links: tuple[Link, ...]
+    device: str
+    memory_gb: float
+    context_length: int  # of the receiver
+    receiver_layers: int
+
+    @property
+    def gates(self) -> tuple[Gates, ...]:
+        """Of each link's fuser, as they were when it was loaded."""
+        return tuple(link.gates for link in self.links)
+
+
+@dataclass(frozen=True)
+class GatesSet:
+    """Each fuser's gates after somebody changed them."""
+
+    gates: tuple[Gates, ...]
 
 
 @dataclass(frozen=True)
@@ -137,4 +157,4 @@ class TurnOver:
     memory_gb: float
 
 
-EngineEvent = Event | Progress | GateReport | Loaded | GatesSet | Failed | TurnOver
+EngineEvent = Event | Progress | GateReport | LiveGates | Loaded | GatesSet | Failed | TurnOver

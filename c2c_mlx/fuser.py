@@ -129,11 +129,11 @@ class Fuser(nn.Module):
             self.quantise(config.bits)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Fuser:
+    def load(cls, folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
         """Reads a fuser folder; see `c2c_mlx.checkpoint.load`."""
         from c2c_mlx.checkpoint import load
 
-        return load(folder)
+        return load(folder, bits)
 
     def save(self, folder: str | Path) -> None:
         """Writes a fuser folder; see `c2c_mlx.checkpoint.save`."""

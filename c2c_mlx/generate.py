@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -20,15 +20,13 @@ from mlx_lm.sample_utils import make_sampler
 from c2c_mlx import kv
 from c2c_mlx.alignment import AnswerAlignment, TokenAlignment, message_groups
 from c2c_mlx.c2c import C2C as C2C
-from c2c_mlx.config import SamplingConfig
+from c2c_mlx.config import Order, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Reason
 from c2c_mlx.fuser import Change
 from c2c_mlx.prefix import PREFILL_CHUNK, Progress, padding
 from c2c_mlx.prefix import Prefix as Prefix
 from c2c_mlx.prefix import common_prefix as common_prefix
-
-Order = Literal["sequential", "parallel"]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -60,30 +61,41 @@ class Need:
 
 
 def preflight(
-    receiver: Path, sharer: Path | None = None, fuser: Path | None = None, tokens: int = CONTEXT
+    receiver: Path,
+    sharers: Sequence[Path] = (),
+    fusers: Sequence[Path] = (),
+    *,
+    bits: Literal[0, 4, 8] = 0,
+    tokens: int = CONTEXT,
 ) -> Need:
     """What a conversation will need.
 
     Args:
         receiver: its folder.
-        sharer: its folder; None if it takes no part.
-        fuser: its folder; None if there is none.
+        sharers: the folders of those that take part; one that stands there twice is loaded once.
+        fusers: their folders.
+        bits: to which the fusers will be rounded, see `checkpoint.load`.
         tokens: length of the conversation; the models' own limits are kept.
 
     Raises:
         C2CError: if not even the weights fit, with a way to need less; or if a file can't be read.
     """
-    models = [_Model.read(folder) for folder in (receiver, sharer) if folder]
+    models = [_Model.read(folder) for folder in (receiver, *dict.fromkeys(sharers))]
     tokens = min([tokens, *(m.context for m in models if m.context)])
     caches = sum(m.cache_per_token for m in models) * tokens
     passes = [m.scores(CHUNK, tokens) for m in models]
-    fuser_bytes = 0
-    if fuser is not None:
-        config, _ = checkpoint.read_description(fuser)
+    if fusers:
         caches += models[0].cache_per_token * tokens  # the fused cache
-        on_disk = checkpoint.find_file(fuser, checkpoint.WEIGHTS).stat().st_size
-        fuser_bytes = 4 * _parameters(replace(config, bits=0)) if _is_dense() else on_disk
+    fuser_bytes = 0
+    for folder in fusers:
+        config, _ = checkpoint.read_description(folder)
         passes.append(_floats(min(pass_width(config) * tokens, PASS)))
+        if _is_dense():
+            fuser_bytes += 4 * _parameters(replace(config, bits=0))
+        elif bits and not config.bits:
+            fuser_bytes += _bytes(replace(config, bits=bits))
+        else:
+            fuser_bytes += checkpoint.find_file(folder, checkpoint.WEIGHTS).stat().st_size
     weights = [m.weights for m in models]
     return _checked(
         Need(weights[0], sum(weights[1:]), fuser_bytes, caches + max(passes), tokens, limit())
@@ -117,8 +129,8 @@ def _checked(need: Need) -> Need:
         return need
     largest = max(weights, key=lambda name: weights[name])
     advice = "a smaller one" if _is_dense() else "a smaller one, or a copy of fewer bits (...-4bit)"
-    if largest == "fuser":
-        advice = "a smaller one, or quantise it (c2c-weights quantize FUSER DST --bits 4)"
+    if largest == "fuser" and not _is_dense():
+        advice = "a smaller one; a chat can round it to fewer bits (--fuser-bits 4)"
     raise C2CError(f"{need}: they cannot be loaded; the {largest} is the largest: take {advice}")
 
 
@@ -213,6 +225,11 @@ def _weights(folder: Path, config: dict[str, Any]) -> int:
 def _parameters(config: FuserConfig) -> int:
     fuser = checkpoint.skeleton(config, 10**6, "the fuser")
     return sum(p.size for p in checkpoint.parameters(fuser).values())
+
+
+def _bytes(config: FuserConfig) -> int:
+    fuser = checkpoint.skeleton(config, 10**6, "the fuser")
+    return sum(p.nbytes for p in checkpoint.parameters(fuser).values())
 
 
 def _per_position(config: FuserConfig) -> int:

@@ -14,8 +14,7 @@ import pytest
 from mlx_lm.models import gemma3_text
 
 from c2c_mlx import Fuser, LanguageModel, kv, load_model
-from c2c_mlx.config import FuserConfig
-from c2c_mlx.engine import Pair
+from c2c_mlx.config import FuserConfig, Pair
 
 TINY = Path(__file__).parent / "golden" / "data" / "e2e" / "qwen3_llama"
 MakeFuser = Callable[..., Fuser]
@@ -87,4 +86,4 @@ def tiny_pair(
     fuser.gate_logit = mx.ones_like(fuser.gate_logit)
     folder = tmp_path_factory.mktemp("fuser")
     fuser.save(folder)
-    return Pair(str(receiver.path), str(sharer.path), str(folder))
+    return Pair(str(receiver.path), (str(sharer.path),), (str(folder),))

@@ -78,7 +78,7 @@ class ChatApp(App[None]):
         self.modes = list(modes)
         self.main = MainScreen(modes)
         self.loaded: Loaded | None = None
-        self.gates: Gates = ((), ())
+        self.gates: tuple[Gates, ...] = ()  # each fuser's
         self.memory_gb = 0.0
         self.is_busy = self.is_blind = self.is_editing = False
         self.attempt = 0  # at the last question
@@ -158,7 +158,9 @@ class ChatApp(App[None]):
             case events.Finished() if self.turn:
                 self._finish(event, self.turn)
             case events.GateReport() if self.turn:
-                self.turn.report = event
+                self.turn.reports = (*self.turn.reports, event)
+            case events.LiveGates():
+                self.main.gate_panel.view.show_live(event.report)
             case events.GatesSet():
                 self._show_gates(event.gates)
             case events.Failed():
@@ -173,14 +175,14 @@ class ChatApp(App[None]):
         self.main.end_progress()
         self.main.gate_panel.view.show_loaded(loaded)
         self._show_gates(loaded.gates)
-        self.main.panes["c2c"].say("" if loaded.fuser else "no fuser")
+        self.main.panes["c2c"].say("" if loaded.links else "no fuser")
         self.main.say("" if self.is_busy else "ready")
         self._show_context()
         last = self.turn
-        if last and last.gates != loaded.gates and _shape(last.gates) == _shape(loaded.gates):
+        if last and last.gates != loaded.gates and _shapes(last.gates) == _shapes(loaded.gates):
             self.backend.set_gates(last.gates)  # taken up as it was left
 
-    def _show_gates(self, gates: Gates) -> None:
+    def _show_gates(self, gates: tuple[Gates, ...]) -> None:
         self.gates = gates
         self.main.gate_panel.view.show_gates(gates)
         if self.loaded is not None:
@@ -218,7 +220,7 @@ class ChatApp(App[None]):
         """Shows what a blind turn kept back, the gates, and who was faster."""
         if self.is_blind:
             await self.main.reveal(turn.answers)
-        self.main.show_reports([t.report for t in self.conversation.turns])
+        self.main.show_reports([t.reports for t in self.conversation.turns])
         self._show_gates(self.gates)
         c2c, relay = (turn.answers.get(m, Answer()) for m in RIVALS)
         is_race = c2c.is_kept and relay.is_kept and "stopped" not in (c2c.reason, relay.reason)
@@ -232,7 +234,7 @@ class ChatApp(App[None]):
             await self._reveal(self.turn)
         if choice is None or self.loaded is None:
             return
-        pair = (self.loaded.receiver, self.loaded.sharer, self.loaded.fuser)
+        pair = votes.pair(self.loaded)
         try:
             votes.cast(votes.Vote(choice, *pair, modified=self.gates != self.loaded.gates))
         except C2CError as e:
@@ -368,7 +370,7 @@ class ChatApp(App[None]):
 
     def on_gate_view_surgery(self, event: GateView.Surgery) -> None:
         """Closes or opens gates; an answer that is being given keeps the old ones."""
-        if self.loaded is not None and self.loaded.fuser:
+        if self.loaded is not None and self.loaded.links:
             self.backend.set_gates(self.loaded.gates if event.gates is None else event.gates)
             if self.is_busy:
                 self.notify("from the next answer on")
@@ -404,8 +406,7 @@ class ChatApp(App[None]):
     def action_votes(self) -> None:
         """What the blind votes come to."""
         if self.loaded is not None:
-            pair = (self.loaded.receiver, self.loaded.sharer, self.loaded.fuser)
-            self.notify(votes.summary(*pair), title="Votes", markup=False)
+            self.notify(votes.summary(*votes.pair(self.loaded)), title="Votes", markup=False)
 
     def action_copy(self, mode: Mode) -> None:
         """Copies a mode's latest answer."""
@@ -460,5 +461,5 @@ _COMMANDS = (
 )
 
 
-def _shape(gates: Gates) -> tuple[int, int]:
-    return len(gates[0]), len(gates[1])
+def _shapes(gates: tuple[Gates, ...]) -> list[tuple[int, int]]:
+    return [(len(keys), len(values)) for keys, values in gates]

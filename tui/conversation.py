@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from c2c_mlx import paths
-from c2c_mlx.config import SamplingConfig, from_dict
-from c2c_mlx.engine import Pair
+from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Figures, Finished, GateReport, Gates, Mode
 from c2c_mlx.tui import race, storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAMES: dict[Mode, str] = {
     "c2c": "C2C",
     "relay": "text relay",
@@ -47,8 +46,8 @@ class Turn:
 
     question: str
     answers: dict[Mode, Answer] = field(default_factory=dict)
-    gates: Gates = ((), ())  # the fuser's, when it was asked
-    report: GateReport | None = None
+    gates: tuple[Gates, ...] = ()  # each fuser's, when it was asked
+    reports: tuple[GateReport, ...] = ()
 
     def finish(self, event: Finished) -> None:
         """Takes the final text and figures of an answer over."""
@@ -67,7 +66,7 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     name: str = ""
 
-    def add(self, question: str, gates: Gates) -> Turn:
+    def add(self, question: str, gates: tuple[Gates, ...]) -> Turn:
         """Begins a turn; the first one names the conversation."""
         if not self.name:
             self.name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{_slug(question)}".rstrip("-")
@@ -94,7 +93,8 @@ class Conversation:
     def to_markdown(self) -> str:
         """The whole for people, gates and figures included."""
         lines = [f"# {self.name}", "", f"- receiver: {self.pair.receiver}"]
-        lines += [f"- sharer: {self.pair.sharer}", f"- fuser: {self.pair.fuser or 'of the pair'}"]
+        for sharer, fuser in self.pair.links:
+            lines.append(f"- sharer: {sharer}, fuser: {fuser or 'of the pair'}")
         s = self.sampling
         lines += [f"- temperature {s.temp:g}, top-p {s.top_p:g}, seed {s.seed}"]
         lines += [f"- system prompt: {self.system}"] if self.system else []
@@ -108,18 +108,17 @@ class Conversation:
                 lines += ["", f"*stopped*: {answer.reason}"] if answer.reason == "stopped" else []
                 lines += ["", f"*{race.cost(answer.figures)}*"] if answer.figures else []
                 if mode == "c2c":
-                    lines += _gate_table(turn)
+                    for report in turn.reports:
+                        lines += _gate_table(report, self.pair.sharers)
             c2c, relay = (turn.answers.get(m, Answer()).figures for m in ("c2c", "relay"))
             lines += ["", race.verdict(c2c, relay)] if c2c and relay else []
         return "\n".join(lines) + "\n"
 
 
-def _gate_table(turn: Turn) -> list[str]:
-    report = turn.report
-    if report is None:
-        return []
+def _gate_table(report: GateReport, sharers: Sequence[str]) -> list[str]:
     head = "| layer | sharer's | K gate | K weight | K change | V gate | V weight | V change |"
-    rows = ["", head, "| --- " * 8 + "|"]
+    whose = [f"Fed by {sharers[report.sharer]}:", ""] if len(sharers) > 1 else []
+    rows = ["", *whose, head, "| --- " * 8 + "|"]
     for at, (receiver, sharer) in enumerate(report.layers):
         cells = [str(receiver), str(sharer)]
         for kind in (0, 1):
@@ -189,7 +188,7 @@ def parse(document: Any, where: str) -> Conversation:
         if document["format_version"] != FORMAT_VERSION:
             raise C2CError(f"{where}: made by another version of c2c-mlx; upgrade c2c-mlx")
         return Conversation(
-            pair=_pair(document["pair"], where),
+            pair=from_dict(Pair, document["pair"], where),
             sampling=from_dict(SamplingConfig, document["sampling"], where),
             system=None if document["system"] is None else str(document["system"]),
             turns=[_turn(t, where) for t in document["turns"]],
@@ -199,23 +198,16 @@ def parse(document: Any, where: str) -> Conversation:
         raise C2CError(f"{where} is no session file ({type(e).__name__}: {e})") from None
 
 
-def _pair(data: dict[str, Any], where: str) -> Pair:
-    fuser = data.get("fuser")
-    named = {k: v for k, v in data.items() if k != "fuser" or v is not None}
-    if fuser is not None and not isinstance(fuser, str):
-        raise C2CError(f"{where}: 'fuser' must be a name")
-    return Pair(str(named["receiver"]), str(named["sharer"]), fuser)
-
-
 def _turn(data: dict[str, Any], where: str) -> Turn:
     answers = {mode: _answer(data["answers"][mode], where) for mode in _modes(data["answers"])}
-    report = data["report"]
-    keys, values = data["gates"]
+    gates = tuple(
+        (tuple(map(bool, keys)), tuple(map(bool, values))) for keys, values in data["gates"]
+    )
     return Turn(
         question=str(data["question"]),
         answers=answers,
-        gates=(tuple(map(bool, keys)), tuple(map(bool, values))),
-        report=None if report is None else from_dict(GateReport, report, where),
+        gates=gates,
+        reports=tuple(from_dict(GateReport, report, where) for report in data["reports"]),
     )
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from c2c_mlx import events, progress, registry
-from c2c_mlx.config import SamplingConfig, from_dict
-from c2c_mlx.engine import ANSWERED_TURN, InferenceThread, Pair
+from c2c_mlx.config import Pair, SamplingConfig, from_dict
+from c2c_mlx.engine import ANSWERED_TURN, InferenceThread
 from c2c_mlx.events import EngineEvent, Gates, GatesSet, Mode
 from c2c_mlx.tui import storage
 from c2c_mlx.tui.app import ChatApp
@@ -35,7 +35,7 @@ _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(progress.Progress, events.Loaded, events.Prefilling, events.RelayedText, events.Text),
-        *(events.Finished, events.GateReport, events.TurnOver),
+        *(events.Finished, events.GateReport, events.LiveGates, events.TurnOver),
     )
 }
 
@@ -70,7 +70,7 @@ class Recording:
             else:
                 seconds, kind, fields = line["event"]
                 current.append((seconds, from_dict(_KINDS[kind], fields, str(path))))
-        return cls(Pair(**head["pair"]), start, turns)
+        return cls(from_dict(Pair, head["pair"], str(path)), start, turns)
 
 
 def _line(timed: Timed) -> dict[str, Any]:
@@ -110,7 +110,8 @@ class Replay:
         self._asked += 1
         played, gap, before = [], 0.0, 0.0
         for seconds, event in self.recording.turns[question]:
-            mode = "c2c" if isinstance(event, events.GateReport) else getattr(event, "mode", None)
+            is_of_gates = isinstance(event, events.GateReport | events.LiveGates)
+            mode = "c2c" if is_of_gates else getattr(event, "mode", None)
             if mode is None or mode in modes:
                 played.append((seconds - gap, event))
             else:
@@ -123,9 +124,9 @@ class Replay:
         self._due = []
         self._play([(0.0, events.TurnOver(0.0))])
 
-    def set_gates(self, gates: Gates) -> None:
+    def set_gates(self, gates: Sequence[Gates]) -> None:
         """Says that the gates are what they are not: nothing is computed here."""
-        self._play([(0.0, GatesSet(gates))])
+        self._play([(0.0, GatesSet(tuple(gates)))])
 
     def undo(self, modes: Sequence[Mode]) -> None:
         """Nothing is remembered here."""
@@ -230,7 +231,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.record:
         receiver, sharer = registry.default_pair()
-        recording = record(Pair(receiver, sharer), QUESTIONS, SamplingConfig(max_tokens=60))
+        recording = record(Pair(receiver, (sharer,)), QUESTIONS, SamplingConfig(max_tokens=60))
         storage.write(args.record, recording.to_json())
     elif args.svg:
         asyncio.run(take_pictures(args.svg))

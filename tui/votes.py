@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from c2c_mlx import paths
 from c2c_mlx.errors import C2CError
+from c2c_mlx.events import Loaded
 
 Choice = Literal["c2c", "relay", "tie"]
 
@@ -25,6 +26,12 @@ class Vote:
     fuser: str
     modified: bool  # whether gates had been closed or opened by hand
     time: str = ""
+
+
+def pair(loaded: Loaded) -> tuple[str, str, str]:
+    """Receiver, sharer and fuser as a vote has them; several with commas."""
+    fusers = ", ".join(link.fuser for link in loaded.links)
+    return loaded.receiver, ", ".join(loaded.sharers), fusers
 
 
 def path() -> Path:

@@ -12,16 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from c2c_mlx import registry
-from c2c_mlx.commands import run
-from c2c_mlx.config import SamplingConfig, from_dict
+from c2c_mlx.commands import pair, run
+from c2c_mlx.commands.status import Status
+from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.errors import C2CError
-from c2c_mlx.events import MODES, Finished, Mode, Prefilling, RelayedText, Text
-from c2c_mlx.progress import Progress
+from c2c_mlx.events import MODES, Finished, Mode, RelayedText, Text
 
 if TYPE_CHECKING:
     from c2c_mlx.chat import ChatSession
-    from c2c_mlx.fuser import Fuser
     from c2c_mlx.memory import Need
 
 PROGRAM = "c2c-chat"
@@ -31,6 +29,7 @@ examples:
   c2c-chat --prompt "What is the capital of France?"
   echo "Translate to English: Il pleut." | c2c-chat --mode c2c,relay,receiver --prompt -
   c2c-chat --sharer qwen --receiver llama --fuser my-fuser --json --prompt "Hello"
+  c2c-chat --sharer gemma3-270m --fuser one --sharer gemma3-270m --fuser another
 
 --mode says who answers: c2c (the receiver, from the fused cache), relay (the sharer writes, the
 receiver reads), receiver or sharer (one model alone). Several, with commas, answer one by one; the
@@ -59,9 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--sharer", metavar="MODEL", help="alias, folder or hub id (default: the embedded pair's)")
-    add("--receiver", metavar="MODEL", help="alias, folder or hub id (default: likewise)")
-    add("--fuser", metavar="FUSER", help="folder, name or hub id (default: the pair's)")
+    pair.add_arguments(parser)
+    add("--fuse-response", action="store_true", help="sharers read and feed the answer, too")
     add("--mode", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: c2c)")
     add("--prompt", metavar="TEXT", help="answer once; - reads standard input")
     add("--system", metavar="TEXT", help="system prompt")
@@ -77,31 +75,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _chat(args: argparse.Namespace) -> int | None:
     modes = parse_modes(args.mode or "c2c")
+    who = pair.parse(args, args.fuse_response)
     fields = ("max_tokens", "temp", "top_p", "seed")
     sampling = from_dict(SamplingConfig, {f: getattr(args, f) for f in fields}, "arguments")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     interactive = args.prompt is None and (args.plain or on_terminal)
     if interactive and not args.plain:
-        return _open_app(args, modes if args.mode else ["c2c", "relay"], sampling)
+        from c2c_mlx.tui.run import run as open_app
+
+        shown: list[Mode] = modes if args.mode else ["c2c", "relay"]
+        return open_app(who, sampling, args.system, shown, args.resume)
     if args.resume is not None:
         raise C2CError("--resume needs a terminal, and neither --prompt nor --plain")
     prompt = None if interactive else _prompt(args.prompt)
-    session, need = _session(args, modes, sampling)
+    session, need = _session(who, modes, sampling, args.system)
     if prompt is None:
         _converse(session, modes)
     else:
         for mode in modes:
             _answer_once(session, prompt, mode, need if args.json else None, len(modes) > 1)
     return None
-
-
-def _open_app(args: argparse.Namespace, modes: list[Mode], sampling: SamplingConfig) -> int:
-    from c2c_mlx.engine import Pair
-    from c2c_mlx.tui.run import run as open_app
-
-    default_receiver, default_sharer = registry.default_pair()
-    pair = Pair(args.receiver or default_receiver, args.sharer or default_sharer, args.fuser)
-    return open_app(pair, sampling, args.system, modes, args.resume)
 
 
 def parse_modes(text: str) -> list[Mode]:
@@ -131,92 +124,32 @@ def _prompt(given: str | None) -> str:
 
 
 def _session(
-    args: argparse.Namespace, modes: list[Mode], sampling: SamplingConfig
+    who: Pair, modes: list[Mode], sampling: SamplingConfig, system: str | None
 ) -> tuple[ChatSession, Need]:
     """Loads what the modes need and no more; a missing fuser is said before any model is read."""
-    default_receiver, default_sharer = registry.default_pair()
-    receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
-    folder = fuser_folder(args.fuser, receiver, sharer) if "c2c" in modes else None
+    folders = pair.find_fusers(who) if "c2c" in modes else []
     status = Status(sys.stderr)
 
-    from c2c_mlx import blas, memory
+    from c2c_mlx import blas
     from c2c_mlx.chat import ChatSession
-    from c2c_mlx.fuser import Fuser
-    from c2c_mlx.models import find_folder, load_model
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
     with closing(status):
-        needs_sharer = modes != ["receiver"]
-        need = memory.preflight(
-            find_folder(receiver, status.loading),
-            find_folder(sharer, status.loading) if needs_sharer else None,
-            folder,
-        )
-        if status.on:
-            status.close()
-            print(need, file=sys.stderr)
-        fuser: Fuser | None = Fuser.load(folder) if folder else None
+        loaded = pair.load(who, folders, len(folders) or int(modes != ["receiver"]), status)
+        pairs = list(zip(loaded.sharers, loaded.fusers, strict=False))
         session = ChatSession(
-            load_model(receiver, progress=status.loading),
-            load_model(sharer, progress=status.loading) if needs_sharer else None,
-            fuser,
+            loaded.receiver,
+            next(iter(loaded.sharers), None),
+            next(iter(loaded.fusers), None),
+            others=pairs[1:],
+            order=who.order,
+            fuse_response=who.fuse_response,
             sampling=sampling,
-            system=args.system,
+            system=system,
             on_prefill=status.reading,
         )
-    return session, need
-
-
-def fuser_folder(given: str | None, receiver: str, sharer: str) -> Path:
-    """The folder of the fuser that was asked for, or of the one that is known for the pair.
-
-    Raises:
-        C2CError: if there is none, or it or one of the models can't be had.
-    """
-    from c2c_mlx.store import find_for_pair
-
-    with closing(Status(sys.stderr)) as status:
-
-        def note(text: str) -> None:
-            status.close()
-            print(text, file=sys.stderr)
-
-        return find_for_pair(receiver, sharer, given, status.loading, note)
-
-
-class Status:
-    """One line on a terminal that says what takes so long; silent anywhere else."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.on = stream.isatty()
-        self.shown = 0
-
-    def loading(self, p: Progress) -> None:
-        """Downloads, conversions and loading."""
-        self._show(f"{p.what} {100 * p.done // p.total} %" if p.total else p.what)
-
-    def reading(self, p: Prefilling) -> None:
-        """The prefill of a long prompt; short ones are over before they could be read."""
-        if p.total > 1024:
-            self._show(f"{p.mode}: reading {p.done} of {p.total} tokens")
-            if p.done >= p.total:
-                self.close()
-
-    def close(self) -> None:
-        """Clears the line."""
-        if self.shown:
-            self.stream.write("\r" + " " * self.shown + "\r")
-            self.stream.flush()
-            self.shown = 0
-
-    def _show(self, text: str) -> None:
-        if self.on:
-            text = text[: os.get_terminal_size(self.stream.fileno()).columns - 1]
-            self.stream.write("\r" + text.ljust(self.shown))
-            self.stream.flush()
-            self.shown = len(text)
+    return session, loaded.need
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -259,8 +192,8 @@ def _converse(session: ChatSession, modes: list[Mode]) -> None:
         import readline  # noqa: F401  (history and editing for input())
     except ImportError:
         pass
-    names = f"{session.receiver.name} <- {session.sharer.name}" if session.sharer else ""
-    print(f"{names or session.receiver.name}; /help says what else can be typed", file=sys.stderr)
+    names = " <- ".join([session.receiver.name, *filter(None, [_sharers(session)])])
+    print(f"{names}; /help says what else can be typed", file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()
@@ -280,6 +213,10 @@ def _converse(session: ChatSession, modes: list[Mode]) -> None:
                     _show_answer(session, line, mode, heading=len(modes) > 1)
         except C2CError as e:
             print(e)
+
+
+def _sharers(session: ChatSession) -> str:
+    return ", ".join(lm.name for lm in session.sharers)
 
 
 def _show_answer(session: ChatSession, question: str, mode: Mode, heading: bool) -> None:

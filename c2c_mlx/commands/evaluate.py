@@ -16,9 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from c2c_mlx import registry
-from c2c_mlx.commands import run
-from c2c_mlx.commands.chat import Status, fuser_folder
+from c2c_mlx.commands import pair, run
+from c2c_mlx.commands.status import Status
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item, Task
 from c2c_mlx.progress import Progress
@@ -69,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--mode", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: all that make sense)")
     add("--json", type=Path, metavar="OUT", help="write the result there, and a report beside it")
-    add("--sharer", metavar="MODEL", help="alias, folder or hub id (default: the embedded pair's)")
-    add("--receiver", metavar="MODEL", help="alias, folder or hub id (default: likewise)")
-    add("--fuser", metavar="FUSER", help="folder, name or hub id (default: the pair's)")
+    pair.add_arguments(parser)
     add(
         "--method",
         choices=("generate", "logits"),
@@ -105,27 +102,23 @@ def _run(args: argparse.Namespace, command: str) -> None:
 
 def _evaluate(args: argparse.Namespace, command: str) -> None:
     task, names, items = _task(args)
-    default_receiver, default_sharer = registry.default_pair()
-    receiver, sharer = args.receiver or default_receiver, args.sharer or default_sharer
-    fuses = bool(set(names) & set(C2C_MODES))
-    folder = fuser_folder(args.fuser, receiver, sharer) if fuses else None
+    who = pair.parse(args)
+    folders = pair.find_fusers(who) if set(names) & set(C2C_MODES) else []
 
-    from c2c_mlx import blas, checkpoint, memory
+    from c2c_mlx import blas, checkpoint
     from c2c_mlx.evaluation import report, runner
     from c2c_mlx.evaluation.modes import Modes
-    from c2c_mlx.models import find_folder, load_model
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
-    fuser = checkpoint.load(folder) if folder else None
     settings = {
         "task": args.task,
         "kind": task.kind,
         "items": _digest(json.dumps([asdict(item) for item in items]).encode()),
         "modes": names,
-        "receiver": receiver,
-        "sharer": sharer,
-        "fuser": _digest(checkpoint.locate(folder, checkpoint.WEIGHTS)) if folder else "",
+        **asdict(who),
+        "sharers": list(who.sharers),
+        "fusers": [_digest(checkpoint.locate(f, checkpoint.WEIGHTS)) for f in folders],
         "method": args.method if task.kind == "choice" else "",
         "seed": args.seed,
         "max_tokens": args.max_tokens or task.max_tokens,
@@ -141,19 +134,11 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
 
     try:
         with closing(status):
-            alone = names == ["receiver"]
-            memory.preflight(
-                find_folder(receiver, status.loading),
-                None if alone else find_folder(sharer, status.loading),
-                folder,
-            )
+            n_sharers = len(folders) or int(names != ["receiver"])
+            loaded = pair.load(who, folders, n_sharers, status)
             modes = Modes(
-                load_model(receiver, progress=status.loading),
-                None if alone else load_model(sharer, progress=status.loading),
-                fuser,
-                items,
-                args.seed,
-                settings["max_tokens"],
+                *(loaded.receiver, loaded.sharers, loaded.fusers, who.order),
+                *(items, args.seed, settings["max_tokens"]),
             )
             runner.run(
                 *(task, items, names, modes, log),
@@ -169,9 +154,9 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "task": args.task,
         "command": command,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "receiver": receiver,
-        "sharer": sharer,
-        "fuser": str(folder or ""),
+        "receiver": who.receiver,
+        "sharer": ", ".join(who.sharers),
+        "fuser": ", ".join(map(str, folders)),
         "device": _device(),
         "versions": _versions(),
         "settings": settings,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2c_mlx.commands import one_line, run
-from c2c_mlx.commands.chat import Status
+from c2c_mlx.commands.status import Status
 from c2c_mlx.errors import C2CError
 from c2c_mlx.progress import Progress
 

@@ -16,15 +16,15 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from c2c_mlx import kv, relay
-from c2c_mlx.alignment import align_chat, render, tokenize
-from c2c_mlx.chat import ChatSession
+from c2c_mlx.alignment import TokenAlignment, render, tokenize
+from c2c_mlx.chat import align_to_each, link
+from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages
 from c2c_mlx.fuser import KV, Fuser
 from c2c_mlx.generate import C2C, FusedPrefix, Prefix
 from c2c_mlx.models import LanguageModel
 from c2c_mlx.store import no_fuser
-from c2c_mlx.training.data import Example
 
 LOGITS = 1024  # tokens whose logits are computed at a time; bounds the memory
 
@@ -60,32 +60,34 @@ class _Silent(C2C):
 
 
 class Modes:
-    """Two models and a fuser, asked in any mode.
+    """A receiver, its sharers with a fuser each, asked in any mode.
 
     Args:
         receiver: answers, in every mode but `sharer`.
-        sharer: None: only `receiver` works.
-        fuser: None: the C2C modes don't work.
+        sharers: none: only `receiver` works; the first one answers alone and writes the relay.
+        fusers: one per sharer; none: the C2C modes don't work.
+        order: of several sharers, see `FusedPrefix`.
         items: all that will be asked; in `c2c-shuffled` each is fed by another one's sharer.
         seed: of who is fed by whom.
         max_tokens: of an answer.
 
     Raises:
-        C2CError: if the fuser was not made for these models.
+        C2CError: if a fuser was not made for its models.
     """
 
     def __init__(
         self,
         receiver: LanguageModel,
-        sharer: LanguageModel | None,
-        fuser: Fuser | None,
+        sharers: Sequence[LanguageModel],
+        fusers: Sequence[Fuser],
+        order: Order,
         items: Sequence[Item],
         seed: int,
         max_tokens: int,
     ) -> None:
-        self.receiver, self.sharer = receiver, sharer
-        self.c2c = c2c = next(iter(ChatSession(receiver, sharer, fuser).links), None)
-        self._silent = c2c and _Silent(c2c.receiver, c2c.sharer, c2c.fuser)
+        self.receiver, self.sharers, self.order = receiver, sharers, order
+        self.links = [link(receiver, *pair) for pair in zip(sharers, fusers, strict=bool(fusers))]
+        self._silent = [_Silent(c2c.receiver, c2c.sharer, c2c.fuser) for c2c in self.links]
         self.partners = derangement(items, seed)
         self.max_tokens = max_tokens
         self.forget()
@@ -139,41 +141,32 @@ class Modes:
         return Reading(lm, copy.deepcopy(prefix.cache), ids[-1], len(ids))
 
     def _read_fused(self, mode: str, item: Item) -> Reading:
-        c2c, lm = self._c2c, self.receiver
-        example = self._example(item)
-        ids, fed, index = example.receiver_ids, example.sharer_ids, example.index
+        if not self.links:
+            raise C2CError(no_fuser(self.receiver.name, self._sharer.name))
+        lm, prompts = self.receiver, self._aligned(item)
+        ids = prompts[0].receiver_ids
         if mode == "c2c-shuffled":
-            other = example.with_sharer_of(self._example(self.partners[item.id]))
-            fed, index = other.sharer_ids, other.index
-        elif mode == "c2c-zeroed":
-            fed, index = fed[:1], np.zeros_like(index)  # nothing of it is looked at
-            c2c = self._silent or c2c
+            others = self._aligned(self.partners[item.id])
+            prompts = [p.with_sharer_of(o) for p, o in zip(prompts, others, strict=True)]
+        elif mode == "c2c-zeroed":  # nothing of it is looked at
+            prompts = [
+                replace(p, sharer_ids=p.sharer_ids[:1], index=np.zeros_like(p.index))
+                for p in prompts
+            ]
         _check_room(lm, ids)
-        _check_room(self._sharer, fed)
-        prefix = self._prefixes.setdefault(mode, FusedPrefix(c2c))
+        for sharer, prompt in zip(self.sharers, prompts, strict=True):
+            _check_room(sharer, prompt.sharer_ids)
+        links = self._silent if mode == "c2c-zeroed" else self.links
+        prefix = self._prefixes.setdefault(mode, FusedPrefix(*links, order=self.order))
         assert isinstance(prefix, FusedPrefix)
-        cache = prefix.extend(ids, fed, index, example.messages)
-        return Reading(lm, copy.deepcopy(cache), ids[-1], len(ids))
+        return Reading(lm, copy.deepcopy(prefix.extend_all(prompts)), ids[-1], len(ids))
 
-    def _example(self, item: Item) -> Example:
-        aligned = align_chat(
-            item.messages,
-            self.receiver.tokenizer,
-            self._sharer.tokenizer,
-            strategy=self._c2c.fuser.config.alignment,
-        )
-        return Example(aligned.receiver_ids, aligned.sharer_ids, aligned.index, aligned.message, [])
+    def _aligned(self, item: Item) -> list[TokenAlignment]:
+        return align_to_each(item.messages, self.receiver, self.links, self.sharers)
 
     @property
     def _sharer(self) -> LanguageModel:
-        assert self.sharer is not None
-        return self.sharer
-
-    @property
-    def _c2c(self) -> C2C:
-        if self.c2c is None:
-            raise C2CError(no_fuser(self.receiver.name, self._sharer.name))
-        return self.c2c
+        return self.sharers[0]
 
 
 def derangement(items: Sequence[Item], seed: int) -> dict[str, Item]:

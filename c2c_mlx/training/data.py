@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from c2c_mlx.alignment import Strategy, align_chat, message_groups, response_ids
+from c2c_mlx.alignment import (
+    Strategy,
+    TokenAlignment,
+    align_chat,
+    message_groups,
+    response_ids,
+)
 from c2c_mlx.errors import C2CError
 
 Messages = list[dict[str, str]]
@@ -120,32 +126,18 @@ def _messages(row: Any, where: str, unanswered: bool) -> Messages:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One chat, ready to train on.
+class Example(TokenAlignment):
+    """One chat, ready to train on: its prompt, and what is to be said.
 
     Attributes:
-        receiver_ids: the receiver's prompt, n ids, generation prompt included.
-        sharer_ids: the sharer's prompt.
-        index: [n] the position in `sharer_ids` that feeds each receiver position.
-        messages: [n] the message of each position, -1 for template text.
         response_ids: what the receiver is to say, the end-of-turn token included.
         own: whether the response is the receiver's own.
         where: file and line, for messages.
     """
 
-    receiver_ids: list[int]
-    sharer_ids: list[int]
-    index: np.ndarray
-    messages: np.ndarray
     response_ids: list[int]
     own: bool = False
     where: str = ""
-
-    def with_sharer_of(self, other: Example) -> Example:
-        """The same chat fed by another chat's sharer: a control."""
-        scale = (len(other.sharer_ids) - 1) / max(len(self.sharer_ids) - 1, 1)
-        index = np.round(self.index * scale).astype(self.index.dtype)
-        return replace(self, sharer_ids=other.sharer_ids, index=index)
 
 
 def make_example(chat: Chat, receiver: Any, sharer: Any, alignment: Strategy) -> Example:
@@ -232,7 +224,7 @@ class Batch:
 
 def collate(examples: Sequence[Example], positions: str) -> Batch:
     """Lays the examples out as one batch; `positions` is the fuser's field of that name."""
-    fused = [message_groups(e.messages[:-1], positions) for e in examples]
+    fused = [message_groups(e.message[:-1], positions) for e in examples]
     feeds = [e.index[:-1][m >= 0] for e, m in zip(examples, fused, strict=True)]
     starts = [int(np.argmax(m >= 0)) if (m >= 0).any() else len(m) for m in fused]
     receiver = pad([e.receiver_ids[:-1] for e in examples], min(starts))

@@ -158,13 +158,13 @@ def _fingerprint(config: FuserConfig) -> str:
 
 
 def _key(e: Example) -> str:
-    parts = [e.receiver_ids, e.sharer_ids, e.index.tolist(), e.messages.tolist()]
+    parts = [e.receiver_ids, e.sharer_ids, e.index.tolist(), e.message.tolist()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _fused_range(example: Example, positions: str) -> tuple[int, int]:
     """[start, stop): from the first fused position to the last; two ends of the prompt if none."""
-    fused = np.flatnonzero(message_groups(example.messages[:-1], positions) >= 0)
+    fused = np.flatnonzero(message_groups(example.message[:-1], positions) >= 0)
     end = len(example.receiver_ids) - 1
     return (int(fused[0]), int(fused[-1]) + 1) if len(fused) else (end, end)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,6 @@ def staged(*said: events.EngineEvent) -> tuple[ChatApp, Stage]:
 
 
 def loaded(**other: object) -> events.Loaded:
-    from dataclasses import replace
-
     recorded = Recording.read(RECORDING).start[-1][1]
     assert isinstance(recorded, events.Loaded)
     return replace(recorded, **other)  # type: ignore[arg-type]
@@ -133,7 +132,7 @@ async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
     chat = app(FAST)
     async with chat.run_test(size=SIZE, notifications=True) as pilot:
         await ask(pilot, QUESTIONS[1])
-        report = chat.turn.report
+        (report,) = chat.turn.reports
         (receiver_layer, sharer_layer), weight = report.layers[0], report.weights[1][0]
         await pilot.press("ctrl+g")
         await shows(
@@ -159,9 +158,9 @@ async def test_surgery_is_said_and_undone(shows) -> None:
         await ask(pilot, QUESTIONS[0])
         await pilot.press("ctrl+g", "v", "down", "k")
         await shows(chat, "C2C (modified: 2 gates)", "○", "Ctrl+R asks again")
-        assert [sum(kind) for kind in chat.gates] == [14, 14]
+        assert [sum(kind) for kind in chat.gates[0]] == [14, 14]
         await pilot.press("a")
-        await until(lambda: not any(map(any, chat.gates)))
+        await until(lambda: not any(map(any, chat.gates[0])))
         await pilot.press("r")
         await until(lambda: chat.gates == chat.loaded.gates)
         await shows(chat, "C2C", without="modified")
@@ -169,6 +168,37 @@ async def test_surgery_is_said_and_undone(shows) -> None:
         await shows(chat, "layer 0 is not fused")
         await pilot.press("escape")
         assert chat.main.prompt.has_focus
+
+
+async def test_several_sharers_have_gates_of_their_own(shows) -> None:
+    (link,) = loaded().links
+    other = events.Link("other", "more", link.layers[:2], ((True, True), (False, True)))
+    chat, stage = staged(loaded(sharers=(link.sharer, "other"), links=(link, other)))
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "smollm2-135m ← gemma3-270m, other", "gates · sharer 1 of 2")
+        await pilot.press("ctrl+g")
+        await shows(chat, f"← gemma3-270m's layer {link.layers[0][1]}")
+        await pilot.press("s", "k")
+        await shows(chat, "sharer 2 of 2", "← other's layer", "C2C (modified: 1 gate)")
+        assert chat.gates == (link.gates, ((False, True), (False, True)))
+        await pilot.press("r")
+        await until(lambda: chat.gates == (link.gates, other.gates))
+
+
+async def test_gates_live_while_an_answer_is_fused(shows) -> None:
+    said = [e for _, e in Recording.read(RECORDING).turns[QUESTIONS[0]]]
+    (whole,) = (e for e in said if isinstance(e, events.GateReport))
+    weights = tuple((0.375,) * len(whole.layers) for _ in range(2))
+    token = replace(whole, weights=weights, tokens=(("cold", "kalt"),), start=77)
+    chat, stage = staged(loaded())
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        chat.main.prompt.show(QUESTIONS[0])
+        await pilot.press("enter")
+        stage.say(events.LiveGates(token))
+        await pilot.press("ctrl+g")
+        await shows(chat, "gates · this token", "token 77 cold ← sharer's kalt", "weight 0.38")
+        stage.say(whole, events.TurnOver(1.0))
+        await shows(chat, "gates · this turn", without="kalt")
 
 
 @pytest.mark.parametrize("no_color", [False, True])
@@ -222,7 +252,7 @@ async def test_a_model_can_say_nothing_that_the_terminal_obeys(shows, screen) ->
 
 
 async def test_errors_are_notices_and_the_others_answer(shows) -> None:
-    chat, stage = staged(events.Failed("no fuser: train one"), loaded(fuser="", layers=()))
+    chat, stage = staged(events.Failed("no fuser: train one"), loaded(links=()))
     async with chat.run_test(size=SIZE, notifications=True) as pilot:
         await shows(chat, "no fuser: train one", "nothing is fused")
         chat.main.prompt.show("Who?")
@@ -287,7 +317,7 @@ async def test_blind_answers_are_hidden_until_the_vote(shows, screen, home) -> N
         c2c_first = chat.screen.candidates[0][0] == "c2c"
         await pilot.press("a" if c2c_first else "b")
         await shows(chat, "you preferred C2C", "1 blind vote: C2C 1", answer(0, "relay").text)
-    pair = chat.loaded.receiver, chat.loaded.sharer, chat.loaded.fuser
+    pair = votes.pair(chat.loaded)
     assert votes.summary(*pair) == "1 blind vote: C2C 1, text relay 0, ties 0"
 
 
@@ -296,7 +326,7 @@ async def test_sessions_are_saved_and_taken_up_again(shows, home) -> None:
     async with chat.run_test(size=SIZE, notifications=True) as pilot:
         await ask(pilot, QUESTIONS[0])
         await pilot.press("ctrl+g", "v", "escape")
-        await until(lambda: not all(map(all, chat.gates)))
+        await until(lambda: not all(map(all, chat.gates[0])))
         await ask(pilot, QUESTIONS[1])
     talk = conversation.load()
     assert [t.question for t in talk.turns] == QUESTIONS[:2]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from c2c_mlx.engine import Pair
+from c2c_mlx.config import Pair
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Figures, Finished
 from c2c_mlx.tui import conversation, gates, race, storage, votes
@@ -109,12 +109,12 @@ def talk() -> Conversation:
     recording = Recording.read(RECORDING)
     talk = Conversation(recording.pair, system="Be kind.")
     for question, said in list(recording.turns.items())[:2]:
-        turn = talk.add(question, ((True,), (False,)))
+        turn = talk.add(question, (((True,), (False,)),))
         for _, event in said:
             if isinstance(event, Finished):
                 turn.finish(event)
             elif type(event).__name__ == "GateReport":
-                turn.report = event
+                turn.reports = (event,)
     return talk
 
 
@@ -169,7 +169,7 @@ def test_the_export_holds_figures_and_gates(talk: Conversation) -> None:
     text = talk.to_markdown()
     assert talk.turns[0].question in text and "| layer | sharer's |" in text
     assert talk.turns[0].answers["c2c"].text in text and "C2C against relay" in text
-    assert json.loads(talk.to_json())["turns"][0]["report"]["gates"]
+    assert json.loads(talk.to_json())["turns"][0]["reports"][0]["gates"]
 
 
 def test_votes_are_counted_per_pair_and_unmodified_fuser(home: Path) -> None:
@@ -183,6 +183,6 @@ def test_votes_are_counted_per_pair_and_unmodified_fuser(home: Path) -> None:
 
 
 def test_a_pair_may_have_any_name() -> None:
-    talk = Conversation(Pair("org/model", "../folder"))
-    talk.add("¿Qué?/../", ((), ()))
+    talk = Conversation(Pair("org/model", ("../folder",)))
+    talk.add("¿Qué?/../", ())
     assert "/" not in talk.name

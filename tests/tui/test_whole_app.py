@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from c2c_mlx.config import SamplingConfig
-from c2c_mlx.engine import InferenceThread, Pair
+from c2c_mlx.config import Pair, SamplingConfig
+from c2c_mlx.engine import InferenceThread
 from c2c_mlx.events import MODES
 from c2c_mlx.tui import conversation
 from c2c_mlx.tui.app import ChatApp

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel
-from c2c_mlx.config import FuserConfig, SamplingConfig
+from c2c_mlx.config import FuserConfig, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
-from c2c_mlx.generate import Order
 
 SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
 modes = pytest.mark.parametrize("mode", MODES)

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
-from c2c_mlx.config import SamplingConfig
-from c2c_mlx.engine import InferenceThread, Pair, explain
+from c2c_mlx.config import Pair, SamplingConfig
+from c2c_mlx.engine import InferenceThread, explain
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
     EngineEvent,
@@ -18,6 +19,7 @@ from c2c_mlx.events import (
     Finished,
     GateReport,
     GatesSet,
+    LiveGates,
     Loaded,
     RelayedText,
     Text,
@@ -60,15 +62,32 @@ def test_a_turn_is_one_answer_after_the_other(open_engine: Open) -> None:
     engine = open_engine()
     engine.ask("Who wrote it?", ALL)  # before anything is loaded
     loaded = until(engine, Loaded)[-1]
-    assert isinstance(loaded, Loaded) and loaded.fuser and loaded.receiver_layers == 4
+    assert isinstance(loaded, Loaded) and loaded.links and loaded.receiver_layers == 4
     seen = until(engine, TurnOver)
     order = list(dict.fromkeys(e.mode for e in seen if isinstance(e, Text | RelayedText)))
     assert order == list(ALL) == list(answers(seen))
     (report,) = (e for e in seen if isinstance(e, GateReport))
-    assert report.layers == loaded.layers and report.gates == loaded.gates
+    (link,) = loaded.links
+    assert report.layers == link.layers and report.gates == link.gates
     assert len(report.tokens) == len(report.token_weights[0][0]) > 10
     assert all(0 < w < 1 for kind in report.weights for w in kind)
     assert all(c > 0 for kind in report.changes for c in kind)
+
+
+def test_two_sharers_feed_an_answer_while_it_is_written(open_engine: Open, tiny_pair: Pair) -> None:
+    twice = replace(tiny_pair, sharers=tiny_pair.sharers * 2, fusers=tiny_pair.fusers * 2)
+    engine = open_engine(replace(twice, fuse_response=True, order="parallel"))
+    engine.ask("Who wrote it?", ["c2c"])
+    loaded = until(engine, Loaded)[-1]
+    assert isinstance(loaded, Loaded)
+    assert len(loaded.links) == 2 and loaded.links[0] == loaded.links[1]
+    seen = until(engine, TurnOver)
+    written = sum(isinstance(e, Text) for e in seen)
+    live = [e.report for e in seen if isinstance(e, LiveGates)]
+    assert [r.sharer for r in live] == [0, 1] * written
+    whole = [e for e in seen if isinstance(e, GateReport)]
+    assert [r.sharer for r in whole] == [0, 1]
+    assert len(whole[0].tokens) > answers(seen)["c2c"].figures.prompt_tokens
 
 
 def test_with_every_gate_closed_c2c_says_what_the_receiver_says(open_engine: Open) -> None:
@@ -79,10 +98,10 @@ def test_with_every_gate_closed_c2c_says_what_the_receiver_says(open_engine: Ope
     said = answers(until(engine, TurnOver))
     assert said["c2c"].text != said["receiver"].text
     engine.undo(ALL)
-    engine.set_gates(((False,) * 4, (False,) * 4))
+    engine.set_gates([((False,) * 4, (False,) * 4)])
     engine.ask("Who wrote it?", ALL)
     seen = until(engine, TurnOver)
-    assert isinstance(seen[0], GatesSet) and not any(map(any, seen[0].gates))
+    assert isinstance(seen[0], GatesSet) and not any(map(any, seen[0].gates[0]))
     pieces = {m: [e.text for e in seen if isinstance(e, Text) and e.mode == m] for m in ALL}
     assert pieces["c2c"] == pieces["receiver"] and answers(seen)["c2c"].figures.gates_open == 0
     assert not any(isinstance(e, GateReport) for e in seen)
@@ -147,7 +166,7 @@ def test_another_attempt_has_another_seed(open_engine: Open) -> None:
 
 
 def test_without_a_fuser_the_other_modes_answer(open_engine: Open, tiny_pair: Pair) -> None:
-    engine = open_engine(Pair(tiny_pair.receiver, tiny_pair.sharer))
+    engine = open_engine(Pair(tiny_pair.receiver, tiny_pair.sharers))
     seen = until(engine, Loaded)
     failed = [e for e in seen if isinstance(e, Failed)]
     assert len(failed) == 1 and "c2c-train" in failed[0].message
@@ -158,7 +177,7 @@ def test_without_a_fuser_the_other_modes_answer(open_engine: Open, tiny_pair: Pa
 
 
 def test_without_a_receiver_every_question_is_refused(open_engine: Open) -> None:
-    engine = open_engine(Pair("no/such/folder", "either"))
+    engine = open_engine(Pair("no/such/folder", ("either",)))
     engine.ask("Who wrote it?", ALL)
     seen = until(engine, TurnOver)
     assert len([e for e in seen if isinstance(e, Failed)]) == 2

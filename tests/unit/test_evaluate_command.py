@@ -187,7 +187,7 @@ def test_an_interrupted_run_continues(
         (["--max-tokens", "5"], "another max_tokens (4, not 5)"),
         (["--seed", "1", "--limit", "5"], "another items"),
         (["--mode", "receiver"], "another modes"),
-        (["--fuser", "closed"], "another fuser"),
+        (["--fuser", "closed"], "another fusers"),
     ],
 )
 def test_another_run_does_not_continue_it(
@@ -201,10 +201,12 @@ def test_another_run_does_not_continue_it(
 ) -> None:
     monkeypatch.chdir(fusers)
     base = [*PAIR, "--task", task("chat"), "--json", str(tmp_path / "out.json"), "--max-tokens"]
-    base += ["4", "--latency", "0", "--mode", "receiver,c2c", "--fuser", "open"]
+    base += ["4", "--latency", "0", "--mode", "receiver,c2c"]
     with monkeypatch.context() as patch:
         patch.setattr(runner, "_ask", interrupt)
-        assert call(*base)[0] == 130
+        assert call(*base, "--fuser", "open")[0] == 130
+    if "--fuser" not in changed:
+        changed = [*changed, "--fuser", "open"]
     code, _, err = call(*base, *changed)
     assert code == 2 and words in err and err.count("\n") == 1
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel
-from c2c_mlx.alignment import align_chat, response_ids
+from c2c_mlx.alignment import response_ids
 from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import modes as modes_module
@@ -44,7 +44,7 @@ def fuser(receiver: LanguageModel, sharer: LanguageModel) -> Fuser:
 @pytest.fixture
 def make(receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> Make:
     def make(fuser: Fuser | None = fuser, items: Sequence[Item] = ITEMS) -> Modes:
-        return Modes(receiver, sharer, fuser, items, 0, TOKENS)
+        return Modes(receiver, [sharer], [fuser] if fuser else [], "sequential", items, 0, TOKENS)
 
     return make
 
@@ -64,10 +64,8 @@ def reference(item: Item, lm: LanguageModel) -> list[int]:
 @pytest.mark.parametrize("mode", CHAT_MODES)
 def test_a_batch_writes_what_a_chat_writes(make: Make, mode: Mode) -> None:
     modes = make()
-    assert modes.c2c is not None
-    session = ChatSession(
-        modes.receiver, modes.sharer, modes.c2c.fuser, sampling=SamplingConfig(max_tokens=TOKENS)
-    )
+    sampling = SamplingConfig(max_tokens=TOKENS)
+    session = ChatSession(modes.receiver, modes.sharers[0], modes.links[0].fuser, sampling=sampling)
     found = readings(modes, mode)
     for item, reading, w in zip(ITEMS, found, write(found, TOKENS), strict=True):
         session.reset()
@@ -107,8 +105,7 @@ def test_weighing_goes_in_parts(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 def test_controls_lose_what_training_says_they_lose(make: Make, mode: str) -> None:
     """Evaluation and training agree on who is fed by what."""
     modes = make()
-    assert modes.c2c is not None and modes.sharer is not None
-    c2c, tokenizers = modes.c2c, (modes.receiver.tokenizer, modes.sharer.tokenizer)
+    c2c, tokenizers = modes.links[0], (modes.receiver.tokenizer, modes.sharers[0].tokenizer)
     found = readings(modes, mode)
     asked = [[reference(item, modes.receiver)] for item in ITEMS]
     for item, (weighed,) in zip(ITEMS, nats(found, asked), strict=True):
@@ -164,7 +161,7 @@ def test_an_item_that_is_too_long_fails_alone(make: Make) -> None:
 
 def test_letters_are_compared_behind_the_beginning_of_an_answer(make: Make) -> None:
     modes, item = make(), Item("1", ITEMS[0].messages, "B", 4)
-    for lm in (modes.receiver, modes.sharer):
+    for lm in (modes.receiver, modes.sharers[0]):
         assert lm is not None
         asked = Choice("logits").continuations(item, lm.tokenizer, None)
         assert [lm.tokenizer.decode(ids).strip() for ids in asked] == [
@@ -190,17 +187,3 @@ def test_everybody_is_fed_by_another_one(n: int) -> None:
     assert partners == derangement(items, 3)
     assert n < 10 or partners != derangement(items, 4)
     assert derangement(items[:1], 3) == {}
-
-
-def test_alignment_of_a_shuffled_item_stays_inside_the_other_prompt(make: Make) -> None:
-    modes = make()
-    assert modes.sharer is not None
-    for item in ITEMS:
-        aligned = align_chat(item.messages, modes.receiver.tokenizer, modes.sharer.tokenizer)
-        own = Example(aligned.receiver_ids, aligned.sharer_ids, aligned.index, aligned.message, [])
-        partner = modes.partners[item.id]
-        other = align_chat(partner.messages, modes.receiver.tokenizer, modes.sharer.tokenizer)
-        fed = own.with_sharer_of(
-            Example(other.receiver_ids, other.sharer_ids, other.index, other.message, [])
-        )
-        assert 0 <= fed.index.min() and fed.index.max() < len(other.sharer_ids)

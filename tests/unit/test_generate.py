@@ -19,9 +19,9 @@ from mlx_lm.models.cache import KVCache
 
 from c2c_mlx import C2C, Fuser, LanguageModel, kv, prefix
 from c2c_mlx.alignment import TokenAlignment
-from c2c_mlx.config import FuserConfig, ModelShape, SamplingConfig
+from c2c_mlx.config import FuserConfig, ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.generate import FusedPrefix, Order, Prefix, decode
+from c2c_mlx.generate import FusedPrefix, Prefix, decode
 
 POSITIONS = ["all", "from_first_message", "messages"]
 MakeC2C = Callable[..., C2C]

@@ -35,7 +35,7 @@ def fuser(receiver: LanguageModel, sharer: LanguageModel, make_fuser, tmp_path: 
 
 
 def test_weights_are_counted_to_the_byte(receiver: LanguageModel, sharer: LanguageModel) -> None:
-    need = memory.preflight(receiver.path, sharer.path)
+    need = memory.preflight(receiver.path, [sharer.path])
     assert (need.receiver, need.sharer) == (size(receiver.model), size(sharer.model))
     assert need.fuser == 0
     alone = memory.preflight(receiver.path)
@@ -69,13 +69,22 @@ def test_more_tokens_need_more_up_to_the_models_limit(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path
 ) -> None:
     few, more, most, beyond = (
-        memory.preflight(receiver.path, sharer.path, fuser, tokens=n) for n in (8, 64, 10**6, 10**7)
+        memory.preflight(receiver.path, [sharer.path], [fuser], tokens=n)
+        for n in (8, 64, 10**6, 10**7)
     )
     assert few.working < more.working < most.working
     assert most == beyond
     assert most.tokens == min(receiver.context_length, sharer.context_length)
     assert few.fuser == more.fuser > 0
     assert json.loads(json.dumps(more.record()))["tokens"] == 64
+
+
+def test_a_sharer_with_two_fusers_is_counted_once(
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Path
+) -> None:
+    one = memory.preflight(receiver.path, [sharer.path], [fuser])
+    two = memory.preflight(receiver.path, [sharer.path] * 2, [fuser] * 2)
+    assert (two.sharer, two.working, two.fuser) == (one.sharer, one.working, 2 * one.fuser)
 
 
 @pytest.mark.pair
@@ -94,7 +103,8 @@ def test_the_estimate_is_near_what_the_embedded_pair_takes() -> None:
     session = ChatSession(*models, Fuser.load(folder), sampling=SamplingConfig(max_tokens=1))
     *_, finished = session.ask("The cat sat on the mat. " * 10)
     figures = finished.figures
-    need = memory.preflight(*map(find_folder, names), folder, tokens=figures.prompt_tokens)
+    answering, reading = map(find_folder, names)
+    need = memory.preflight(answering, [reading], [folder], tokens=figures.prompt_tokens)
     assert need.total / 1e9 == pytest.approx(figures.peak_memory_gb, rel=0.1)
 
 

@@ -133,7 +133,7 @@ def test_a_loss_is_what_a_prefilled_cache_gives(
     trainer, e = make(tmp_path, positions=positions, message_gate=True), examples[3]
     trainer.c2c.fuser.eval()
     prefix = FusedPrefix(trainer.c2c)
-    cache = prefix.extend(e.receiver_ids, e.sharer_ids, e.index, e.messages)
+    cache = prefix.extend(e.receiver_ids, e.sharer_ids, e.index, e.message)
     ids = [e.receiver_ids[-1], *e.response_ids[:-1]]
     logits = trainer.c2c.receiver(mx.array([ids]), cache=cache)[0]
     chosen = logits[mx.arange(len(ids)), mx.array(e.response_ids)]

@@ -177,7 +177,7 @@ def test_collate_feeds_every_position_from_where_it_should(positions: str) -> No
     assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (3, 4)
     assert batch.tokens == 4 + 1 + 3
     for row, e in enumerate(EXAMPLES):
-        fused = data.message_groups(e.messages[:-1], positions)
+        fused = data.message_groups(e.message[:-1], positions)
         own = batch.receiver.columns(np.arange(len(fused)), row)
         assert batch.receiver.ids[row, own].tolist() == e.receiver_ids[:-1]
         expected = {int(c): i for i, c in enumerate(own) if fused[i] >= 0}
@@ -217,8 +217,8 @@ def test_a_chat_becomes_an_example(receiver: LanguageModel, sharer: LanguageMode
     assert prompt.startswith("<|im_start|>user\nWho wrote it?<|im_end|>")
     assert prompt.endswith("<|im_start|>assistant\n")
     assert receiver.tokenizer.decode(made.response_ids).startswith("Ann.<|im_end|>")
-    assert len(made.index) == len(made.messages) == len(made.receiver_ids)
-    assert "".join(map(str, sorted(set(made.messages.tolist())))) == "-10"
+    assert len(made.index) == len(made.message) == len(made.receiver_ids)
+    assert "".join(map(str, sorted(set(made.message.tolist())))) == "-10"
 
 
 def test_an_answer_that_was_cut_teaches_no_end(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.screen import Screen
 from textual.widgets import Footer, ProgressBar, Static, Tab, Tabs
 
-from c2c_mlx.engine import Pair
+from c2c_mlx.config import Pair
 from c2c_mlx.events import MODES, Failed, Figures, GateReport, Gates, Loaded, Mode
 from c2c_mlx.progress import Progress
 from c2c_mlx.tui import race
@@ -88,22 +88,24 @@ class MainScreen(Screen[None]):
 
     def show_pair(self, pair: Pair) -> None:
         """Who talks to whom, before anything is loaded."""
-        self._title.update(f"{short(pair.receiver)} ← {short(pair.sharer)}")
+        self._title.update(f"{short(pair.receiver)} ← {several(pair.sharers)}")
 
-    def show_fuser(self, loaded: Loaded, gates: Gates, memory_gb: float) -> None:
+    def show_fuser(self, loaded: Loaded, gates: tuple[Gates, ...], memory_gb: float) -> None:
         """Says in the header and on the pane which fuser it is, and whether it is itself."""
         n = sum(
             a != b
-            for ours, own in zip(gates, loaded.gates, strict=True)
+            for both in zip(gates, loaded.gates, strict=True)
+            for ours, own in zip(*both, strict=True)
             for a, b in zip(ours, own, strict=True)
         )
         modified = f" (modified: {n} {'gate' if n == 1 else 'gates'})" if n else ""
         self.panes["c2c"].border_title = f"{NAMES['c2c']}{modified}"
-        fuser = f"fuser {short(loaded.fuser)}{modified}" if loaded.fuser else "no fuser"
-        pair = f"{short(loaded.receiver)} ← {short(loaded.sharer) or 'no sharer'}"
+        fusers = several(link.fuser for link in loaded.links)
+        fuser = f"fuser {fusers}{modified}" if fusers else "no fuser"
+        pair = f"{short(loaded.receiver)} ← {several(loaded.sharers) or 'no sharer'}"
         self._title.update(f"{pair} · {fuser} · {loaded.device} · {memory_gb:.1f} GB")
 
-    def show_reports(self, reports: list[GateReport | None]) -> None:
+    def show_reports(self, reports: Sequence[Sequence[GateReport]]) -> None:
         """The gates, turn by turn."""
         self.gate_panel.view.show_reports(reports)
 
@@ -191,7 +193,7 @@ class MainScreen(Screen[None]):
         self.prompt.asked.clear()
         for turn in conversation.turns:
             self.prompt.remember(turn.question)
-        self.show_reports([turn.report for turn in conversation.turns])
+        self.show_reports([turn.reports for turn in conversation.turns])
 
     # --- narrow terminals -------------------------------------------------------------------
 
@@ -213,3 +215,8 @@ class MainScreen(Screen[None]):
 def short(name: str) -> str:
     """A folder or hub id by its last part."""
     return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def several(names: Iterable[str]) -> str:
+    """Names in short, with commas between."""
+    return ", ".join(map(short, names))

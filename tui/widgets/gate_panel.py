@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widgets import Static
 
-from c2c_mlx.events import GateReport, Gates, Loaded
+from c2c_mlx.events import GateReport, Gates, Link, Loaded
 from c2c_mlx.tui import gates as maths
 
 View = Literal["bars", "tokens", "turns"]
@@ -44,6 +45,7 @@ class GateView(ScrollView, can_focus=True):
         Binding("r", "restore", "Restore"),
         Binding("w", "next_view", "View"),
         Binding("m", "next_measure", "Measure"),
+        Binding("s", "next_sharer", "Sharer", show=False),
         Binding("z", "zoom", show=False),
         Binding("x", "other_kind", "K/V", show=False),
         Binding("up", "move(-1, 0)", show=False),
@@ -58,9 +60,9 @@ class GateView(ScrollView, can_focus=True):
 
     @dataclass
     class Surgery(Message):
-        """The user wants other gates; None: the fuser's own."""
+        """The user wants other gates, of each fuser; None: the fusers' own."""
 
-        gates: Gates | None
+        gates: tuple[Gates, ...] | None
 
     class Moved(Message):
         """The cursor, the view, or what is shown has changed."""
@@ -68,8 +70,11 @@ class GateView(ScrollView, can_focus=True):
     def __init__(self) -> None:
         super().__init__(id="gate-view")
         self.loaded: Loaded | None = None
-        self.gates: Gates = ((), ())
-        self.reports: list[GateReport | None] = []  # per turn
+        self.sharer = 0  # whose gates are shown, should there be several
+        self.gates: tuple[Gates, ...] = ()  # each fuser's
+        self.turns: Sequence[Sequence[GateReport]] = ()  # of each sharer, per turn
+        self.reports: list[GateReport | None] = []  # of the sharer that is shown
+        self.live: GateReport | None = None  # of the token that has just been fused
         self.view: View = "bars"
         self.measure: Literal["weights", "changes"] = "weights"
         self.row = self.kind = self.token = 0
@@ -85,8 +90,20 @@ class GateView(ScrollView, can_focus=True):
     # --- what is shown ----------------------------------------------------------------------
 
     @property
+    def link(self) -> Link | None:
+        """The sharer's way into the receiver that is shown."""
+        return self.loaded.links[self.sharer] if self.loaded and self.loaded.links else None
+
+    @property
+    def own_gates(self) -> Gates:
+        """Those of its fuser."""
+        return self.gates[self.sharer] if self.gates else ((), ())
+
+    @property
     def report(self) -> GateReport | None:
-        """The latest turn's, if anything was fused in it."""
+        """The latest turn's, if anything was fused in it; its latest token's while it is fused."""
+        if self.live and self.view == "bars":
+            return self.live
         return self.reports[-1] if self.reports else None
 
     @property
@@ -99,25 +116,39 @@ class GateView(ScrollView, can_focus=True):
     @property
     def is_stale(self) -> bool:
         """Whether the gates are others than those that the figures were measured with."""
-        return self.report is not None and self.report.gates != self.gates
+        return self.report is not None and self.report.gates != self.own_gates
 
     def show_loaded(self, loaded: Loaded) -> None:
         """A pair and its fuser: the rows, and their gates before anything was asked."""
-        self.loaded, self.gates = loaded, loaded.gates
-        self._rows = {receiver: at for at, (receiver, _) in enumerate(loaded.layers)}
-        self.row = next(iter(self._rows), 0)
+        self.loaded, self.gates, self.sharer = loaded, loaded.gates, 0
+        self._show_sharer()
         self.virtual_size = Size(1, loaded.receiver_layers)
         self.redraw()
         self.call_after_refresh(self.scroll_to, y=max(self.row - 1, 0), animate=False)
 
-    def show_gates(self, gates: Gates) -> None:
-        """The fuser's gates after surgery."""
+    def _show_sharer(self) -> None:
+        layers = self.link.layers if self.link else ()
+        self._rows = {receiver: at for at, (receiver, _) in enumerate(layers)}
+        self.row = next(iter(self._rows), 0)
+        self.live = None
+        self.show_reports(self.turns)
+
+    def show_gates(self, gates: tuple[Gates, ...]) -> None:
+        """Each fuser's gates after surgery."""
         self.gates = gates
         self.redraw()
 
-    def show_reports(self, reports: list[GateReport | None]) -> None:
-        """What was measured, turn by turn; the last one is in view."""
-        self.reports = reports
+    def show_live(self, report: GateReport) -> None:
+        """What became of the answer's latest token."""
+        if report.sharer == self.sharer:
+            self.live = report
+            if self.view == "bars":
+                self.redraw()
+
+    def show_reports(self, turns: Sequence[Sequence[GateReport]]) -> None:
+        """What was measured, turn by turn, of each sharer; the last one is in view."""
+        self.turns, self.live = turns, None
+        self.reports = [next((r for r in t if r.sharer == self.sharer), None) for t in turns]
         self._tokens.clear()
         self.token = max(self.n_columns - 1, 0) if self.view == "turns" else 0
         self.redraw()
@@ -141,7 +172,7 @@ class GateView(ScrollView, can_focus=True):
 
     def _values(self) -> np.ndarray:
         """[2, L, columns] of the measure in the view."""
-        layers = self.loaded.layers if self.loaded else ()
+        layers = self.link.layers if self.link else ()
         if self.view == "turns":
             return maths.over_turns(self.reports, self.measure, layers)
         if self.report is None:
@@ -183,7 +214,7 @@ class GateView(ScrollView, can_focus=True):
         return [*segments, Segment("  ", self._style("row", layer))]
 
     def _gate(self, layer: int, at: int, kind: int) -> Segment:
-        is_open = self.gates[kind][at]
+        is_open = self.own_gates[kind][at]
         part = f"kind-{kind}" if is_open else "dim"
         selected = layer == self.row and kind == self.kind and self.has_focus
         return Segment(OPEN if is_open else CLOSED, self._style(part, layer, selected))
@@ -285,6 +316,12 @@ class GateView(ScrollView, can_focus=True):
         self.measure = "changes" if self.measure == "weights" else "weights"
         self.redraw()
 
+    def action_next_sharer(self) -> None:
+        """The gates of the next sharer, should there be several."""
+        if self.loaded and len(self.loaded.links) > 1:
+            self.sharer = (self.sharer + 1) % len(self.loaded.links)
+            self._show_sharer()
+
     def action_zoom(self) -> None:
         """A column per token, or all tokens in the width."""
         self.zoomed = not self.zoomed
@@ -294,19 +331,22 @@ class GateView(ScrollView, can_focus=True):
         """Closes or opens one gate of the layer under the cursor."""
         kind = self.kind if kind is None else kind
         at = self._rows.get(self.row)
-        if at is None or at >= len(self.gates[kind]):
+        if at is None or at >= len(self.own_gates[kind]):
             self.app.notify(f"layer {self.row} is not fused: it has no gate", severity="warning")
             return
-        gates = [list(g) for g in self.gates]
+        gates = [list(g) for g in self.own_gates]
         gates[kind][at] = not gates[kind][at]
-        self.post_message(self.Surgery((tuple(gates[0]), tuple(gates[1]))))
+        self._cut((tuple(gates[0]), tuple(gates[1])))
 
     def action_every_gate(self) -> None:
         """Closes every gate, or opens all if none is open."""
-        if self.gates[0]:
-            opened = not any(map(any, self.gates))
-            n = len(self.gates[0])
-            self.post_message(self.Surgery(((opened,) * n, (opened,) * n)))
+        if n := len(self.own_gates[0]):
+            opened = not any(map(any, self.own_gates))
+            self._cut(((opened,) * n, (opened,) * n))
+
+    def _cut(self, gates: Gates) -> None:
+        at = self.sharer
+        self.post_message(self.Surgery((*self.gates[:at], gates, *self.gates[at + 1 :])))
 
     def action_restore(self) -> None:
         """The fuser's own gates."""
@@ -360,7 +400,11 @@ class GatePanel(Vertical):
         self.query_one("#gate-words", Static).update(self._words())
         self.query_one("#gate-legend", Static).update(self._legend())
         title = {"bars": "this turn", "tokens": "layer x token", "turns": "over turns"}
-        self.border_title = f"gates · {title[self.view.view]}"
+        if self.view.live:
+            title["bars"] = "this token"
+        links = self.view.loaded.links if self.view.loaded else ()
+        which = f" · sharer {self.view.sharer + 1} of {len(links)}" if len(links) > 1 else ""
+        self.border_title = f"gates{which} · {title[self.view.view]}"
 
     def _head(self) -> str:
         view = self.view
@@ -378,21 +422,23 @@ class GatePanel(Vertical):
         loaded, report = view.loaded, view.report
         if loaded is None:
             return ""
-        if not loaded.fuser:
+        if view.link is None:
             return "no fuser: nothing is fused"
         at = view._rows.get(view.row)
         if at is None:
             return f"layer {view.row}: the fuser leaves it alone"
-        lines = [f"layer {view.row} ← sharer's layer {loaded.layers[at][1]}"]
+        whose = "sharer's" if len(loaded.links) == 1 else f"{view.link.sharer}'s"
+        lines = [f"layer {view.row} ← {whose} layer {view.link.layers[at][1]}"]
         if view.view == "turns" and view.reports:
             report = view.reports[view.token]
             lines.append(f"turn {view.token + 1}" + ("" if report else ": nothing was fused"))
-        elif view.view == "tokens" and report and report.tokens:
-            ours, theirs = report.tokens[view.token]
-            number = report.start + view.token
+        elif report and report.tokens and (view.view == "tokens" or report is view.live):
+            token = 0 if report is view.live else view.token
+            ours, theirs = report.tokens[token]
+            number = report.start + token
             lines.append(f"token {number} {maths.visible(ours)} ← sharer's {maths.visible(theirs)}")
         for kind in (0, 1):
-            state = "open" if view.gates[kind][at] else "closed"
+            state = "open" if view.own_gates[kind][at] else "closed"
             text = f"{KINDS[kind]} {state}"
             if report:
                 weight, change = report.weights[kind][at], report.changes[kind][at]
