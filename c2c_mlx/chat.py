@@ -98,7 +98,7 @@ class ChatSession:
             there twice, with fusers of its own.
         order: of several sharers, see `FusedPrefix`.
         fuse_response: the sharers read along while the receiver writes, and every new token is
-            fused; else the prompt alone is.
+            fused; else the prompt alone is, unless a fuser was made for this.
         sampling: the same for every mode.
         system: a system prompt, or None for whatever the models' templates say.
         on_prefill: told how far the reading of a prompt is, about once per 512 positions.
@@ -124,9 +124,11 @@ class ChatSession:
         self.sampling = sampling or SamplingConfig()
         self.system = system
         self.on_prefill = on_prefill
-        self.order, self.fuse_response = order, fuse_response
+        self.order = order
         pairs = [(sharer, fuser), *others] if sharer is not None and fuser is not None else []
         self.links = [link(receiver, *pair) for pair in pairs]
+        made_for_it = any(link.fuser.config.fuse_response for link in self.links)
+        self.fuse_response = fuse_response or made_for_it
         self.sharers = [lm for lm, _ in pairs] or [lm for lm in (sharer,) if lm]
         self.reset()
 

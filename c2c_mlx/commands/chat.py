@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     pair.add_arguments(parser)
-    add("--fuse-response", action="store_true", help="sharers read and feed the answer, too")
+    add("--fuse-response", action="store_true", help="feed the answer, too, not the prompt alone")
     add("--mode", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: c2c)")
     add("--prompt", metavar="TEXT", help="answer once; - reads standard input")
     add("--system", metavar="TEXT", help="system prompt")

@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel
+from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model, registry, store
 from c2c_mlx.config import FuserConfig, Order, SamplingConfig
+from c2c_mlx.embedded import install
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
 
@@ -351,6 +352,19 @@ def test_a_fused_answer_is_told_of_and_not_read_again(
     assert ask(fresh, "And when?", "c2c")[1].text == session.history["c2c"][-1]["content"]
 
 
+def test_a_fuser_that_was_made_for_it_fuses_answers(
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser
+) -> None:
+    made = Fuser(replace(fuser.config, fuse_response=True))
+    made.update(fuser.parameters())
+    made.eval()
+    for one, expected in ((made, True), (fuser, False)):
+        session = ChatSession(receiver, sharer, one, sampling=SAMPLING)
+        figures = ask(session, "Who wrote it?", "c2c")[1].figures
+        (report,) = session.gate_reports()
+        assert (len(report.tokens) >= figures.prompt_tokens) == expected
+
+
 def test_with_every_gate_closed_a_fused_answer_is_the_receivers(make: MakeSession) -> None:
     session = make(fuse_response=True)
     (keys, values), shut = session.gates[0], (False,) * 4
@@ -360,3 +374,39 @@ def test_with_every_gate_closed_a_fused_answer_is_the_receivers(make: MakeSessio
     session.set_gates([(keys, values)])
     session.reset()
     assert ask(session, "Who wrote it?", "c2c")[1].text != texts[1]
+
+
+@pytest.mark.pair
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_three_sharers_of_the_embedded_models(order: Order) -> None:
+    """One model twice, with its fuser and a rounded copy of it, and the receiver as its own."""
+    names = registry.default_pair()
+    if not all(map(install.is_installed, names)):
+        pytest.skip("the embedded pair is not in the cache; `c2c-chat` puts it there")
+    receiver, sharer = map(load_model, names)
+    folder = store.find_folder(registry.find_fuser(*names) or "")
+    fuser, rounded = Fuser.load(folder), Fuser.load(folder, bits=4)
+    mx.random.seed(0)
+    same = Fuser(FuserConfig(receiver.shape, receiver.shape, ((10, 10), (20, 20)), 32, 32))
+    same.gate_logit = mx.ones_like(same.gate_logit)
+    same.eval()
+    others = [(sharer, rounded), (receiver, same)]
+    sampling = SamplingConfig(max_tokens=12)
+    session = ChatSession(receiver, sharer, fuser, others=others, order=order, sampling=sampling)
+    question = "Translate to English: Le chat dort sur le canapé."
+    reports = {r.sharer: r for r in (ask(session, question, "c2c"), session.gate_reports())[1]}
+    assert set(reports) == {0, 1, 2}
+    changed = {at for at, r in reports.items() if np.any(r.changes)}
+    # In sequence the copy finds a message that has been changed, and its gate may stay shut.
+    assert changed == {0, 1, 2} if order == "parallel" else changed >= {0, 2}
+    assert [len(r.layers) for r in reports.values()] == [15, 15, 2]
+    # In parallel it adds nearly what its original does.
+    first, second = (np.array(reports[i].changes) for i in (0, 1))
+    assert np.allclose(first, second, rtol=0.2) == (order == "parallel")
+    shut = tuple(((False,) * len(k), (False,) * len(v)) for k, v in session.gates)
+    session.set_gates((session.gates[0], *shut[1:]))
+    session.reset()
+    alone = ChatSession(receiver, sharer, fuser, sampling=sampling)
+    texts = [ask(s, question, "c2c")[1].text for s in (session, alone)]
+    assert texts[0] == texts[1]
