@@ -30,8 +30,9 @@ from c2c_mlx.events import (
 from c2c_mlx.progress import Progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from c2c_mlx.chat import ChatSession
-    from c2c_mlx.fuser import Fuser
 
 ANSWERED_TURN = tuple[str, str, str]  # question, relayed text, answer
 
@@ -168,14 +169,17 @@ class InferenceThread(threading.Thread):
     def _load(self) -> None:
         import mlx.core as mx
 
-        from c2c_mlx import blas
+        from c2c_mlx import blas, memory
         from c2c_mlx.chat import ChatSession
-        from c2c_mlx.models import LanguageModel, load_model
+        from c2c_mlx.fuser import Fuser
+        from c2c_mlx.models import LanguageModel, find_folder, load_model
 
         pair = self.pair
         self._report(Progress(f"loading {pair.receiver}", 0, 0))
         if blas.notice and mx.default_device().type == mx.cpu:
             self.events.put(Failed(blas.notice))
+        answering = find_folder(pair.receiver, self._report)
+        memory.preflight(answering)
         receiver = load_model(pair.receiver, progress=self._report)
         known: dict[str, LanguageModel] = {}
         sharers: list[LanguageModel] = []
@@ -193,11 +197,16 @@ class InferenceThread(threading.Thread):
 
         # What is missing costs the modes that need it, not the conversation.
         try:
+            reading = [find_folder(sharer, self._report) for sharer in pair.sharers]
+            memory.preflight(answering, reading)
             for wanted in pair.sharers:
                 if wanted not in known:
                     known[wanted] = load_model(wanted, progress=self._report)
                 sharers.append(known[wanted])
-            links = list(zip(sharers, self._load_fusers(), strict=True))
+            folders = self._find_fusers()
+            memory.preflight(answering, reading, folders, bits=pair.fuser_bits)
+            fusers = (Fuser.load(folder, pair.fuser_bits) for folder in folders)
+            links = list(zip(sharers, fusers, strict=True))
             self._session = session()
         except C2CError as e:
             self.events.put(Failed(str(e)))
@@ -227,15 +236,11 @@ class InferenceThread(threading.Thread):
             )
         )
 
-    def _load_fusers(self) -> list[Fuser]:
-        from c2c_mlx.fuser import Fuser
+    def _find_fusers(self) -> list[Path]:
         from c2c_mlx.store import find_for_pair
 
         return [
-            Fuser.load(
-                find_for_pair(self.pair.receiver, sharer, given, self._report),
-                self.pair.fuser_bits,
-            )
+            find_for_pair(self.pair.receiver, sharer, given, self._report)
             for sharer, given in self.pair.links
         ]
 

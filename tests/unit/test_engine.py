@@ -7,9 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from c2c_mlx import memory
 from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.engine import InferenceThread, explain
 from c2c_mlx.errors import C2CError
@@ -174,6 +176,21 @@ def test_without_a_fuser_the_other_modes_answer(open_engine: Open, tiny_pair: Pa
     seen = until(engine, TurnOver)
     assert set(answers(seen)) == {"relay", "receiver"}
     assert [e.mode for e in seen if isinstance(e, Failed)] == ["c2c"]
+
+
+def test_what_does_not_fit_costs_the_modes_that_need_it(
+    open_engine: Open, tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = memory.preflight(Path(tiny_pair.receiver)).receiver
+    monkeypatch.setattr(memory, "limit", lambda: needed + 1)
+    engine = open_engine()
+    seen = until(engine, Loaded)
+    (failed,) = (e for e in seen if isinstance(e, Failed))
+    assert "cannot be loaded" in failed.message
+    loaded = seen[-1]
+    assert isinstance(loaded, Loaded) and (loaded.sharers, loaded.links) == ((), ())
+    engine.ask("Who wrote it?", ["receiver"])
+    assert answers(until(engine, TurnOver))["receiver"].text
 
 
 def test_without_a_receiver_every_question_is_refused(open_engine: Open) -> None:
