@@ -58,3 +58,5 @@ bench: setup
 	@$(BIN)/python benchmarks/turns.py
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/help.py
+	@$(BIN)/python benchmarks/response.py
+	@$(BIN)/python benchmarks/tui.py --cycles 10 --rounds 15

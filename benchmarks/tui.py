@@ -3,8 +3,7 @@
     python benchmarks/tui.py                   all of it
     python benchmarks/tui.py --parts panel     one of panel, keys, ends
 
-The models are two tiny random ones of the tests. Ends are real: a pseudo-terminal, the command
-c2c-chat, keys typed into it at a random moment, its exit code. Where others use the machine, too,
+Ends are real: a pseudo-terminal, two tiny random models of the tests, the command c2c-chat, keys typed into it at a random moment, its exit code. Where others use the machine, too,
 the clock says more about them; so what a thread computes is given beside it.
 """
 
@@ -26,15 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from c2c_mlx import events
+from c2c_mlx import events, registry
 from c2c_mlx.config import Pair, SamplingConfig
+from c2c_mlx.embedded import install
 from c2c_mlx.engine import InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import until
 
 TINY = Path(__file__).parents[1] / "tests" / "golden" / "data" / "e2e" / "qwen3_llama"
-LONG = SamplingConfig(max_tokens=400, temp=1.0)
+LONG = SamplingConfig(max_tokens=400, temp=0.7)
 SIZE = (140, 50)
 
 
@@ -100,7 +100,7 @@ async def gate_panel() -> None:
 
 
 async def typing_and_stopping(pair: Pair, rounds: int) -> None:
-    """While two models write: from a key to its letter on the screen, from Esc to the end."""
+    """While a model writes: from a key to its letter on the screen, from Esc to the end."""
     engine = InferenceThread(pair, LONG)
     chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"], save=lambda _: None)
     echoes: list[tuple[float, float]] = []
@@ -214,7 +214,9 @@ def one_end(command: list[str], home: Path) -> tuple[int | str, bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cycles", type=int, default=200, help="ends (%(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="turns (%(default)s)")
     parser.add_argument("--parts", default="panel,keys,ends", metavar="P[,P]")
@@ -225,7 +227,13 @@ def main() -> None:
         if "panel" in args.parts:
             asyncio.run(gate_panel())
         if "keys" in args.parts:
-            asyncio.run(typing_and_stopping(pair, args.rounds))
+            real = registry.default_pair()
+            if all(map(install.is_installed, real)):
+                writing = Pair(real[0], (real[1],))
+            else:
+                writing = pair
+                print("the embedded pair is not in the cache: two tiny models write, and end soon")
+            asyncio.run(typing_and_stopping(writing, args.rounds))
         if "ends" in args.parts:
             ends(pair, home, args.cycles)
 

@@ -22,6 +22,7 @@ from c2c_mlx.progress import Progress
 from c2c_mlx.tui import clipboard, conversation, race, storage, themes, votes
 from c2c_mlx.tui.backend import Backend
 from c2c_mlx.tui.conversation import NAMES, Answer, Conversation, Turn
+from c2c_mlx.tui.memory import Memory
 from c2c_mlx.tui.screens.ballot import Ballot
 from c2c_mlx.tui.screens.help import Help
 from c2c_mlx.tui.screens.main import MainScreen
@@ -42,6 +43,7 @@ class ChatApp(App[None]):
         conversation: empty, or one that is taken up again.
         modes: who answers, one after the other.
         save: keeps the conversation after each turn.
+        memory: of earlier starts.
     """
 
     CSS_PATH = "app.tcss"
@@ -72,9 +74,11 @@ class ChatApp(App[None]):
         conversation: Conversation,
         modes: Sequence[Mode],
         save: Callable[[Conversation], None] = conversation.save,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__()
         self.backend, self.conversation, self.save = backend, conversation, save
+        self.memory = memory or Memory(None)
         self.modes = list(modes)
         self.main = MainScreen(modes)
         self.loaded: Loaded | None = None
@@ -84,7 +88,10 @@ class ChatApp(App[None]):
         self.attempt = 0  # at the last question
         for theme in (themes.DARK, themes.LIGHT):
             self.register_theme(theme)
-        self.theme = themes.DARK.name
+        known = self.memory.theme in self.available_themes
+        self.theme = self.memory.theme if known else themes.DARK.name
+        for question in self.memory.questions:
+            self.main.prompt.remember(question)
 
     def get_default_screen(self) -> MainScreen:
         """The conversation."""
@@ -93,6 +100,7 @@ class ChatApp(App[None]):
     async def on_ready(self) -> None:
         """The first frame has been painted: shows what there is, then lets the models load."""
         sys.setswitchinterval(0.001)  # a key must not wait 5 ms for each turn of the interpreter
+        self.theme_changed_signal.subscribe(self, lambda theme: self.memory.keep_theme(theme.name))
         self.main.show_pair(self.conversation.pair)
         self.main.prompt.focus()
         if self.conversation.turns:
@@ -254,6 +262,7 @@ class ChatApp(App[None]):
         self.attempt = 0
         self.main.prompt.clear()
         self.main.prompt.remember(question)
+        self.memory.keep_question(question)
         await self._ask(question)
 
     async def _ask(self, question: str) -> None:

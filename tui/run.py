@@ -11,6 +11,7 @@ from c2c_mlx.events import MODES, Mode
 from c2c_mlx.tui import conversation
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.memory import Memory
 
 
 def run(
@@ -38,7 +39,7 @@ def run(
     engine = InferenceThread(talk.pair, talk.sampling, talk.system)
     if talk.turns:
         engine.restore({mode: talk.history(mode) for mode in MODES})
-    app = ChatApp(engine, talk, modes)
+    app = ChatApp(engine, talk, modes, memory=Memory.of_user())
     try:
         app.run()
     finally:

@@ -15,6 +15,7 @@ from c2c_mlx.progress import Progress
 from c2c_mlx.tui import conversation, votes
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.memory import Memory
 from c2c_mlx.tui.preview import RECORDING, Recording, Replay, app, until
 from c2c_mlx.tui.widgets.pane import AnswerPane
 
@@ -168,6 +169,26 @@ async def test_surgery_is_said_and_undone(shows) -> None:
         await shows(chat, "layer 0 is not fused")
         await pilot.press("escape")
         assert chat.main.prompt.has_focus
+
+
+async def test_the_next_start_knows_theme_and_questions(tmp_path: Path) -> None:
+    path = tmp_path / "app.json"
+    for turn in range(2):
+        chat = app(FAST)
+        chat = ChatApp(chat.backend, chat.conversation, ["c2c"], lambda _: None, Memory(path))
+        async with chat.run_test(size=SIZE) as pilot:
+            assert chat.theme == ("c2c-light" if turn else "c2c-dark")
+            await until(lambda: chat.loaded is not None)  # noqa: B023
+            if turn:
+                await pilot.press("up")
+                assert chat.main.prompt.text == QUESTIONS[0]
+            else:
+                await ask(pilot, QUESTIONS[0])
+                chat.theme = "c2c-light"
+    path.write_text('{"theme": "no-such-theme", "questions": []}')
+    assert (
+        ChatApp(chat.backend, chat.conversation, ["c2c"], memory=Memory(path)).theme == "c2c-dark"
+    )
 
 
 async def test_several_sharers_have_gates_of_their_own(shows) -> None:

@@ -15,6 +15,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Figures, Finished
 from c2c_mlx.tui import conversation, gates, race, storage, votes
 from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.memory import QUESTIONS, Memory
 from c2c_mlx.tui.preview import RECORDING, Recording
 
 
@@ -186,3 +187,37 @@ def test_a_pair_may_have_any_name() -> None:
     talk = Conversation(Pair("org/model", ("../folder",)))
     talk.add("¿Qué?/../", ())
     assert "/" not in talk.name
+
+
+# --- what is remembered
+
+
+def test_questions_and_theme_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "app.json"
+    memory, other = Memory(path), Memory(path)
+    memory.keep_question("one\n¿dos?")
+    other.keep_question("three")
+    memory.keep_theme("c2c-light")
+    memory.keep_question("one\n¿dos?")
+    assert (Memory(path).theme, Memory(path).questions) == ("c2c-light", ["three", "one\n¿dos?"])
+    for n in range(QUESTIONS):
+        memory.keep_question(str(n))
+    assert Memory(path).questions == [str(n) for n in range(QUESTIONS)]
+
+
+@pytest.mark.parametrize("text", ["", "7", "{", '{"theme": 1, "questions": "no"}', "[[[[", "\x00"])
+def test_a_damaged_memory_is_an_empty_one(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "app.json"
+    path.write_text(text)
+    memory = Memory(path)
+    assert (memory.theme, memory.questions) == ("", [])
+    memory.keep_question("again")
+    assert Memory(path).questions == ["again"]
+
+
+def test_a_disk_that_wants_nothing_costs_nothing_but_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a file" / "app.json"
+    path.parent.write_text("in the way")
+    Memory(path).keep_question("hi")
+    Memory(path).keep_theme("c2c-light")
+    assert path.parent.read_text() == "in the way"

@@ -27,6 +27,7 @@ KEYS = (
     ("R", "restore the fuser's own gates"),
     ("W, M", "other view; weights or changes"),
     ("Z, X", "a column per token; keys or values"),
+    ("S", "the next sharer, where there are several"),
 )
 TEXT = """\
 **Gate** (● open, ○ closed): learned, one per layer for keys and one for values. Part of the fuser,

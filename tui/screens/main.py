@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from textual.app import ComposeResult
@@ -190,7 +191,6 @@ class MainScreen(Screen[None]):
             for turn in conversation.turns:
                 if answer := turn.answers.get(mode):
                     await (await pane.begin(turn.question)).show(answer)
-        self.prompt.asked.clear()
         for turn in conversation.turns:
             self.prompt.remember(turn.question)
         self.show_reports([turn.reports for turn in conversation.turns])
@@ -218,5 +218,6 @@ def short(name: str) -> str:
 
 
 def several(names: Iterable[str]) -> str:
-    """Names in short, with commas between."""
-    return ", ".join(map(short, names))
+    """Names in short, with commas between; one that is there twice is counted."""
+    counts = Counter(map(short, names))
+    return ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())

@@ -403,7 +403,9 @@ class GatePanel(Vertical):
         if self.view.live:
             title["bars"] = "this token"
         links = self.view.loaded.links if self.view.loaded else ()
-        which = f" · sharer {self.view.sharer + 1} of {len(links)}" if len(links) > 1 else ""
+        which = (
+            f" · sharer {self.view.sharer + 1} of {len(links)} (s: next)" if len(links) > 1 else ""
+        )
         self.border_title = f"gates{which} · {title[self.view.view]}"
 
     def _head(self) -> str:

@@ -30,9 +30,8 @@ class Prompt(TextArea):
         self._draft = ""
 
     def remember(self, question: str) -> None:
-        """Puts a question at the end of the history."""
-        if self.asked[-1:] != [question]:
-            self.asked.append(question)
+        """Puts a question at the end of the history, where it stands once."""
+        self.asked = [*(q for q in self.asked if q != question), question]
         self._at = len(self.asked)
 
     def show(self, text: str) -> None:
