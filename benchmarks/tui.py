@@ -3,8 +3,9 @@
     python benchmarks/tui.py                   all of it
     python benchmarks/tui.py --parts panel     one of panel, keys, ends
 
-Ends are real: a pseudo-terminal, two tiny random models of the tests, the command c2c-chat, keys typed into it at a random moment, its exit code. Where others use the machine, too,
-the clock says more about them; so what a thread computes is given beside it.
+Ends are real: a pseudo-terminal, the command c2c-chat with two tiny models of the tests, keys
+typed into it at a random moment, its exit code. Where others use the machine, too, the clock says
+more about them; so what a thread computes is given beside it.
 """
 
 from __future__ import annotations

@@ -137,9 +137,6 @@ class ChatSession:
         self.history: dict[Mode, Messages] = {}
         self._background: Messages = []  # the relay's other conversation, with the sharer
         self._prefixes: dict[str, Prefix] = {}
-        self._forget_fused()
-
-    def _forget_fused(self) -> None:
         self._fused = FusedPrefix(*self.links, order=self.order) if self.links else None
 
     def undo(self, mode: Mode) -> None:
@@ -182,7 +179,8 @@ class ChatSession:
             for kind, at in np.argwhere(link.fuser.gates != np.array(wanted)).tolist():
                 if kind in link.fuser.kinds:
                     link.fuser.set_gate(kind, at, wanted[kind][at])
-        self._forget_fused()
+        if self._fused:
+            self._fused.fuse_anew()
 
     def messages(self, mode: Mode) -> Messages:
         """The mode's conversation so far, the system prompt first if there is one."""

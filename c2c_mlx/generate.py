@@ -175,7 +175,7 @@ class FusedPrefix:
 
     def fuse_anew(self, start: int = 0) -> None:
         """Forgets what was fused from `start` on, when a fuser has changed; what was read stays."""
-        self.feeds = self.feeds[:start]
+        self.feeds, self.fusions = self.feeds[:start], []
 
     def _advance(self, texts: Sequence[TokenAlignment], ids: mx.array) -> mx.array:
         """The receiver's pass over `ids`, which go on in the texts where the caches end."""

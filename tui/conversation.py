@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -134,7 +135,8 @@ def _quoted(text: str) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    return "-".join(re.findall(r"\w+", text.lower(), re.ASCII)[:5])[:40]
+    plain = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
+    return "-".join(re.findall(r"\w+", plain)[:5])[:40]
 
 
 # --- session files --------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.engine import InferenceThread
 from c2c_mlx.events import MODES, Mode
 from c2c_mlx.tui import conversation
-from c2c_mlx.tui.app import ChatApp
+from c2c_mlx.tui.app import RIVALS, ChatApp
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.memory import Memory
 
@@ -18,7 +18,7 @@ def run(
     pair: Pair,
     sampling: SamplingConfig,
     system: str | None,
-    modes: Sequence[Mode],
+    modes: Sequence[Mode] = (),
     resume: str | None = None,
 ) -> int:
     """Opens the app; returns when the user has left and the models' thread has ended.
@@ -27,7 +27,7 @@ def run(
         pair: who talks.
         sampling: the same for every mode.
         system: a system prompt, or None.
-        modes: who answers.
+        modes: who answers; none: those that answered last, or both rivals.
         resume: a saved session to go on with, "" for the latest; its pair and settings count.
 
     Raises:
@@ -36,10 +36,11 @@ def run(
     talk = Conversation(pair, sampling, system)
     if resume is not None:
         talk = conversation.load(resume)
+    last = talk.turns[-1].answers if talk.turns else ()
     engine = InferenceThread(talk.pair, talk.sampling, talk.system)
     if talk.turns:
         engine.restore({mode: talk.history(mode) for mode in MODES})
-    app = ChatApp(engine, talk, modes, memory=Memory.of_user())
+    app = ChatApp(engine, talk, modes or tuple(last) or RIVALS, memory=Memory.of_user())
     try:
         app.run()
     finally:

@@ -83,8 +83,7 @@ def _chat(args: argparse.Namespace) -> int | None:
     if interactive and not args.plain:
         from c2c_mlx.tui.run import run as open_app
 
-        shown: list[Mode] = modes if args.mode else ["c2c", "relay"]
-        return open_app(who, sampling, args.system, shown, args.resume)
+        return open_app(who, sampling, args.system, modes if args.mode else (), args.resume)
     if args.resume is not None:
         raise C2CError("--resume needs a terminal, and neither --prompt nor --plain")
     prompt = None if interactive else _prompt(args.prompt)

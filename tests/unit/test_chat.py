@@ -282,6 +282,26 @@ def test_a_turn_that_is_asked_again_tells_of_its_gates_again(make: MakeSession) 
     np.testing.assert_allclose(second.change, first.change[..., at:], rtol=1e-4)
 
 
+def test_other_gates_fuse_anew_but_read_nothing_again(make: MakeSession) -> None:
+    read: list[Prefilling] = []
+    session, fresh = make(on_prefill=read.append), make(on_prefill=read.append)
+    own = session.gates
+    ask(session, "Who wrote it?", "c2c")
+    shut = [((False,) * 4, own[0][1])]
+    for one in (session, fresh):
+        one.set_gates(shut)
+    assert session.gate_reports() == []
+    fresh.history["c2c"] = [dict(m) for m in session.history["c2c"]]
+    texts, totals = [], []
+    for one in (session, fresh):
+        _, second = ask(one, "Who?", "c2c")
+        texts.append(second.text)
+        totals.append(read[-1].total)
+    assert texts[0] == texts[1] and totals[0] < totals[1] - 30
+    assert second.figures.new_prompt_tokens == second.figures.prompt_tokens  # fused anew
+    session.set_gates(own)
+
+
 # --- several sharers, fused answers
 
 

@@ -48,15 +48,18 @@ class TurnView(Vertical):
         """The parts from top to bottom; the relayed text is there in the relay's pane alone."""
         yield self._question
         if self._relayed is not None:
-            yield Collapsible(
+            written = Collapsible(
                 self._relayed, title="the sharer writes for the receiver", collapsed=False
             )
+            written.display = False  # until there is something of it
+            yield written
         yield self._answer
         yield self._cost
 
     async def write_relayed(self, text: str) -> None:
         """Adds to what the sharer wrote."""
-        if self._relayed is not None:
+        if self._relayed is not None and text:
+            self.query_one(Collapsible).display = True
             await self._relayed.write(text)
 
     async def write(self, text: str) -> None:
