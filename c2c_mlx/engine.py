@@ -179,7 +179,7 @@ class InferenceThread(threading.Thread):
         if blas.notice and mx.default_device().type == mx.cpu:
             self.events.put(Failed(blas.notice))
         answering = find_folder(pair.receiver, self._report)
-        memory.preflight(answering)
+        need = memory.preflight(answering)
         receiver = load_model(pair.receiver, progress=self._report)
         known: dict[str, LanguageModel] = {}
         sharers: list[LanguageModel] = []
@@ -198,13 +198,13 @@ class InferenceThread(threading.Thread):
         # What is missing costs the modes that need it, not the conversation.
         try:
             reading = [find_folder(sharer, self._report) for sharer in pair.sharers]
-            memory.preflight(answering, reading)
+            need = memory.preflight(answering, reading)
             for wanted in pair.sharers:
                 if wanted not in known:
                     known[wanted] = load_model(wanted, progress=self._report)
                 sharers.append(known[wanted])
             folders = self._find_fusers()
-            memory.preflight(answering, reading, folders, bits=pair.fuser_bits)
+            need = memory.preflight(answering, reading, folders, bits=pair.fuser_bits)
             fusers = (Fuser.load(folder, pair.fuser_bits) for folder in folders)
             links = list(zip(sharers, fusers, strict=True))
             self._session = session()
@@ -233,6 +233,7 @@ class InferenceThread(threading.Thread):
                 device=f"{called} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
                 context_length=receiver.context_length,
                 receiver_layers=len(receiver.model.layers),
+                needs=str(need),
             )
         )
 

@@ -128,6 +128,7 @@ class Loaded:
     memory_gb: float
     context_length: int  # of the receiver
     receiver_layers: int
+    needs: str = ""  # what a long conversation will take of the device's memory, in words
 
     @property
     def gates(self) -> tuple[Gates, ...]:

@@ -184,7 +184,7 @@ class ChatApp(App[None]):
         self.main.gate_panel.view.show_loaded(loaded)
         self._show_gates(loaded.gates)
         self.main.panes["c2c"].say("" if loaded.links else "no fuser")
-        self.main.say("" if self.is_busy else "ready")
+        self.main.say("" if self.is_busy else f"ready · {loaded.needs}".rstrip(" ·"))
         self._show_context()
         last = self.turn
         if last and last.gates != loaded.gates and _shapes(last.gates) == _shapes(loaded.gates):

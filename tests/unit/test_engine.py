@@ -65,6 +65,7 @@ def test_a_turn_is_one_answer_after_the_other(open_engine: Open) -> None:
     engine.ask("Who wrote it?", ALL)  # before anything is loaded
     loaded = until(engine, Loaded)[-1]
     assert isinstance(loaded, Loaded) and loaded.links and loaded.receiver_layers == 4
+    assert loaded.needs.startswith("memory: receiver ")
     seen = until(engine, TurnOver)
     order = list(dict.fromkeys(e.mode for e in seen if isinstance(e, Text | RelayedText)))
     assert order == list(ALL) == list(answers(seen))
