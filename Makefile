@@ -58,3 +58,4 @@ bench: setup
 	@$(BIN)/python benchmarks/turns.py
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/help.py
+	@$(BIN)/python benchmarks/tui.py

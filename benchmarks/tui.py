@@ -102,7 +102,7 @@ async def gate_panel() -> None:
 async def typing_and_stopping(pair: Pair, rounds: int) -> None:
     """While two models write: from a key to its letter on the screen, from Esc to the end."""
     engine = InferenceThread(pair, LONG)
-    chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"], save=lambda _: None)
+    chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"], is_kept=False)
     echoes: list[tuple[float, float]] = []
     stops: list[tuple[float, float]] = []
     try:
@@ -214,7 +214,9 @@ def one_end(command: list[str], home: Path) -> tuple[int | str, bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cycles", type=int, default=200, help="ends (%(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="turns (%(default)s)")
     parser.add_argument("--parts", default="panel,keys,ends", metavar="P[,P]")

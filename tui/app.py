@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
@@ -19,7 +19,7 @@ from c2c_mlx.config import SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, EngineEvent, Gates, Loaded, Mode
 from c2c_mlx.progress import Progress
-from c2c_mlx.tui import clipboard, conversation, race, storage, themes, votes
+from c2c_mlx.tui import clipboard, conversation, history, race, storage, themes, votes
 from c2c_mlx.tui.backend import Backend
 from c2c_mlx.tui.conversation import NAMES, Answer, Conversation, Turn
 from c2c_mlx.tui.screens.ballot import Ballot
@@ -30,6 +30,7 @@ from c2c_mlx.tui.screens.settings import Settings
 from c2c_mlx.tui.widgets.gate_panel import GateView
 from c2c_mlx.tui.widgets.prompt import Prompt
 
+Kept = TypeVar("Kept")
 UPDATES_PER_SECOND = 30
 RIVALS: tuple[Mode, Mode] = ("c2c", "relay")
 
@@ -41,7 +42,7 @@ class ChatApp(App[None]):
         backend: answers; started after the first paint.
         conversation: empty, or one that is taken up again.
         modes: who answers, one after the other.
-        save: keeps the conversation after each turn.
+        is_kept: whether the conversation, its questions, votes and the theme outlive the app.
     """
 
     CSS_PATH = "app.tcss"
@@ -71,10 +72,10 @@ class ChatApp(App[None]):
         backend: Backend,
         conversation: Conversation,
         modes: Sequence[Mode],
-        save: Callable[[Conversation], None] = conversation.save,
+        is_kept: bool = True,
     ) -> None:
         super().__init__()
-        self.backend, self.conversation, self.save = backend, conversation, save
+        self.backend, self.conversation, self.is_kept = backend, conversation, is_kept
         self.modes = list(modes)
         self.main = MainScreen(modes)
         self.loaded: Loaded | None = None
@@ -84,7 +85,8 @@ class ChatApp(App[None]):
         self.attempt = 0  # at the last question
         for theme in (themes.DARK, themes.LIGHT):
             self.register_theme(theme)
-        self.theme = themes.DARK.name
+        chosen = themes.chosen() if is_kept else themes.DARK.name
+        self.theme = chosen if chosen in self.available_themes else themes.DARK.name
 
     def get_default_screen(self) -> MainScreen:
         """The conversation."""
@@ -95,6 +97,11 @@ class ChatApp(App[None]):
         sys.setswitchinterval(0.001)  # a key must not wait 5 ms for each turn of the interpreter
         self.main.show_pair(self.conversation.pair)
         self.main.prompt.focus()
+        if self.is_kept:
+            self.main.prompt.remember(*history.load())
+            self.theme_changed_signal.subscribe(
+                self, lambda theme: self.keep(themes.choose, theme.name)
+            )
         if self.conversation.turns:
             await self.main.show_conversation(self.conversation)
         self.backend.start()
@@ -108,6 +115,14 @@ class ChatApp(App[None]):
     def complain(self, message: str) -> None:
         """An error as a notice: what is wrong and what to do."""
         self.notify(message, severity="error", timeout=12, markup=False)
+
+    def keep(self, write: Callable[[Kept], None], what: Kept) -> None:
+        """Writes something for the next start, if anything is to be; a full disk is a notice."""
+        if self.is_kept:
+            try:
+                write(what)
+            except C2CError as e:
+                self.complain(str(e))
 
     def can_act(self) -> bool:
         """Whether the conversation may be changed; says why if not."""
@@ -209,10 +224,7 @@ class ChatApp(App[None]):
             self.push_screen(Ballot(c2c.text, relay.text, random.random() < 0.5), self._voted)
         else:
             await self._reveal(turn)
-        try:
-            self.save(self.conversation)
-        except C2CError as e:
-            self.complain(str(e))
+        self.keep(conversation.save, self.conversation)
 
     async def _reveal(self, turn: Turn) -> None:
         """Shows what a blind turn kept back, the gates, and who was faster."""
@@ -233,10 +245,7 @@ class ChatApp(App[None]):
         if choice is None or self.loaded is None:
             return
         pair = (self.loaded.receiver, self.loaded.sharer, self.loaded.fuser)
-        try:
-            votes.cast(votes.Vote(choice, *pair, modified=self.gates != self.loaded.gates))
-        except C2CError as e:
-            self.complain(str(e))
+        self.keep(votes.cast, votes.Vote(choice, *pair, modified=self.gates != self.loaded.gates))
         said = "a tie" if choice == "tie" else f"you preferred {NAMES[choice]}"
         self.notify(f"{said}\n{votes.summary(*pair)}", title="Vote", markup=False)
 
@@ -252,6 +261,7 @@ class ChatApp(App[None]):
         self.attempt = 0
         self.main.prompt.clear()
         self.main.prompt.remember(question)
+        self.keep(history.add, question)
         await self._ask(question)
 
     async def _ask(self, question: str) -> None:

@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 from c2c_mlx import events
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.progress import Progress
-from c2c_mlx.tui import conversation, votes
+from c2c_mlx.tui import conversation, themes, votes
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import RECORDING, Recording, Replay, app, until
@@ -40,7 +40,7 @@ def answer(number: int, mode: str) -> events.Finished:
 
 
 def kept(speed: float = FAST, talk: Conversation | None = None) -> ChatApp:
-    """As users have it: conversations are saved."""
+    """As users have it: what outlives the app is kept."""
     recording = Recording.read(RECORDING)
     return ChatApp(Replay(recording, speed), talk or Conversation(recording.pair), ["c2c", "relay"])
 
@@ -65,7 +65,7 @@ class Stage(Replay):
 
 def staged(*said: events.EngineEvent) -> tuple[ChatApp, Stage]:
     stage = Stage(*said)
-    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"], save=lambda _: None), stage
+    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"], is_kept=False), stage
 
 
 def loaded(**other: object) -> events.Loaded:
@@ -274,6 +274,35 @@ async def test_the_prompt_leafs_through_earlier_questions() -> None:
         assert chat.main.prompt.text == QUESTIONS[0]
         await pilot.press("down", "down", "down")
         assert chat.main.prompt.text == "x"
+
+
+async def test_questions_and_theme_outlive_the_app(shows, home: Path) -> None:
+    chat = kept()
+    async with chat.run_test(size=SIZE) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        chat.theme = "c2c-light"
+        chat.main.prompt.show("Who?")
+        await pilot.press("enter")  # and left before an answer came
+        await until(lambda: (home / "theme.json").exists())
+    again = kept()
+    async with again.run_test(size=SIZE) as pilot:
+        assert again.theme == "c2c-light"
+        await shows(again, "ready")
+        await pilot.press("up", "up")
+        assert again.main.prompt.text == QUESTIONS[0]
+        await pilot.press("down")
+        assert again.main.prompt.text == "Who?"
+
+
+async def test_a_theme_that_is_no_more_and_a_replay_leave_no_trace(home: Path) -> None:
+    themes.choose("gone")
+    assert kept().theme == "c2c-dark"
+    before = list(home.iterdir())
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE) as pilot:
+        chat.theme = "c2c-light"
+        await ask(pilot, QUESTIONS[0])
+    assert list(home.iterdir()) == before and themes.chosen() == "gone"
 
 
 async def test_blind_answers_are_hidden_until_the_vote(shows, screen, home) -> None:

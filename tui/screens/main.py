@@ -188,9 +188,7 @@ class MainScreen(Screen[None]):
             for turn in conversation.turns:
                 if answer := turn.answers.get(mode):
                     await (await pane.begin(turn.question)).show(answer)
-        self.prompt.asked.clear()
-        for turn in conversation.turns:
-            self.prompt.remember(turn.question)
+        self.prompt.remember(*(turn.question for turn in conversation.turns))
         self.show_reports([turn.report for turn in conversation.turns])
 
     # --- narrow terminals -------------------------------------------------------------------
