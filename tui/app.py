@@ -27,7 +27,7 @@ from c2c_mlx.tui.screens.help import Help
 from c2c_mlx.tui.screens.main import MainScreen
 from c2c_mlx.tui.screens.sessions import Sessions
 from c2c_mlx.tui.screens.settings import Settings
-from c2c_mlx.tui.widgets.gate_panel import GateView
+from c2c_mlx.tui.widgets.gate_view import GateView
 from c2c_mlx.tui.widgets.prompt import Prompt
 
 Kept = TypeVar("Kept")
@@ -314,6 +314,7 @@ class ChatApp(App[None]):
             return
         old = self.conversation
         await self._take_up(Conversation(old.pair, old.sampling, old.system))
+        self.main.prompt.focus()
         self.main.say("ready")
 
     async def _take_up(self, talk: Conversation) -> None:

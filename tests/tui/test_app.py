@@ -140,7 +140,7 @@ async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
             chat,
             f"layer {receiver_layer} ← sharer's layer {sharer_layer}",
             f"V open · weight {weight:.2f}",
-            *("gate open", "weight, 0 to 1", "change of the cache"),
+            *("gate open", "weight, 0 to 1", "change of cache"),
         )
         await pilot.press("up")
         await shows(chat, f"layer {receiver_layer - 1}: the fuser leaves it alone")
