@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cycles", type=int, default=20, help="ends (%(default)s)")
+    parser.add_argument("--cycles", type=int, default=15, help="ends (%(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="turns (%(default)s)")
     parser.add_argument("--parts", default="panel,keys,ends", metavar="P[,P]")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,6 @@ def staged(*said: events.EngineEvent) -> tuple[ChatApp, Stage]:
 
 
 def loaded(**other: object) -> events.Loaded:
-    from dataclasses import replace
-
     recorded = Recording.read(RECORDING).start[-1][1]
     assert isinstance(recorded, events.Loaded)
     return replace(recorded, **other)  # type: ignore[arg-type]
@@ -151,6 +150,20 @@ async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
         await shows(chat, f"token {report.start + number} ", ours, theirs, "layer x token")
         await pilot.press("w")
         await shows(chat, "over turns", "turn 1")
+
+
+async def test_empty_bars_say_why(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE) as pilot:
+        await ask(pilot, QUESTIONS[1])
+        report = chat.turn.report
+        zeros = ((0.0,) * len(report.layers),) * 2
+        chat.main.show_reports([replace(report, weights=zeros, changes=zeros)])
+        await shows(chat, "nothing was let in this time")
+        chat.main.show_reports([None])
+        await shows(chat, "ask something")
+        chat.main.gate_panel.view.show_gates(tuple((False,) * len(g) for g in chat.gates))
+        await shows(chat, "no gate is open: the receiver alone")
 
 
 async def test_surgery_is_said_and_undone(shows) -> None:
