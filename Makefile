@@ -59,4 +59,4 @@ bench: setup
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/help.py
 	@$(BIN)/python benchmarks/response.py
-	@$(BIN)/python benchmarks/tui.py --cycles 10 --rounds 15
+	@$(BIN)/python benchmarks/tui.py

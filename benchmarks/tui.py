@@ -1,6 +1,7 @@
-"""How the app feels: gate panel, keys while an answer comes, Esc, and 200 ends in a terminal.
+"""How the app feels: gate panel, keys while an answer comes, Esc, and its ends in a terminal.
 
-    python benchmarks/tui.py                   all of it
+    python benchmarks/tui.py                   all of it, in under two minutes
+    python benchmarks/tui.py --cycles 200      with as many ends as a release should survive
     python benchmarks/tui.py --parts panel     one of panel, keys, ends
 
 Ends are real: a pseudo-terminal, the command c2c-chat with two tiny models of the tests, keys
@@ -103,7 +104,7 @@ async def gate_panel() -> None:
 async def typing_and_stopping(pair: Pair, rounds: int) -> None:
     """While a model writes: from a key to its letter on the screen, from Esc to the end."""
     engine = InferenceThread(pair, LONG)
-    chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"], save=lambda _: None)
+    chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"], is_kept=False)
     echoes: list[tuple[float, float]] = []
     stops: list[tuple[float, float]] = []
     try:
@@ -218,8 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cycles", type=int, default=200, help="ends (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=40, help="turns (%(default)s)")
+    parser.add_argument("--cycles", type=int, default=15, help="ends (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns (%(default)s)")
     parser.add_argument("--parts", default="panel,keys,ends", metavar="P[,P]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -177,9 +177,7 @@ def _note(engine: InferenceThread, last: type[EngineEvent]) -> list[Timed]:
 def app(speed: float = 1.0, modes: Sequence[Mode] = MODES[:2]) -> ChatApp:
     """The app on the recording that comes with it."""
     recording = Recording.read(RECORDING)
-    return ChatApp(
-        Replay(recording, speed), Conversation(recording.pair), modes, save=lambda _: None
-    )
+    return ChatApp(Replay(recording, speed), Conversation(recording.pair), modes, is_kept=False)
 
 
 async def take_pictures(folder: Path) -> None:
@@ -225,7 +223,11 @@ _PICTURES = (
 
 def main() -> None:
     """Looks at the arguments and does one of the three."""
-    parser = argparse.ArgumentParser(prog="python -m c2c_mlx.tui.preview", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m c2c_mlx.tui.preview",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--svg", type=Path, metavar="DIR", help="write pictures")
     parser.add_argument("--record", type=Path, metavar="FILE", help="ask the embedded pair")
     args = parser.parse_args()

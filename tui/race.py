@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from c2c_mlx.events import Figures
 
-SAME = 0.03  # ratios closer to 1 than this are called equal
+SAME = 0.05  # closer to 1 than this a ratio is called equal, not '1.0x'
 
 
 def cost(figures: Figures) -> str:

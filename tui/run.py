@@ -9,9 +9,9 @@ from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.engine import InferenceThread
 from c2c_mlx.events import MODES, Mode
 from c2c_mlx.tui import conversation
-from c2c_mlx.tui.app import RIVALS, ChatApp
+from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
-from c2c_mlx.tui.memory import Memory
+from c2c_mlx.tui.listener import RIVALS
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
     engine = InferenceThread(talk.pair, talk.sampling, talk.system)
     if talk.turns:
         engine.restore({mode: talk.history(mode) for mode in MODES})
-    app = ChatApp(engine, talk, modes or tuple(last) or RIVALS, memory=Memory.of_user())
+    app = ChatApp(engine, talk, modes or tuple(last) or RIVALS)
     try:
         app.run()
     finally:

@@ -1,8 +1,15 @@
-"""The app's own two themes; their colours are Okabe and Ito's, which every eye tells apart."""
+"""The app's own two themes, in Okabe and Ito's colours, which every eye tells apart; the choice."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from textual.theme import Theme
+
+from c2c_mlx import paths
+from c2c_mlx.errors import C2CError
+from c2c_mlx.tui import storage
 
 DARK = Theme(
     name="c2c-dark",
@@ -31,3 +38,26 @@ LIGHT = Theme(
     panel="#e6e6e0",
     dark=False,
 )
+
+
+def path() -> Path:
+    """Where the choice is kept."""
+    return paths.data_home() / "theme.json"
+
+
+def chosen() -> str:
+    """The theme that the user chose last; it may be one that there is no more."""
+    try:
+        name = storage.read_json(path())
+    except C2CError:
+        return DARK.name
+    return name if isinstance(name, str) else DARK.name
+
+
+def choose(name: str) -> None:
+    """Keeps the choice for the next start.
+
+    Raises:
+        C2CError: if the disk won't have it.
+    """
+    storage.write(path(), json.dumps(name))

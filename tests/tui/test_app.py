@@ -12,10 +12,9 @@ from textual.pilot import Pilot
 from c2c_mlx import events
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.progress import Progress
-from c2c_mlx.tui import conversation, votes
+from c2c_mlx.tui import conversation, themes, votes
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
-from c2c_mlx.tui.memory import Memory
 from c2c_mlx.tui.preview import RECORDING, Recording, Replay, app, until
 from c2c_mlx.tui.widgets.pane import AnswerPane
 
@@ -42,7 +41,7 @@ def answer(number: int, mode: str) -> events.Finished:
 
 
 def kept(speed: float = FAST, talk: Conversation | None = None) -> ChatApp:
-    """As users have it: conversations are saved."""
+    """As users have it: what outlives the app is kept."""
     recording = Recording.read(RECORDING)
     return ChatApp(Replay(recording, speed), talk or Conversation(recording.pair), ["c2c", "relay"])
 
@@ -67,7 +66,7 @@ class Stage(Replay):
 
 def staged(*said: events.EngineEvent) -> tuple[ChatApp, Stage]:
     stage = Stage(*said)
-    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"], save=lambda _: None), stage
+    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"], is_kept=False), stage
 
 
 def loaded(**other: object) -> events.Loaded:
@@ -140,7 +139,7 @@ async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
             chat,
             f"layer {receiver_layer} ← sharer's layer {sharer_layer}",
             f"V open · weight {weight:.2f}",
-            *("gate open", "weight, 0 to 1", "change of the cache"),
+            *("gate open", "weight, 0 to 1", "change of cache"),
         )
         await pilot.press("up")
         await shows(chat, f"layer {receiver_layer - 1}: the fuser leaves it alone")
@@ -151,6 +150,20 @@ async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
         await shows(chat, f"token {report.start + number} ", ours, theirs, "layer x token")
         await pilot.press("w")
         await shows(chat, "over turns", "turn 1")
+
+
+async def test_empty_bars_say_why(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE) as pilot:
+        await ask(pilot, QUESTIONS[1])
+        (report,) = chat.turn.reports
+        zeros = ((0.0,) * len(report.layers),) * 2
+        chat.main.show_reports([[replace(report, weights=zeros, changes=zeros)]])
+        await shows(chat, "nothing was let in this time")
+        chat.main.show_reports([[]])
+        await shows(chat, "ask something")
+        chat.main.gate_panel.view.show_gates(((((False,) * 15,) * 2),))
+        await shows(chat, "no gate is open: the receiver alone")
 
 
 async def test_surgery_is_said_and_undone(shows) -> None:
@@ -169,26 +182,6 @@ async def test_surgery_is_said_and_undone(shows) -> None:
         await shows(chat, "layer 0 is not fused")
         await pilot.press("escape")
         assert chat.main.prompt.has_focus
-
-
-async def test_the_next_start_knows_theme_and_questions(tmp_path: Path) -> None:
-    path = tmp_path / "app.json"
-    for turn in range(2):
-        chat = app(FAST)
-        chat = ChatApp(chat.backend, chat.conversation, ["c2c"], lambda _: None, Memory(path))
-        async with chat.run_test(size=SIZE) as pilot:
-            assert chat.theme == ("c2c-light" if turn else "c2c-dark")
-            await until(lambda: chat.loaded is not None)  # noqa: B023
-            if turn:
-                await pilot.press("up")
-                assert chat.main.prompt.text == QUESTIONS[0]
-            else:
-                await ask(pilot, QUESTIONS[0])
-                chat.theme = "c2c-light"
-    path.write_text('{"theme": "no-such-theme", "questions": []}')
-    assert (
-        ChatApp(chat.backend, chat.conversation, ["c2c"], memory=Memory(path)).theme == "c2c-dark"
-    )
 
 
 async def test_several_sharers_have_gates_of_their_own(shows) -> None:
@@ -325,6 +318,35 @@ async def test_the_prompt_leafs_through_earlier_questions() -> None:
         assert chat.main.prompt.text == QUESTIONS[0]
         await pilot.press("down", "down", "down")
         assert chat.main.prompt.text == "x"
+
+
+async def test_questions_and_theme_outlive_the_app(shows, home: Path) -> None:
+    chat = kept()
+    async with chat.run_test(size=SIZE) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        chat.theme = "c2c-light"
+        chat.main.prompt.show("Who?")
+        await pilot.press("enter")  # and left before an answer came
+        await until(lambda: (home / "theme.json").exists())
+    again = kept()
+    async with again.run_test(size=SIZE) as pilot:
+        assert again.theme == "c2c-light"
+        await shows(again, "ready")
+        await pilot.press("up", "up")
+        assert again.main.prompt.text == QUESTIONS[0]
+        await pilot.press("down")
+        assert again.main.prompt.text == "Who?"
+
+
+async def test_a_theme_that_is_no_more_and_a_replay_leave_no_trace(home: Path) -> None:
+    themes.choose("gone")
+    assert kept().theme == "c2c-dark"
+    before = list(home.iterdir())
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE) as pilot:
+        chat.theme = "c2c-light"
+        await ask(pilot, QUESTIONS[0])
+    assert list(home.iterdir()) == before and themes.chosen() == "gone"
 
 
 async def test_blind_answers_are_hidden_until_the_vote(shows, screen, home) -> None:

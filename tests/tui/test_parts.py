@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from c2c_mlx.config import Pair
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Figures, Finished
-from c2c_mlx.tui import conversation, gates, race, storage, votes
+from c2c_mlx.tui import conversation, gates, history, race, storage, themes, votes
 from c2c_mlx.tui.conversation import Conversation
-from c2c_mlx.tui.memory import QUESTIONS, Memory
 from c2c_mlx.tui.preview import RECORDING, Recording
 
 
@@ -183,41 +182,34 @@ def test_votes_are_counted_per_pair_and_unmodified_fuser(home: Path) -> None:
     assert votes.summary(*pair) == "3 blind votes: C2C 1, text relay 1, ties 1"
 
 
+def test_questions_come_back_once_and_no_more_than_there_is_room_for(home: Path) -> None:
+    for number in range(history.LIMIT + 2):
+        history.add(f"{number}?")
+    history.add("7\n¿?")
+    history.add("9?")
+    history.add("x" * (history.LONGEST + 1))
+    kept = history.load()
+    assert len(kept) == history.LIMIT and kept[-2:] == ["7\n¿?", "9?"] and kept.count("9?") == 1
+    assert list(home.iterdir()) == [home / "history.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "null", "7", '"x"', "[7, null, []]", "\x00"])
+def test_a_damaged_file_is_no_history_and_no_choice(home: Path, text: str) -> None:
+    for path in (history.path(), themes.path()):
+        storage.write(path, text)
+    assert history.load() == []
+    assert themes.chosen() in (themes.DARK.name, "x")
+    history.add("Who?")
+    themes.choose(themes.LIGHT.name)
+    assert history.load() == ["Who?"] and themes.chosen() == themes.LIGHT.name
+
+
+def test_half_a_character_in_the_history_is_replaced(home: Path) -> None:
+    storage.write(history.path(), '["a\\ud800"]')
+    assert history.load() == ["a?"]
+
+
 def test_a_pair_may_have_any_name() -> None:
     talk = Conversation(Pair("org/model", ("../folder",)))
     talk.add("¿Qué?/../", ())
     assert "/" not in talk.name
-
-
-# --- what is remembered
-
-
-def test_questions_and_theme_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "app.json"
-    memory, other = Memory(path), Memory(path)
-    memory.keep_question("one\n¿dos?")
-    other.keep_question("three")
-    memory.keep_theme("c2c-light")
-    memory.keep_question("one\n¿dos?")
-    assert (Memory(path).theme, Memory(path).questions) == ("c2c-light", ["three", "one\n¿dos?"])
-    for n in range(QUESTIONS):
-        memory.keep_question(str(n))
-    assert Memory(path).questions == [str(n) for n in range(QUESTIONS)]
-
-
-@pytest.mark.parametrize("text", ["", "7", "{", '{"theme": 1, "questions": "no"}', "[[[[", "\x00"])
-def test_a_damaged_memory_is_an_empty_one(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "app.json"
-    path.write_text(text)
-    memory = Memory(path)
-    assert (memory.theme, memory.questions) == ("", [])
-    memory.keep_question("again")
-    assert Memory(path).questions == ["again"]
-
-
-def test_a_disk_that_wants_nothing_costs_nothing_but_the_memory(tmp_path: Path) -> None:
-    path = tmp_path / "a file" / "app.json"
-    path.parent.write_text("in the way")
-    Memory(path).keep_question("hi")
-    Memory(path).keep_theme("c2c-light")
-    assert path.parent.read_text() == "in the way"

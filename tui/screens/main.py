@@ -191,8 +191,7 @@ class MainScreen(Screen[None]):
             for turn in conversation.turns:
                 if answer := turn.answers.get(mode):
                     await (await pane.begin(turn.question)).show(answer)
-        for turn in conversation.turns:
-            self.prompt.remember(turn.question)
+        self.prompt.remember(*(turn.question for turn in conversation.turns))
         self.show_reports([turn.reports for turn in conversation.turns])
 
     # --- narrow terminals -------------------------------------------------------------------

@@ -48,11 +48,11 @@ class TurnView(Vertical):
         """The parts from top to bottom; the relayed text is there in the relay's pane alone."""
         yield self._question
         if self._relayed is not None:
-            written = Collapsible(
+            relayed = Collapsible(
                 self._relayed, title="the sharer writes for the receiver", collapsed=False
             )
-            written.display = False  # until there is something of it
-            yield written
+            relayed.display = False  # until there is something in it
+            yield relayed
         yield self._answer
         yield self._cost
 
@@ -77,8 +77,11 @@ class TurnView(Vertical):
     def finish(self, answer: Answer) -> None:
         """Says how it ended and what it cost."""
         if self._relayed is not None and answer.figures:
-            title = f"the sharer wrote {answer.figures.relayed_tokens} tokens"
-            self.query_one(Collapsible).title = title
+            relayed = self.query_one(Collapsible)
+            written = (
+                f"{answer.figures.relayed_tokens} tokens" if answer.relayed_text else "nothing"
+            )
+            relayed.title, relayed.display = f"the sharer wrote {written}", True
         ended = {"stopped": "stopped · ", "length": "at the limit of tokens · "}
         if answer.figures:
             said = "" if answer.is_kept else "no answer, so not part of the conversation · "

@@ -29,9 +29,9 @@ class Prompt(TextArea):
         self._at = 0  # in the history; its length: what is being typed
         self._draft = ""
 
-    def remember(self, question: str) -> None:
-        """Puts a question at the end of the history, where it stands once."""
-        self.asked = [*(q for q in self.asked if q != question), question]
+    def remember(self, *questions: str) -> None:
+        """Puts questions at the end of the history, each of which is in it once."""
+        self.asked = [q for q in self.asked if q not in questions] + list(dict.fromkeys(questions))
         self._at = len(self.asked)
 
     def show(self, text: str) -> None:
