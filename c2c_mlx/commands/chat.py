@@ -212,6 +212,8 @@ def _converse(session: ChatSession, modes: list[Mode]) -> None:
                     _show_answer(session, line, mode, heading=len(modes) > 1)
         except C2CError as e:
             print(e)
+        except KeyboardInterrupt:
+            print("\n(stopped)")
 
 
 def _sharers(session: ChatSession) -> str:
@@ -222,8 +224,7 @@ def _show_answer(session: ChatSession, question: str, mode: Mode, heading: bool)
     if heading or mode == "relay":
         print(f"[{mode}]")
     relayed = False
-    answer = session.ask(question, mode)
-    try:
+    with closing(session.ask(question, mode)) as answer:  # what was said stays, Ctrl-C or not
         for event in answer:
             if isinstance(event, RelayedText):
                 print("" if relayed else "(sharer: ", event.text, sep="", end="", flush=True)
@@ -234,9 +235,6 @@ def _show_answer(session: ChatSession, question: str, mode: Mode, heading: bool)
             elif isinstance(event, Finished):
                 f = event.figures
                 print(f"\n  {f.first_token_s:.2f} s to the first token, {f.total_s:.2f} s in all")
-    except KeyboardInterrupt:
-        answer.close()
-        print("\n(stopped)")
 
 
 def _command(session: ChatSession, modes: list[Mode], line: str) -> list[Mode]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,41 @@ def test_json_has_an_object_per_mode_and_nothing_else(call):
     wanted = {"text", "prompt_tokens", "generated_tokens", "first_token_s", "total_s"}
     assert all(wanted <= r.keys() for r in records)
     assert "relayed_text" in records[0] and "relayed_text" not in records[1]
+
+
+def test_a_conversation_line_by_line(call, tmp_path):
+    saved = tmp_path / "chat.json"
+    lines = ["Who wrote it?", "/mode sharer", "And when?", "/nonsense", f"/save {saved}", "/help"]
+    code, out, err = call(
+        "--plain", *PAIR, "--mode", "receiver,relay", "--max-tokens", "4", stdin="\n".join(lines)
+    )
+    assert code == 0 and "/sharer; /help says" in err
+    assert out.count("s to the first token") == 3 and "[relay]\n(sharer: " in out
+    assert "/nonsense is no command" in out and "/reset" in out
+    history = json.loads(saved.read_text())
+    assert [len(history[mode]) for mode in ("receiver", "relay", "sharer")] == [2, 4, 2]
+
+
+def test_ctrl_c_stops_all_answers_and_the_conversation_goes_on(monkeypatch, tmp_path):
+    class Terminal(io.StringIO):
+        """Ctrl-C is pressed at the first piece of the first answer."""
+
+        begun = pressed = False
+
+        def write(self, text: str) -> int:
+            if self.begun and text and not self.pressed:
+                self.pressed = True
+                signal.raise_signal(signal.SIGINT)
+            self.begun = self.begun or "[sharer]" in text
+            return super().write(text)
+
+    saved = tmp_path / "chat.json"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Who wrote it?\n/save {saved}\n"))
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    code = chat.main(["--plain", *PAIR, "--mode", "sharer,receiver", "--max-tokens", "9"])
+    assert code == 0 and screen.pressed
+    assert "(stopped)" in screen.getvalue() and "[receiver]" not in screen.getvalue()
+    assert set(json.loads(saved.read_text())) <= {"sharer"}
 
 
 def test_training_ends_with_a_fuser_that_chat_uses_and_resumes(call, tmp_path):
