@@ -12,7 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx import kv, relay
+from c2c_mlx import gates, kv, relay
 from c2c_mlx.alignment import AnswerAlignment, TokenAlignment, align_chat, render, tokenize
 from c2c_mlx.checkpoint import check_models
 from c2c_mlx.config import ModelShape, Order, SamplingConfig
@@ -30,10 +30,10 @@ from c2c_mlx.events import (
     Text,
 )
 from c2c_mlx.fuser import Fuser
+from c2c_mlx.gates import GateStats
 from c2c_mlx.generate import (
     C2C,
     FusedPrefix,
-    GateStats,
     Prefix,
     common_prefix,
     decode,
@@ -170,15 +170,15 @@ class ChatSession:
         found = (link.fuser.gates.tolist() for link in self.links)
         return tuple((tuple(keys), tuple(values)) for keys, values in found)
 
-    def set_gates(self, gates: Sequence[Gates]) -> None:
+    def set_gates(self, wanted: Sequence[Gates]) -> None:
         """Opens and closes gates of each fuser; a kind that is not fused stays closed.
 
         What has been fused so far was fused with other gates, so it is fused anew in the next turn.
         """
-        for link, wanted in zip(self.links, gates, strict=True):
-            for kind, at in np.argwhere(link.fuser.gates != np.array(wanted)).tolist():
+        for link, own in zip(self.links, wanted, strict=True):
+            for kind, at in np.argwhere(link.fuser.gates != np.array(own)).tolist():
                 if kind in link.fuser.kinds:
-                    link.fuser.set_gate(kind, at, wanted[kind][at])
+                    link.fuser.set_gate(kind, at, own[kind][at])
         if self._fused:
             self._fused.fuse_anew()
 
@@ -203,26 +203,11 @@ class ChatSession:
             return []
         texts, since = self._fused.last.texts, self._fused.last.stop - 1 if of_last_token else 0
         found = ((at, self._fused.stats(at, since)) for at in range(len(texts)))
-        return [self._gate_report(at, texts[at], stats) for at, stats in found if stats]
-
-    def _gate_report(self, sharer: int, text: TokenAlignment, stats: GateStats) -> GateReport:
-        stop = stats.start + stats.weight.shape[-1]
-        readers = self.receiver.tokenizer, self.sharers[sharer].tokenizer
-        feeding = [text.sharer_ids[i] for i in text.index[stats.start : stop]]
-        pairs = zip(text.receiver_ids[stats.start : stop], feeding, strict=True)
-        weights = stats.weight.mean(axis=2)
-        changes = (stats.change / np.maximum(stats.own, 1e-12)).mean(axis=2)
-        return GateReport(
-            layers=self.links[sharer].fuser.config.layer_map,
-            gates=self.gates[sharer],
-            weights=_rounded(weights.mean(axis=-1)),
-            changes=_rounded(stats.relative_change.mean(axis=-1)),
-            tokens=tuple((readers[0].decode([r]), readers[1].decode([s])) for r, s in pairs),
-            token_weights=_rounded(weights),
-            token_changes=_rounded(changes),
-            start=stats.start,
-            sharer=sharer,
-        )
+        return [
+            gates.report(stats, texts[at], self.receiver.tokenizer, self.sharers[at].tokenizer, at)
+            for at, stats in found
+            if stats
+        ]
 
     def stop(self) -> None:
         """Ends the turn after the next token, or the next chunk of a prompt; from any thread."""
@@ -268,13 +253,13 @@ class ChatSession:
                 self.history.setdefault(mode, []).extend(turn)
             else:
                 self._background = background
-        gates = sum(int(link.fuser.gates.sum()) for link in self.links) if mode == "c2c" else 0
+        n_open = sum(int(link.fuser.gates.sum()) for link in self.links) if mode == "c2c" else 0
         yield Finished(
             mode,
             said.strip(),
             relayed.strip(),
             "stopped" if self._stopping else cost.reason,
-            cost.figures(gates),
+            cost.figures(n_open),
         )
 
     def _relay(self, question: str, cost: _Cost) -> Iterator[RelayedText]:
@@ -391,13 +376,6 @@ class ChatSession:
 
 def _messages_per_turn(mode: Mode) -> int:
     return 4 if mode == "relay" else 2
-
-
-def _rounded(values: np.ndarray) -> Any:
-    """Nested tuples of floats with four decimals: short in a file, and good enough to be seen."""
-    if values.ndim == 1:
-        return tuple(np.round(values.astype(float), 4).tolist())
-    return tuple(map(_rounded, values))
 
 
 def _decode(

@@ -24,36 +24,10 @@ from c2c_mlx.config import Order, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Reason
 from c2c_mlx.fuser import Change
+from c2c_mlx.gates import GateStats
 from c2c_mlx.prefix import PREFILL_CHUNK, Progress, padding
 from c2c_mlx.prefix import Prefix as Prefix
 from c2c_mlx.prefix import common_prefix as common_prefix
-
-
-@dataclass(frozen=True)
-class GateStats:
-    """How a turn's fusion changed the receiver's cache, per slice, head and position.
-
-    Attributes:
-        layers: the receiver's fused layers, L of them.
-        start: the first of the N fused positions.
-        gates: [2, L] bool, keys before values; nothing is computed for a closed one.
-        weight: [2, L, Hr, N] the dynamic weight, message gate included; 0 where nothing was added.
-        own: [2, L, Hr, N] norm of the receiver's own key or value.
-        change: [2, L, Hr, N] norm of what was added to it.
-    """
-
-    layers: tuple[int, ...]
-    start: int
-    gates: np.ndarray
-    weight: np.ndarray
-    own: np.ndarray
-    change: np.ndarray
-
-    @property
-    def relative_change(self) -> np.ndarray:
-        """[2, L, Hr] ||fused - own|| / ||own|| over the fused positions."""
-        own = np.linalg.norm(self.own, axis=-1)
-        return np.linalg.norm(self.change, axis=-1) / np.maximum(own, 1e-12)
 
 
 class Trace(NamedTuple):
@@ -310,7 +284,8 @@ class FusedPrefix:
                 weight[at], added[at] = (
                     np.array(x[..., first - fusion.start :].astype(mx.float32)) for x in trace[1:]
                 )
-        return GateStats(tuple(link.receiver_layers), start, link.fuser.gates, weight, norms, added)
+        layer_map = link.fuser.config.layer_map
+        return GateStats(layer_map, start, link.fuser.gates, weight, norms, added)
 
 
 def _part(progress: Progress | None, before: int, total: int) -> Progress | None:

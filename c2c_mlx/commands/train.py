@@ -328,7 +328,12 @@ def _fuser_config(
         layer_map, recipe = [p for p in nearest if p[0] >= receiver.layers // 2], RECIPE
     own = {"receiver": dataclasses.asdict(receiver), "sharer": dataclasses.asdict(sharer)}
     values = {"layer_map": layer_map, **recipe, **PRESETS[args.preset], **args.fuser_config, **own}
-    return from_dict(FuserConfig, values, "fuser_config")
+    wanted = from_dict(FuserConfig, values, "fuser_config")
+    if wanted.bits:
+        raise C2CError("fuser_config: 'bits' is for a trained fuser; c2c-weights quantize sets it")
+    if wanted.fuse_response:
+        raise C2CError("fuser_config: 'fuse_response' cannot be trained here: prompts alone are")
+    return wanted
 
 
 def _read(name: str, unanswered: bool) -> tuple[list[Chat], list[Chat]]:
