@@ -5,11 +5,21 @@ Nothing here imports MLX or Textual at module level, so that `--help` answers at
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from c2c_mlx.errors import C2CError
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments, among which a mistake is one line as any other is, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves with exit code 2."""
+        self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help says more\n")
 
 
 def run(body: Callable[[], int | None], program: str) -> int:

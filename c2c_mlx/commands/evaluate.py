@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from c2c_mlx.commands import pair, run
+from c2c_mlx.commands import Parser, pair, run
 from c2c_mlx.commands.status import Status
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item, Task
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Run the same items through each mode, and report paired differences.",
         epilog=EPILOG,

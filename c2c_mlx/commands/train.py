@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from c2c_mlx import hub
-from c2c_mlx.commands import run
+from c2c_mlx.commands import Parser, run
 from c2c_mlx.config import FuserConfig, ModelShape, Provenance, TrainConfig, from_dict
 from c2c_mlx.errors import C2CError
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Train a fuser: both models frozen, next-token loss on the answers.",
         epilog=EPILOG,

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from c2c_mlx.commands import one_line, run
+from c2c_mlx.commands import Parser, one_line, run
 from c2c_mlx.commands.status import Status
 from c2c_mlx.errors import C2CError
 from c2c_mlx.progress import Progress
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="List, inspect, fetch, share and convert fusers.",
         epilog=EPILOG,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from c2c_mlx.commands import chat, train
+from c2c_mlx.commands import chat, evaluate, train, weights
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
@@ -44,6 +44,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(call, arguments, words):
     assert code == 2
     assert words in err and err.startswith("c2c-chat: ") and err.count("\n") == 1
     assert out == ""
+
+
+@pytest.mark.parametrize("main", [chat.main, evaluate.main, train.main, weights.main])
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["--seed", "many"], ["show"]])
+def test_a_mistake_among_the_arguments_is_one_line(capsys, main, arguments):
+    with pytest.raises(SystemExit) as e:
+        raise SystemExit(main(arguments))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("c2c-") and err.count("\n") == 1
 
 
 def test_a_folder_without_config_is_one_line(call, tmp_path):
