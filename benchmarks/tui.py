@@ -163,19 +163,23 @@ def ends(pair: Pair, home: Path, cycles: int) -> None:
     command = [str(Path(sys.executable).with_name("c2c-chat")), "--max-tokens", "200"]
     command += ["--receiver", pair.receiver, "--sharer", *pair.sharers, "--fuser", *pair.fusers]
     codes: dict[Any, int] = {}
-    dirty = 0
+    unclean = 0
     for number in range(cycles):
         code, output = one_end(command, home)
         codes[code] = codes.get(code, 0) + 1
         # The terminal is clean if the alternate screen was left, and the cursor is back.
-        dirty += not (
+        is_clean = (
             output.rfind(b"\x1b[?1049l") > output.rfind(b"\x1b[?1049h")
             and output.rfind(b"\x1b[?25h") > output.rfind(b"\x1b[?25l")
+            and b"Traceback" not in output
         )
-        dirty += b"Traceback" in output
+        unclean += not is_clean
+        if code or not is_clean:
+            said = output[output.rfind(b"\x1b[?1049l") :].decode(errors="replace")
+            print(f"\rcycle {number + 1} ended with {code} and these words:\n{said[-6000:]}")
         if sys.stdout.isatty():
             print(f"\r{number + 1} of {cycles}", end="", flush=True)
-    print(f"\rstart, ask or stop, quit: {cycles} cycles, exit codes {codes}, unclean {dirty}")
+    print(f"\rstart, ask or stop, quit: {cycles} cycles, exit codes {codes}, unclean {unclean}")
 
 
 def one_end(command: list[str], home: Path) -> tuple[int | str, bytes]:
