@@ -22,19 +22,20 @@ class GatePanel(Vertical):
         super().__init__(id="gates", classes="pane")
         self.border_title = "gates"
         self.view = GateView()
+        # Held, not queried: while the app ends they may be gone from the screen.
+        self._above = Static("", id="gate-head", markup=False)
+        self._words_below = Static("", id="gate-words", markup=False)
+        self._legend_below = Static("", id="gate-legend", markup=False)
 
     def compose(self) -> ComposeResult:
         """Head, rows, words, legend."""
-        yield Static("", id="gate-head", markup=False)
-        yield self.view
-        yield Static("", id="gate-words", markup=False)
-        yield Static("", id="gate-legend", markup=False)
+        yield from (self._above, self.view, self._words_below, self._legend_below)
 
     def on_gate_view_moved(self) -> None:
         """Says again what is shown."""
-        self.query_one("#gate-head", Static).update(self._head())
-        self.query_one("#gate-words", Static).update(self._words())
-        self.query_one("#gate-legend", Static).update(self._legend())
+        self._above.update(self._head())
+        self._words_below.update(self._words())
+        self._legend_below.update(self._legend())
         title = {"bars": "this turn", "tokens": "layer x token", "turns": "over turns"}
         if self.view.live:
             title["bars"] = "this token"

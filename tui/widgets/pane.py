@@ -37,29 +37,28 @@ class TurnView(Vertical):
 
     def __init__(self, question: str, mode: Mode) -> None:
         super().__init__(classes="turn")
-        self.question = question
+        self.question, self.mode = question, mode
         self._question = Static(RichText(harmless(question)), classes="question")
-        self._relayed = AnswerText("relayed") if mode == "relay" else None
+        self._relayed = AnswerText("relayed")
+        self._fold = Collapsible(
+            self._relayed, title="the sharer writes for the receiver", collapsed=False
+        )
+        self._fold.display = False  # until there is something in it
         self._answer = AnswerText("answer")
         self._cost = Static("", classes="cost", markup=False)
         self._begun = False
 
     def compose(self) -> ComposeResult:
-        """The parts from top to bottom; the relayed text is there in the relay's pane alone."""
+        """The parts from top to bottom; the fold of the relayed text shows in the relay alone."""
         yield self._question
-        if self._relayed is not None:
-            relayed = Collapsible(
-                self._relayed, title="the sharer writes for the receiver", collapsed=False
-            )
-            relayed.display = False  # until there is something in it
-            yield relayed
+        yield self._fold
         yield self._answer
         yield self._cost
 
     async def write_relayed(self, text: str) -> None:
         """Adds to what the sharer wrote."""
-        if self._relayed is not None and text:
-            self.query_one(Collapsible).display = True
+        if text:
+            self._fold.display = True
             await self._relayed.write(text)
 
     async def write(self, text: str) -> None:
@@ -76,12 +75,9 @@ class TurnView(Vertical):
 
     def finish(self, answer: Answer) -> None:
         """Says how it ended and what it cost."""
-        if self._relayed is not None and answer.figures:
-            relayed = self.query_one(Collapsible)
-            written = (
-                f"{answer.figures.relayed_tokens} tokens" if answer.relayed_text else "nothing"
-            )
-            relayed.title, relayed.display = f"the sharer wrote {written}", True
+        if self.mode == "relay" and answer.figures:
+            tokens = f"{answer.figures.relayed_tokens} tokens" if answer.relayed_text else "nothing"
+            self._fold.title, self._fold.display = f"the sharer wrote {tokens}", True
         ended = {"stopped": "stopped · ", "length": "at the limit of tokens · "}
         if answer.figures:
             said = "" if answer.is_kept else "no answer, so not part of the conversation · "
@@ -100,11 +96,13 @@ class AnswerPane(Vertical):
         self.mode = mode
         self.border_title = NAMES[mode]
         self.turn: TurnView | None = None
+        purpose = Static(_PURPOSE[mode], classes="purpose", markup=False)
+        self._turns = Vertical(purpose, classes="turns")
+        self._scroll = VerticalScroll(self._turns, classes="scroll")
 
     def compose(self) -> ComposeResult:
         """Turns are mounted as they come."""
-        with VerticalScroll(classes="scroll"), Vertical(classes="turns"):
-            yield Static(_PURPOSE[self.mode], classes="purpose", markup=False)
+        yield self._scroll
 
     def say(self, state: str) -> None:
         """What the mode is doing, on the border."""
@@ -113,8 +111,8 @@ class AnswerPane(Vertical):
     async def begin(self, question: str) -> TurnView:
         """Mounts a new turn and scrolls with it from now on."""
         self.turn = TurnView(question, self.mode)
-        await self.query_one(".turns").mount(self.turn)
-        self.query_one(VerticalScroll).anchor()
+        await self._turns.mount(self.turn)
+        self._scroll.anchor()
         return self.turn
 
     async def drop_last(self) -> None:
