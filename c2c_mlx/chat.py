@@ -331,7 +331,8 @@ class ChatSession:
         ids = prompts[0].receiver_ids
         sampling = _fitting(self.receiver, ids, self.sampling)
         for lm, prompt in zip(self.sharers, prompts, strict=True):
-            _fitting(lm, prompt.sharer_ids, self.sampling)
+            fitting = _fitting(lm, prompt.sharer_ids, sampling)
+            sampling = fitting if self.fuse_response else sampling  # it reads the answer, too
         cache = self._fused.extend_all(prompts, self._report("c2c"))
         fusion = self._fused.last
         assert fusion is not None
