@@ -58,5 +58,6 @@ bench: setup
 	@$(BIN)/python benchmarks/turns.py
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/help.py
+	@$(BIN)/python benchmarks/first_token.py
 	@$(BIN)/python benchmarks/response.py
 	@$(BIN)/python benchmarks/tui.py
