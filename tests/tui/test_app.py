@@ -14,7 +14,7 @@ from c2c_mlx.config import SamplingConfig
 from c2c_mlx.progress import Progress
 from c2c_mlx.tui import conversation, themes, votes
 from c2c_mlx.tui.app import ChatApp
-from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.conversation import Answer, Conversation
 from c2c_mlx.tui.preview import RECORDING, Recording, Replay, app, until
 from c2c_mlx.tui.widgets.pane import AnswerPane
 
@@ -182,6 +182,25 @@ async def test_surgery_is_said_and_undone(shows) -> None:
         await shows(chat, "layer 0 is not fused")
         await pilot.press("escape")
         assert chat.main.prompt.has_focus
+
+
+async def test_what_is_said_while_the_app_ends_brings_nothing_down() -> None:
+    """Widgets leave the screen before the models fall silent."""
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE):
+        await until(lambda: chat.loaded is not None)
+        await chat.main.begin("Who?", ["c2c", "relay"])
+        panes, panel = chat.main.panes, chat.main.gate_panel
+        for widget in (panes["relay"].turn, panes["relay"], panel):
+            await widget.remove()
+        await chat.main.write("relay", "some", is_relayed=True)
+        await chat.main.write("relay", "text", is_relayed=False)
+        finished = answer(0, "relay")
+        chat.main.finish(
+            "relay", Answer("text", "some", "stop", finished.figures), finished.figures
+        )
+        await chat.main.begin("And when?", ["relay"])
+        panel.on_gate_view_moved()
 
 
 async def test_several_sharers_have_gates_of_their_own(shows) -> None:
