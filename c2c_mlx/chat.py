@@ -124,20 +124,25 @@ class ChatSession:
         self.sampling = sampling or SamplingConfig()
         self.system = system
         self.on_prefill = on_prefill
-        self.order = order
         pairs = [(sharer, fuser), *others] if sharer is not None and fuser is not None else []
         self.links = [link(receiver, *pair) for pair in pairs]
         made_for_it = any(link.fuser.config.fuse_response for link in self.links)
         self.fuse_response = fuse_response or made_for_it
         self.sharers = [lm for lm, _ in pairs] or [lm for lm in (sharer,) if lm]
+        self._prefixes: dict[str, Prefix] = {}
+        self._fused = FusedPrefix(*self.links, order=order) if self.links else None
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every mode's conversation; models and settings stay."""
+        """Forgets every mode's conversation; models and settings stay.
+
+        So do the caches: the next conversation begins with the same template, which is not read
+        again, and what differs is dropped then.
+        """
         self.history: dict[Mode, Messages] = {}
         self._background: Messages = []  # the relay's other conversation, with the sharer
-        self._prefixes: dict[str, Prefix] = {}
-        self._fused = FusedPrefix(*self.links, order=self.order) if self.links else None
+        if self._fused:
+            self._fused.fuse_anew()
 
     def undo(self, mode: Mode) -> None:
         """Forgets the mode's last turn; its caches are rolled back when they are next used."""

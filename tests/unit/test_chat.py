@@ -268,15 +268,21 @@ def test_a_fuser_for_other_models_is_refused(
 
 
 @modes
-def test_reset_forgets_everything(make: MakeSession, mode: Mode) -> None:
-    session = make()
-    first = ask(session, "Who wrote it?", mode)[1]
+def test_reset_forgets_everything_but_how_a_conversation_begins(
+    make: MakeSession, mode: Mode
+) -> None:
+    read: list[Prefilling] = []
+    session, fresh = make(on_prefill=read.append), make(on_prefill=read.append)
+    ask(session, "Who wrote it?", mode)
     session.reset()
     assert session.history == {} and session.messages(mode) == []
     assert session.gate_stats() is None
-    again = ask(session, "Who wrote it?", mode)[1]
-    assert again.text == first.text
-    assert again.figures.new_prompt_tokens == again.figures.prompt_tokens
+    texts, totals = [], []
+    for one in (session, fresh):
+        read.clear()
+        texts.append(ask(one, "And when?", mode)[1].text)
+        totals.append(sum(e.total for e in read if e.done == e.total))
+    assert texts[0] == texts[1] and totals[0] < totals[1]
 
 
 def test_a_turn_that_is_asked_again_tells_of_its_gates_again(make: MakeSession) -> None:
