@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from c2c_mlx.chat import ChatSession
+    from c2c_mlx.memory import Need
 
 ANSWERED_TURN = tuple[str, str, str]  # question, relayed text, answer
 
@@ -186,12 +187,14 @@ class InferenceThread(threading.Thread):
         links: list[tuple[LanguageModel, Fuser]] = []
 
         def session() -> ChatSession:
-            sharer = sharers[0] if sharers else None
+            sharer, fuser = links[0] if links else (next(iter(sharers), None), None)
             return ChatSession(
-                *(receiver, *(links[0] if links else (sharer, None))),
+                *(receiver, sharer, fuser),
                 others=links[1:],
                 order=pair.order,
                 fuse_response=pair.fuse_response,
+                sampling=self.sampling,
+                system=self.system,
                 on_prefill=self._prefilled,
             )
 
@@ -212,29 +215,27 @@ class InferenceThread(threading.Thread):
             self.events.put(Failed(str(e)))
             links = []
             self._session = session()
-        self._session.sampling, self._session.system = self.sampling, self.system
+        self.events.put(self._loaded(self._session, need))
+
+    def _loaded(self, session: ChatSession, need: Need) -> Loaded:
+        import mlx.core as mx
+
         device = mx.default_device()
-        called = mx.device_info(device).get("device_name", "")
-        parts = zip(sharers, pair.links, links, self._session.gates, strict=False)
-        self.events.put(
-            Loaded(
-                receiver=receiver.name,
-                sharers=tuple(sharer.name for sharer in sharers),
-                links=tuple(
-                    Link(
-                        sharer=sharer.name,
-                        fuser=given or f"{pair.receiver}+{wanted}",
-                        layers=fuser.config.layer_map,
-                        gates=gates,
-                    )
-                    for sharer, (wanted, given), (_, fuser), gates in parts
-                ),
-                memory_gb=_memory_gb(),
-                device=f"{called} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
-                context_length=receiver.context_length,
-                receiver_layers=len(receiver.model.layers),
-                needs=str(need),
-            )
+        name = mx.device_info(device).get("device_name", "")
+        named = [given or f"{self.pair.receiver}+{sharer}" for sharer, given in self.pair.links]
+        parts = zip(session.sharers, named, session.links, session.gates, strict=False)
+        return Loaded(
+            receiver=session.receiver.name,
+            sharers=tuple(sharer.name for sharer in session.sharers),
+            links=tuple(
+                Link(sharer.name, fuser, link.fuser.config.layer_map, gates)
+                for sharer, fuser, link, gates in parts
+            ),
+            memory_gb=_memory_gb(),
+            device=f"{name} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
+            context_length=session.receiver.context_length,
+            receiver_layers=len(session.receiver.model.layers),
+            needs=str(need),
         )
 
     def _find_fusers(self) -> list[Path]:
