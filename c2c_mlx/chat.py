@@ -31,13 +31,7 @@ from c2c_mlx.events import (
 )
 from c2c_mlx.fuser import Fuser
 from c2c_mlx.gates import GateStats
-from c2c_mlx.generate import (
-    C2C,
-    FusedPrefix,
-    Prefix,
-    common_prefix,
-    decode,
-)
+from c2c_mlx.generate import C2C, FusedPrefix, Prefix, common_prefix, decode
 from c2c_mlx.models import LanguageModel
 from c2c_mlx.store import no_fuser
 

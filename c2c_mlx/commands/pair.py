@@ -32,24 +32,25 @@ class Loaded:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `parse` reads."""
     add = parser.add_argument
-    add("--receiver", metavar="MODEL", help="alias, folder or hub id (embedded pair's)")
+    models = "alias, folder or hub id (default: the embedded pair's)"
+    add("--receiver", metavar="MODEL", help=models)
     add(
         "--sharer",
         action="append",
         metavar="MODEL",
-        help="likewise; may be given several times, the first one also writes the relay",
+        help="likewise; several times for several, the first of which also writes the relay",
     )
     add(
         "--fuser",
         action="append",
         metavar="FUSER",
-        help="folder, name or hub id, one per sharer (the pair's)",
+        help="folder, name or hub id, one per sharer (default: the pair's)",
     )
     add(
         "--order",
         choices=("sequential", "parallel"),
         default="sequential",
-        help="several sharers see each other's changes, or all the receiver's own (%(default)s)",
+        help="of several sharers: each sees the changes of those before it, or none (%(default)s)",
     )
     add(
         "--fuser-bits",

@@ -10,13 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from c2c_mlx.alignment import (
-    Strategy,
-    TokenAlignment,
-    align_chat,
-    message_groups,
-    response_ids,
-)
+from c2c_mlx.alignment import Strategy, TokenAlignment, align_chat, message_groups, response_ids
 from c2c_mlx.errors import C2CError
 
 Messages = list[dict[str, str]]
