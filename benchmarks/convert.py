@@ -21,11 +21,14 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import qwen2, qwen3
 
-from c2c_mlx import Fuser, checkpoint
+from c2c_mlx import Fuser
 from c2c_mlx.config import FuserConfig, ModelShape
-from c2c_mlx.convert import reference_name
-from c2c_mlx.generate import C2C, FusedPrefix
-from c2c_mlx.layers import last_aligned
+from c2c_mlx.fusers import disk
+from c2c_mlx.fusers.published import reference_name
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.fuser import parameters
+from c2c_mlx.fusion.layers import last_aligned
+from c2c_mlx.fusion.link import C2C
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 from torch_files import dumps, tensor, write_zip  # noqa: E402
@@ -52,7 +55,7 @@ def write_checkpoint(folder: Path) -> None:
     described = json.dumps({"class": "C2CProjector", "init_args": arguments})
     shapes = {
         reference_name(name, kind): w.shape[2:]
-        for name, w in checkpoint.parameters(Fuser(CONFIG)).items()
+        for name, w in parameters(Fuser(CONFIG)).items()
         for kind in ("key", "value")
     }
     made = {
@@ -77,7 +80,7 @@ def convert(source: Path, target: Path) -> None:
     seconds = time.perf_counter() - tic
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
-    size = (target / checkpoint.WEIGHTS).stat().st_size
+    size = (target / disk.WEIGHTS).stat().st_size
     print(f"convert: {seconds:.1f} s, peak {peak / 1e9:.2f} GB for a file of {size / 1e9:.2f} GB")
     print(f"         peak / file {peak / size:.2f}")
 
@@ -95,7 +98,7 @@ def main() -> None:
         convert(source, target)
         tic = time.perf_counter()
         fuser = Fuser.load(target)
-        count = sum(w.size for w in checkpoint.parameters(fuser).values())
+        count = sum(w.size for w in parameters(fuser).values())
         print(f"load: {time.perf_counter() - tic:.1f} s, {count / 1e6:.0f} M parameters")
     receiver = random_model(
         qwen3,
@@ -129,7 +132,7 @@ def measure(c2c: C2C) -> None:
     ids = np.random.default_rng(0).integers(1000, 40000, TOKENS).tolist()
     best: tuple[float, ...] = (np.inf,)
     for _ in range(RUNS):
-        fused = FusedPrefix(c2c)
+        fused = FusedCache(c2c)
         tic = time.perf_counter()
         cache = fused.extend(ids, ids, np.arange(TOKENS), np.zeros(TOKENS, np.int32))
         mx.eval(c2c.receiver(mx.array(ids[-1:])[None], cache=cache))

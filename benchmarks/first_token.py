@@ -16,11 +16,15 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model, registry, relay, store
-from c2c_mlx.alignment import render, tokenize
+from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.events import Finished, Mode
-from c2c_mlx.generate import Prefix
+from c2c_mlx.fusers import store
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.models import registry
+from c2c_mlx.talk import relay
+from c2c_mlx.text.rendering import render
+from c2c_mlx.text.tokens import tokenize
 
 QUESTIONS = [
     f"Translate to English: {sentence}"
@@ -48,7 +52,7 @@ def asked(session: ChatSession, question: str, mode: Mode) -> tuple[float, int]:
 
 def written(lm: LanguageModel, messages: list[dict[str, str]], n: int) -> str:
     """A prompt read, and exactly so many tokens written."""
-    ids, prefix = tokenize(render(messages, lm.tokenizer), lm.tokenizer), Prefix(lm.model)
+    ids, prefix = tokenize(render(messages, lm.tokenizer), lm.tokenizer), Reader(lm.model)
     prefix.extend(ids[:-1])
     steps = generate_step(mx.array(ids[-1:]), lm.model, max_tokens=n, prompt_cache=prefix.cache)
     return str(lm.tokenizer.decode([int(token) for token, _ in itertools.islice(steps, n)]))

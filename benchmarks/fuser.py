@@ -12,12 +12,15 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx import kv, load_model, registry
+from c2c_mlx import load_model
 from c2c_mlx.commands.train import PRESETS, RECIPE
 from c2c_mlx.config import FuserConfig
-from c2c_mlx.fuser import Fuser
-from c2c_mlx.generate import C2C, Prefix
-from c2c_mlx.layers import k_nearest
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fuser import Fuser
+from c2c_mlx.fusion.layers import k_nearest
+from c2c_mlx.fusion.link import C2C
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.models import registry
 
 TOKENS, RUNS = 256, 5
 
@@ -33,7 +36,7 @@ def in_turns(*work: Callable[[], Any]) -> list[list[float]]:
     return [seconds[1:] for seconds in times]
 
 
-def fuse(c2c: C2C, own: Prefix, other: Prefix) -> mx.array:
+def fuse(c2c: C2C, own: Reader, other: Reader) -> mx.array:
     """Position by position over all of the prompt."""
     index, messages = np.arange(TOKENS)[None], np.zeros((1, TOKENS), np.int32)
     part = kv.read(own.cache, c2c.receiver_layers, 0, TOKENS)
@@ -45,11 +48,11 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(1000, 40000, TOKENS).tolist()
 
     def prefill(model: Any) -> Any:
-        prefix = Prefix(model)
+        prefix = Reader(model)
         prefix.extend(ids)
         return kv.arrays(prefix.cache)
 
-    own, other = Prefix(receiver.model), Prefix(sharer.model)
+    own, other = Reader(receiver.model), Reader(sharer.model)
     own.extend(ids)
     other.extend(ids)
     layers = tuple(k_nearest(receiver.shape.layers, sharer.shape.layers))

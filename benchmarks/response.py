@@ -12,9 +12,12 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
-from c2c_mlx import C2C, Fuser, load_model, registry, store
-from c2c_mlx.alignment import AnswerAlignment, align_chat
-from c2c_mlx.generate import FusedPrefix
+from c2c_mlx import C2C, Fuser, load_model
+from c2c_mlx.fusers import store
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.models import registry
+from c2c_mlx.text.alignment import align_chat
+from c2c_mlx.text.answer import AnswerAlignment
 
 MESSAGES = [{"role": "user", "content": "Tell me three things about the sea."}]
 TOKENS, RUNS = 24, 5
@@ -38,7 +41,7 @@ def main() -> None:
     prompt = align_chat(MESSAGES, *readers, strategy=strategy)
 
     def measure(fusing: bool) -> float:
-        prefix = FusedPrefix(c2c)
+        prefix = FusedCache(c2c)
         cache = prefix.extend_all([prompt])
         answer = AnswerAlignment(MESSAGES, prompt, *readers, strategy=strategy)
         model = prefix.answering([answer]) if fusing else receiver.model

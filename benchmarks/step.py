@@ -19,11 +19,13 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 
-from c2c_mlx import C2C, kv, load_model, registry
+from c2c_mlx import C2C, load_model
 from c2c_mlx.commands.train import RECIPE
 from c2c_mlx.config import FuserConfig, TrainConfig
-from c2c_mlx.fuser import Change
-from c2c_mlx.layers import k_nearest
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fuser import Change
+from c2c_mlx.fusion.layers import k_nearest
+from c2c_mlx.models import registry
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Chat, Dataset, Padded, Source, collate
 from c2c_mlx.training.prefills import Prefills

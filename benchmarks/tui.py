@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from c2c_mlx import events, registry
+from c2c_mlx import events
 from c2c_mlx.config import Pair, SamplingConfig
-from c2c_mlx.embedded import install
-from c2c_mlx.engine import InferenceThread
+from c2c_mlx.models import registry
+from c2c_mlx.models.embedded import install
+from c2c_mlx.talk.engine import InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import until

@@ -8,9 +8,11 @@ from __future__ import annotations
 import statistics
 import time
 
-from c2c_mlx import C2C, Fuser, load_model, registry, store
-from c2c_mlx.alignment import align_chat
-from c2c_mlx.generate import FusedPrefix
+from c2c_mlx import C2C, Fuser, load_model
+from c2c_mlx.fusers import store
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.models import registry
+from c2c_mlx.text.alignment import align_chat
 
 QUESTION = "Tell me one more thing about the sea, please, in a short sentence."
 ANSWER = "The sea covers more than two thirds of the Earth, and most of it is deep and dark."
@@ -27,7 +29,7 @@ def main() -> None:
     asked = {"role": "user", "content": QUESTION}
     turn = [asked, {"role": "assistant", "content": ANSWER}]
 
-    def extend(prefix: FusedPrefix, turns: int) -> tuple[float, tuple[int, int]]:
+    def extend(prefix: FusedCache, turns: int) -> tuple[float, tuple[int, int]]:
         """Seconds, and the new tokens of receiver and sharer."""
         aligned = align_chat(
             [*turn * (turns - 1), asked],
@@ -41,7 +43,7 @@ def main() -> None:
         assert last is not None
         return seconds, (last.stop - last.start, last.sharer_tokens)
 
-    prefixes = {turns: FusedPrefix(c2c) for turns in (EARLY, LATE)}
+    prefixes = {turns: FusedCache(c2c) for turns in (EARLY, LATE)}
     times: dict[int, list[float]] = {turns: [] for turns in prefixes}
     counts = set()
     for _ in range(RUNS + 1):

@@ -155,7 +155,7 @@ class Pair:
         receiver: answers.
         sharers: are read; the first one also answers alone, and writes for the text relay.
         fusers: one per sharer; none: what is known for it and the receiver.
-        order: of several sharers, see `generate.FusedPrefix`.
+        order: of several sharers, see `generate.FusedCache`.
         fuse_response: what the receiver writes is fused, too, whatever the fusers were made for.
         fuser_bits: to which the fusers are rounded when they are loaded; 0: they are not.
     """

@@ -13,8 +13,9 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import gemma3_text
 
-from c2c_mlx import Fuser, LanguageModel, kv, load_model
+from c2c_mlx import Fuser, LanguageModel, load_model
 from c2c_mlx.config import FuserConfig, Pair
+from c2c_mlx.fusion import kv
 
 TINY = Path(__file__).parent / "golden" / "data" / "e2e" / "qwen3_llama"
 MakeFuser = Callable[..., Fuser]

@@ -22,7 +22,8 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".config", ".events", ".layers", ".rendering", ".alignment"]
+    "module",
+    ["", ".config", ".events", ".atomic", ".text.rendering", ".text.answer", ".fusion.layers"],
 )
 def test_no_mlx_before_it_is_needed(module):
     assert not {"mlx", "mlx_lm", "textual"} & loaded_by(f"import c2c_mlx{module}")

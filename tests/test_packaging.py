@@ -58,7 +58,7 @@ def test_an_installed_command_explains_itself(installed: Path, command: str) -> 
 
 
 def test_the_registry_is_found_in_an_installed_package(installed: Path) -> None:
-    code = "import c2c_mlx, c2c_mlx.registry as r; print(c2c_mlx.__file__, *r.aliases())"
+    code = "import c2c_mlx, c2c_mlx.models.registry as r; print(c2c_mlx.__file__, *r.aliases())"
     file, *aliases = run(sys.executable, "-c", code, PYTHONPATH=str(installed)).split()
     assert Path(file) == installed / "c2c_mlx" / "__init__.py"
     assert "smollm2-135m" in aliases

@@ -45,9 +45,9 @@ def test_readme_command_is_accepted(call: list[str]) -> None:
 
 @pytest.mark.pair
 def test_readme_example_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    from c2c_mlx import registry
     from c2c_mlx.commands import chat
-    from c2c_mlx.embedded import install
+    from c2c_mlx.models import registry
+    from c2c_mlx.models.embedded import install
 
     if not install.is_installed(registry.default_pair()[0]):
         pytest.skip("the embedded pair is not in the cache; `c2c-chat` puts it there")

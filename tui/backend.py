@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from c2c_mlx.config import Pair, SamplingConfig
-from c2c_mlx.engine import ANSWERED_TURN
 from c2c_mlx.events import EngineEvent, Gates, Mode
+from c2c_mlx.talk.engine import ANSWERED_TURN
 
 
 class Backend(Protocol):

@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from c2c_mlx import paths
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Figures, Finished, GateReport, Gates, Mode
+from c2c_mlx.models import paths
 from c2c_mlx.tui import race, storage
 
 FORMAT_VERSION = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from c2c_mlx import paths
 from c2c_mlx.errors import C2CError
+from c2c_mlx.models import paths
 from c2c_mlx.tui import storage
 
 LIMIT = 500  # questions

@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from c2c_mlx import events, progress, registry
+from c2c_mlx import events, progress
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
-from c2c_mlx.engine import ANSWERED_TURN, InferenceThread
 from c2c_mlx.events import EngineEvent, Gates, GatesSet, Mode
+from c2c_mlx.models import registry
+from c2c_mlx.talk.engine import ANSWERED_TURN, InferenceThread
 from c2c_mlx.tui import storage
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from c2c_mlx.config import Pair, SamplingConfig
-from c2c_mlx.engine import InferenceThread
 from c2c_mlx.events import MODES, Mode
+from c2c_mlx.talk.engine import InferenceThread
 from c2c_mlx.tui import conversation
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from textual.theme import Theme
 
-from c2c_mlx import paths
 from c2c_mlx.errors import C2CError
+from c2c_mlx.models import paths
 from c2c_mlx.tui import storage
 
 DARK = Theme(

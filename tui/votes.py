@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args
 
-from c2c_mlx import paths
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Loaded
+from c2c_mlx.models import paths
 
 Choice = Literal["c2c", "relay", "tie"]
 

@@ -19,8 +19,8 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Finished, Mode, RelayedText, Text
 
 if TYPE_CHECKING:
-    from c2c_mlx.chat import ChatSession
-    from c2c_mlx.memory import Need
+    from c2c_mlx.models.memory import Need
+    from c2c_mlx.talk.session import ChatSession
 
 PROGRAM = "c2c-chat"
 EPILOG = """\
@@ -130,7 +130,7 @@ def _session(
     status = Status(sys.stderr)
 
     from c2c_mlx import blas
-    from c2c_mlx.chat import ChatSession
+    from c2c_mlx.talk.session import ChatSession
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)

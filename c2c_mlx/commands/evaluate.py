@@ -105,9 +105,10 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
     who = pair.parse(args)
     folders = pair.find_fusers(who) if set(names) & set(C2C_MODES) else []
 
-    from c2c_mlx import blas, checkpoint
+    from c2c_mlx import blas
     from c2c_mlx.evaluation import report, runner
     from c2c_mlx.evaluation.modes import Modes
+    from c2c_mlx.fusers import disk
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
@@ -118,7 +119,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "modes": names,
         **asdict(who),
         "sharers": list(who.sharers),
-        "fusers": [_digest(checkpoint.locate(f, checkpoint.WEIGHTS)) for f in folders],
+        "fusers": [_digest(disk.locate(f, disk.WEIGHTS)) for f in folders],
         "method": args.method if task.kind == "choice" else "",
         "seed": args.seed,
         "max_tokens": args.max_tokens or task.max_tokens,
@@ -188,14 +189,14 @@ def _task(args: argparse.Namespace) -> tuple[Task, list[str], list[Item]]:
 
 
 def _read(name: str, method: Method) -> tuple[Task, list[Item]]:
-    from c2c_mlx.evaluation import benchmarks, files
+    from c2c_mlx.evaluation import files, hub_tasks
 
     path = Path(name).expanduser()
     if path.is_file():
         return files.read(path, method)
-    if name in benchmarks.BENCHMARKS:
-        return benchmarks.read(name, method)
-    known = ", ".join(benchmarks.BENCHMARKS)
+    if name in hub_tasks.BENCHMARKS:
+        return hub_tasks.read(name, method)
+    known = ", ".join(hub_tasks.BENCHMARKS)
     raise C2CError(f"--task {name}: neither a file nor one of {known}")
 
 

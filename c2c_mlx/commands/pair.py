@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from c2c_mlx import registry
 from c2c_mlx.commands.status import Status
 from c2c_mlx.config import Pair, from_dict
+from c2c_mlx.models import registry
 
 if TYPE_CHECKING:
-    from c2c_mlx.fuser import Fuser
-    from c2c_mlx.memory import Need
-    from c2c_mlx.models import LanguageModel
+    from c2c_mlx.fusion.fuser import Fuser
+    from c2c_mlx.models.load import LanguageModel
+    from c2c_mlx.models.memory import Need
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def find_fusers(pair: Pair) -> list[Path]:
     Raises:
         C2CError: if there is none, or it or one of the models can't be had.
     """
-    from c2c_mlx.store import find_for_pair
+    from c2c_mlx.fusers.store import find_for_pair
 
     with closing(Status(sys.stderr)) as status:
 
@@ -106,15 +106,15 @@ def load(pair: Pair, fusers: list[Path], n_sharers: int, status: Status) -> Load
     Raises:
         C2CError: if something can't be had, or there is no room for it.
     """
-    from c2c_mlx import memory
-    from c2c_mlx.fuser import Fuser
-    from c2c_mlx.models import find_folder, load_model
+    from c2c_mlx.fusers import disk
+    from c2c_mlx.models import memory
+    from c2c_mlx.models.load import find_folder, load_model
 
     sharers = pair.sharers[:n_sharers]
     need = memory.preflight(
         find_folder(pair.receiver, status.loading),
         [find_folder(sharer, status.loading) for sharer in sharers],
-        fusers,
+        [disk.measure(folder) for folder in fusers],
         bits=pair.fuser_bits,
     )
     if status.on:
@@ -125,6 +125,6 @@ def load(pair: Pair, fusers: list[Path], n_sharers: int, status: Status) -> Load
     return Loaded(
         models[pair.receiver],
         [models[sharer] for sharer in sharers],
-        [Fuser.load(folder, pair.fuser_bits) for folder in fusers],
+        [disk.load(folder, pair.fuser_bits) for folder in fusers],
         need,
     )

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from c2c_mlx import hub
 from c2c_mlx.commands import Parser, run
 from c2c_mlx.config import FuserConfig, ModelShape, Provenance, TrainConfig, from_dict
 from c2c_mlx.errors import C2CError
+from c2c_mlx.models import hub
 
 if TYPE_CHECKING:
-    from c2c_mlx.fuser import Fuser
-    from c2c_mlx.models import LanguageModel
+    from c2c_mlx.fusion.fuser import Fuser
+    from c2c_mlx.models.load import LanguageModel
     from c2c_mlx.training.data import Chat, Example
     from c2c_mlx.training.display import Display
 
@@ -153,8 +153,8 @@ def _train(args: argparse.Namespace, command: str) -> None:
 
     import mlx.core as mx
 
-    from c2c_mlx import checkpoint
-    from c2c_mlx.generate import C2C
+    from c2c_mlx.fusers import disk
+    from c2c_mlx.fusion.link import C2C
     from c2c_mlx.training.data import Dataset, Source
     from c2c_mlx.training.display import Display, tracker
     from c2c_mlx.training.trainer import Trainer, checkpoints, measure_inputs
@@ -208,7 +208,7 @@ def _train(args: argparse.Namespace, command: str) -> None:
                 data=tuple(name for name, *_ in data),
                 metrics={k: v for k, v in trainer.final.items() if k.startswith("valid_")},
             )
-            checkpoint.save(fuser, args.out)
+            disk.save(fuser, args.out)
             display.say(
                 f"fuser saved in {args.out}; chat with it: c2c-chat --fuser {args.out} "
                 f"--sharer {args.sharer} --receiver {args.receiver}"
@@ -223,8 +223,10 @@ def _load(
 
     import mlx.core as mx
 
-    from c2c_mlx import checkpoint, memory, store
-    from c2c_mlx.models import find_folder, load_model
+    from c2c_mlx.fusers import disk, store
+    from c2c_mlx.fusion.fit import check_models
+    from c2c_mlx.models import memory
+    from c2c_mlx.models.load import find_folder, load_model
     from c2c_mlx.training.trainer import new_fuser
 
     r, s = (find_folder(name, display.fetching) for name in (args.receiver, args.sharer))
@@ -232,16 +234,16 @@ def _load(
         wanted = _fuser_config(args, memory.shape(r), memory.shape(s))
     else:
         folder = store.find_folder(args.fuser, display.fetching, display.say)
-        wanted, _ = checkpoint.read_description(folder)
+        wanted, _ = disk.read_description(folder)
     display.say(str(memory.training(r, s, wanted, config)))
     receiver, sharer = load_model(args.receiver), load_model(args.sharer)
     if args.fuser is None:
         wanted = _fuser_config(args, receiver.shape, sharer.shape)
         return receiver, sharer, new_fuser(wanted, config.gates, config.seed)
-    fuser = checkpoint.load(folder)
+    fuser = disk.load(folder)
     fuser.dequantise()
     fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
-    checkpoint.check_models(fuser.config, receiver.shape, sharer.shape)
+    check_models(fuser.config, receiver.shape, sharer.shape)
     return receiver, sharer, fuser
 
 
@@ -319,7 +321,7 @@ def _claim(out: Path, resume: bool) -> None:
 def _fuser_config(
     args: argparse.Namespace, receiver: ModelShape, sharer: ModelShape
 ) -> FuserConfig:
-    from c2c_mlx.layers import k_nearest, last_aligned
+    from c2c_mlx.fusion.layers import k_nearest, last_aligned
 
     if args.preset == "paper":
         layer_map, recipe = last_aligned(receiver.layers, sharer.layers), {}
@@ -378,6 +380,6 @@ def _first(train: Any, config: TrainConfig) -> list[Example]:
 
 
 def _parameters(fuser: Fuser) -> int:
-    from c2c_mlx.checkpoint import parameters
+    from c2c_mlx.fusion.fuser import parameters
 
     return sum(p.size for p in parameters(fuser).values())

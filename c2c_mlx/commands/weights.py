@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from c2c_mlx.config import ModelShape
-    from c2c_mlx.fuser import Fuser
+    from c2c_mlx.fusion.fuser import Fuser
 
 PROGRAM = "c2c-weights"
 EPILOG = """\
@@ -82,9 +82,10 @@ _Adder = Callable[..., argparse.Action]
 
 
 def _list(args: argparse.Namespace) -> None:
-    from c2c_mlx import hub, registry, store
-    from c2c_mlx.embedded.install import model_folder
-    from c2c_mlx.paths import downloads, size
+    from c2c_mlx.fusers import store
+    from c2c_mlx.models import hub, registry
+    from c2c_mlx.models.embedded.install import model_folder
+    from c2c_mlx.models.paths import downloads, size
 
     default = registry.default_pair()
     print("models (for --sharer and --receiver; * the default pair)")
@@ -106,20 +107,21 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from c2c_mlx import checkpoint
-    from c2c_mlx.card import layer_map_text
+    from c2c_mlx.fusers import disk
+    from c2c_mlx.fusers.card import layer_map_text
+    from c2c_mlx.fusion.fuser import parameters
 
     folder = _find(args.fuser)
-    fuser = checkpoint.load(folder)
-    config, provenance = checkpoint.read_description(folder)
+    fuser = disk.load(folder)
+    config, provenance = disk.read_description(folder)
     fuser.dequantise()
-    count = sum(w.size for w in checkpoint.parameters(fuser).values())
+    count = sum(w.size for w in parameters(fuser).values())
     rows = {
         "folder": str(folder),
         "receiver": _model(config.receiver),
         "sharer": _model(config.sharer),
         "layers": f"{layer_map_text(config)} (receiver from sharer)",
-        "size": f"{_size((folder / checkpoint.WEIGHTS).stat().st_size)}, "
+        "size": f"{_size((folder / disk.WEIGHTS).stat().st_size)}, "
         f"{count / 1e6:.1f} million parameters: hidden {config.hidden_dim}, "
         f"intermediate {config.intermediate_dim}, depth {config.depth}, {config.activation}"
         + (f", {config.bits} bits" if config.bits else ""),
@@ -152,8 +154,9 @@ def _print_gates(fuser: Fuser) -> None:
 
 
 def _pull(args: argparse.Namespace) -> None:
-    from c2c_mlx import registry, store
-    from c2c_mlx.models import find_folder
+    from c2c_mlx.fusers import store
+    from c2c_mlx.models import registry
+    from c2c_mlx.models.load import find_folder
 
     for name in args.names:
         if registry.find_model(name):
@@ -171,24 +174,25 @@ def _push(args: argparse.Namespace) -> None:
     import tempfile
     from dataclasses import replace
 
-    from c2c_mlx import checkpoint, hub
+    from c2c_mlx.fusers import disk
+    from c2c_mlx.models import hub
 
     if not hub.is_hub_id(args.hub_id):
         raise C2CError(f"'{args.hub_id}' is no name on the hub: give ORG/NAME")
     folder = _find(args.fuser)
-    config, provenance = checkpoint.read_description(folder)
+    config, provenance = disk.read_description(folder)
     licence = args.licence or provenance.licence
     if not licence:
         raise C2CError(f"{args.fuser} names no licence: give one, e.g. --licence cc-by-4.0")
     with tempfile.TemporaryDirectory() as staging:
-        checkpoint.copy(folder, Path(staging))  # what is uploaded has been looked through
-        checkpoint.write_description(Path(staging), config, replace(provenance, licence=licence))
+        disk.copy(folder, Path(staging))  # what is uploaded has been looked through
+        disk.write_description(Path(staging), config, replace(provenance, licence=licence))
         if not args.dry_run:
             url = hub.push(Path(staging), hub.FUSER_FILES, args.hub_id, private=args.private)
         for name in hub.FUSER_FILES:
             _print(f"{_size((Path(staging) / name).stat().st_size):>8}  {name}")
         if args.dry_run:
-            card = (Path(staging) / checkpoint.CARD).read_text(encoding="utf-8")
+            card = (Path(staging) / disk.CARD).read_text(encoding="utf-8")
             print("", *map(one_line, card.splitlines()), sep="\n")
             print(f"{PROGRAM}: nothing was uploaded (--dry-run)", file=sys.stderr)
         else:
@@ -196,7 +200,7 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from c2c_mlx.convert import convert
+    from c2c_mlx.fusers.published import convert
 
     with closing(Status(sys.stderr)) as status:
         config = convert(args.src, args.dst, partial(_show_step, status, "converting"))
@@ -208,19 +212,19 @@ def _quantize(args: argparse.Namespace) -> None:
 
     import mlx.core as mx
 
-    from c2c_mlx import checkpoint
+    from c2c_mlx.fusers import disk
 
     folder, target = _find(args.fuser), Path(args.dst)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise C2CError(f"{target}: already exists; choose another folder or remove it first")
-    if checkpoint.read_description(folder)[0].bits:
+    if disk.read_description(folder)[0].bits:
         raise C2CError(f"{args.fuser} is quantised already: start from the original")
-    fuser = checkpoint.load(folder)
+    fuser = disk.load(folder)
     before = _change(fuser)
     fuser.quantise(args.bits)
-    checkpoint.save(fuser, target, mx.float16)
-    difference = mx.linalg.norm(_change(checkpoint.load(target)) - before)
-    sizes = [(f / checkpoint.WEIGHTS).stat().st_size for f in (folder, target)]
+    disk.save(fuser, target, mx.float16)
+    difference = mx.linalg.norm(_change(disk.load(target)) - before)
+    sizes = [(f / disk.WEIGHTS).stat().st_size for f in (folder, target)]
     error = (difference / mx.maximum(mx.linalg.norm(before), 1e-12)).item()
     _print(
         f"{target}: {_size(sizes[1])} of {_size(sizes[0])} ({sizes[1] / sizes[0]:.2f}); what it "
@@ -251,25 +255,27 @@ def _change(fuser: Fuser) -> mx.array:
 def _verify(args: argparse.Namespace) -> None:
     import hashlib
 
-    from c2c_mlx import checkpoint, convert, store
+    from c2c_mlx.fusers import disk, published, store
+    from c2c_mlx.fusion.fuser import parameters
 
     if (folder := Path(args.fuser).expanduser()).is_dir() and store.is_checkpoint(folder):
         with closing(Status(sys.stderr)) as status:
-            config = convert.check(folder, partial(_show_step, status, "reading"))
+            config = published.check(folder, partial(_show_step, status, "reading"))
         _print(f"{folder}: {len(config.layer_map)} layers, fit to be converted")
         return
     folder = _find(args.fuser)
-    fuser = checkpoint.load(folder)
-    with (folder / checkpoint.WEIGHTS).open("rb") as file:
+    fuser = disk.load(folder)
+    with (folder / disk.WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    tensors = checkpoint.parameters(fuser)
+    tensors = parameters(fuser)
     _print(f"{folder}: {len(tensors)} tensors as described, all finite, sha256 {digest}")
 
 
 def _remove(args: argparse.Namespace) -> None:
-    from c2c_mlx import registry, store
-    from c2c_mlx.embedded.install import model_folder
-    from c2c_mlx.paths import discard
+    from c2c_mlx.fusers import store
+    from c2c_mlx.models import registry
+    from c2c_mlx.models.embedded.install import model_folder
+    from c2c_mlx.models.paths import discard
 
     model = registry.find_model(args.name)
     if model and model.hub:
@@ -286,7 +292,7 @@ def _remove(args: argparse.Namespace) -> None:
 
 
 def _find(name: str) -> Path:
-    from c2c_mlx import store
+    from c2c_mlx.fusers import store
 
     with closing(Status(sys.stderr)) as status:
 

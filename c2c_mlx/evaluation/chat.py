@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from c2c_mlx.alignment import response_ids
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import Answer, Item, Task
+from c2c_mlx.text.tokens import response_ids
 
 
 class Chat(Task):

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-from c2c_mlx.alignment import response_ids
 from c2c_mlx.evaluation.task import Answer, Item, Task
+from c2c_mlx.text.tokens import response_ids
 
 Method: TypeAlias = Literal["generate", "logits"]
 

@@ -15,16 +15,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 
-from c2c_mlx import kv, relay
-from c2c_mlx.alignment import TokenAlignment, render, tokenize
-from c2c_mlx.chat import align_to_each, link
 from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages
-from c2c_mlx.fuser import KV, Fuser
-from c2c_mlx.generate import C2C, FusedPrefix, Prefix
-from c2c_mlx.models import LanguageModel
-from c2c_mlx.store import no_fuser
+from c2c_mlx.fusers.store import no_fuser
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.fuser import KV, Fuser
+from c2c_mlx.fusion.link import C2C
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.talk import relay
+from c2c_mlx.talk.session import align_to_each, link
+from c2c_mlx.text.alignment import TokenAlignment
+from c2c_mlx.text.rendering import render
+from c2c_mlx.text.tokens import tokenize
 
 LOGITS = 1024  # tokens whose logits are computed at a time; bounds the memory
 
@@ -66,7 +71,7 @@ class Modes:
         receiver: answers, in every mode but `sharer`.
         sharers: none: only `receiver` works; the first one answers alone and writes the relay.
         fusers: one per sharer; none: the C2C modes don't work.
-        order: of several sharers, see `FusedPrefix`.
+        order: of several sharers, see `FusedCache`.
         items: all that will be asked; in `c2c-shuffled` each is fed by another one's sharer.
         seed: of who is fed by whom.
         max_tokens: of an answer.
@@ -94,7 +99,7 @@ class Modes:
 
     def forget(self) -> None:
         """Drops what prompts have in common with earlier ones, which would be read for free."""
-        self._prefixes: dict[str, Prefix | FusedPrefix] = {}
+        self._prefixes: dict[str, Reader | FusedCache] = {}
 
     def read(self, mode: str, items: Sequence[Item]) -> list[Reading | C2CError]:
         """Lets the models of a mode read the items' prompts; an item may fail by itself."""
@@ -135,8 +140,8 @@ class Modes:
     def _read_plain(self, mode: str, lm: LanguageModel, messages: Messages) -> Reading:
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
         _check_room(lm, ids)
-        prefix = self._prefixes.setdefault(mode, Prefix(lm.model))
-        assert isinstance(prefix, Prefix)
+        prefix = self._prefixes.setdefault(mode, Reader(lm.model))
+        assert isinstance(prefix, Reader)
         prefix.extend(ids[:-1])
         return Reading(lm, copy.deepcopy(prefix.cache), ids[-1], len(ids))
 
@@ -157,8 +162,8 @@ class Modes:
         for sharer, prompt in zip(self.sharers, prompts, strict=True):
             _check_room(sharer, prompt.sharer_ids)
         links = self._silent if mode == "c2c-zeroed" else self.links
-        prefix = self._prefixes.setdefault(mode, FusedPrefix(*links, order=self.order))
-        assert isinstance(prefix, FusedPrefix)
+        prefix = self._prefixes.setdefault(mode, FusedCache(*links, order=self.order))
+        assert isinstance(prefix, FusedCache)
         return Reading(lm, copy.deepcopy(prefix.extend_all(prompts)), ids[-1], len(ids))
 
     def _aligned(self, item: Item) -> list[TokenAlignment]:

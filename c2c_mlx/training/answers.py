@@ -12,7 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 
 from mlx_lm.generate import batch_generate
 
-from c2c_mlx.models import LanguageModel
+from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.training.data import Chat, Messages
 
 BATCH = 32

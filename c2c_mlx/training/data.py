@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from c2c_mlx.alignment import Strategy, TokenAlignment, align_chat, message_groups, response_ids
 from c2c_mlx.errors import C2CError
+from c2c_mlx.text.alignment import TokenAlignment, align_chat, message_groups
+from c2c_mlx.text.tokens import Strategy, response_ids
 
 Messages = list[dict[str, str]]
 

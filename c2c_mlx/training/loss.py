@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from c2c_mlx import kv
-from c2c_mlx.fuser import KV, Change
-from c2c_mlx.generate import C2C
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fuser import KV, Change
+from c2c_mlx.fusion.link import C2C
 from c2c_mlx.training.data import Batch, Padded
 
 PrefixMemo = dict[tuple[int, ...], list[kv.StackedKV]]

@@ -13,11 +13,11 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx import kv
-from c2c_mlx.alignment import message_groups
 from c2c_mlx.config import FuserConfig
-from c2c_mlx.fuser import KV
-from c2c_mlx.generate import C2C
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fuser import KV
+from c2c_mlx.fusion.link import C2C
+from c2c_mlx.text.alignment import message_groups
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Example
 

@@ -22,11 +22,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from c2c_mlx import kv
 from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fuser import Fuser, inputs
-from c2c_mlx.generate import C2C
+from c2c_mlx.fusers import disk
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fuser import Fuser, inputs
+from c2c_mlx.fusion.link import C2C
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Dataset, Example, Position, collate
 from c2c_mlx.training.prefills import Prefiller, Prefills
@@ -179,7 +180,7 @@ class Trainer:
                     on_report(report)
                     if report.get("valid_loss", math.inf) < self.best:
                         self.best = float(report["valid_loss"])
-                        self.c2c.fuser.save(self.folder / "best")
+                        disk.save(self.c2c.fuser, self.folder / "best")
                     began, losses, tokens_before = time.perf_counter(), [], self.tokens
                 if is_first and (self.step % c.save_every == 0 or last or interrupted):
                     self.save()

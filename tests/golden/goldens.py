@@ -13,10 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model
 
-from c2c_mlx import checkpoint
 from c2c_mlx.config import FuserConfig
-from c2c_mlx.convert import reference_name
-from c2c_mlx.fuser import Fuser
+from c2c_mlx.fusers.published import reference_name
+from c2c_mlx.fusion.fuser import Fuser, parameters
 
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-5
@@ -65,7 +64,7 @@ def stacked(
 def fuser_of(config: FuserConfig, state: dict[str, mx.array]) -> Fuser:
     """A one-layer fuser with the weights of one reference projector."""
     fuser = Fuser(config)
-    names = list(checkpoint.parameters(fuser))
+    names = list(parameters(fuser))
     weights = [(n, mx.stack([state[reference_name(n, k)] for k in KINDS])[:, None]) for n in names]
     fuser.update(tree_unflatten(weights))
     fuser.eval()

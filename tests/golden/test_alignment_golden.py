@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from c2c_mlx.alignment import align_chat, align_ids, render
-from c2c_mlx.layers import k_nearest, last_aligned
+from c2c_mlx.fusion.layers import k_nearest, last_aligned
+from c2c_mlx.text.alignment import align_chat
+from c2c_mlx.text.rendering import render
+from c2c_mlx.text.tokens import align_ids
 
 DATA = Path(__file__).parent / "data"
 PAIR = Path.home() / ".cache" / "c2c-mlx" / "models"

@@ -13,7 +13,7 @@ import pytest
 from goldens import DATA, KINDS, arrays, assert_close, document, stacked
 
 from c2c_mlx import Fuser
-from c2c_mlx.convert import convert
+from c2c_mlx.fusers.published import convert
 
 LAYERS = [0, 1, 2, 3]
 

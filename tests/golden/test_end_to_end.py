@@ -14,10 +14,12 @@ from goldens import DATA, arrays, assert_close, document, model
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_tokenizer
 
-from c2c_mlx import C2C, Fuser, kv
-from c2c_mlx.alignment import AnswerAlignment, TokenAlignment
-from c2c_mlx.convert import convert
-from c2c_mlx.generate import FusedPrefix
+from c2c_mlx import C2C, Fuser
+from c2c_mlx.fusers.published import convert
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.text.alignment import TokenAlignment
+from c2c_mlx.text.answer import AnswerAlignment
 
 CASE = "e2e/qwen3_llama"
 LAYERS = range(4)
@@ -105,7 +107,7 @@ def test_fusing_the_response(c2c: C2C, meta: dict[str, Any]) -> None:
     prompt = TokenAlignment(ids, ids, same, 0 * same)
 
     def start() -> tuple[Any, kv.Cache]:
-        prefix = FusedPrefix(c2c)
+        prefix = FusedCache(c2c)
         cache = prefix.extend_all([prompt])
         answer = AnswerAlignment([], prompt, tokenizer, tokenizer, strategy="same")
         return prefix.answering([answer]), cache

@@ -13,10 +13,11 @@ import pytest
 from goldens import DATA, arrays, assert_close, document, model
 from mlx_lm.generate import generate_step
 
-from c2c_mlx import C2C, Fuser, kv
-from c2c_mlx.alignment import TokenAlignment
-from c2c_mlx.convert import convert
-from c2c_mlx.generate import FusedPrefix
+from c2c_mlx import C2C, Fuser
+from c2c_mlx.fusers.published import convert
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.text.alignment import TokenAlignment
 
 CASE = "extras/multi_sharer"
 META = document(f"{CASE}/meta.json")
@@ -47,7 +48,7 @@ def test_run(receiver: nn.Module, sharers: list[tuple[nn.Module, Fuser]], name: 
     taking_part = [s for bit, s in enumerate(sharers) if run["sharer_mask"] >> bit & 1]
     links = [C2C(receiver, sharer, fuser) for sharer, fuser in taking_part]
 
-    prefix = FusedPrefix(*links, order=run["mode"])
+    prefix = FusedCache(*links, order=run["mode"])
     same = np.arange(len(ids), dtype=np.int32)
     cache = prefix.extend_all([TokenAlignment(ids, ids, same, 0 * same)] * len(links))
 

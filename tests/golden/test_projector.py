@@ -14,11 +14,10 @@ import pytest
 from goldens import DATA, KINDS, arrays, assert_close, document, error, fuser_of, pair
 from mlx.utils import tree_flatten, tree_map
 
-import c2c_mlx.fuser
-from c2c_mlx import checkpoint
+import c2c_mlx.fusion.fuser
 from c2c_mlx.config import FuserConfig, ModelShape
-from c2c_mlx.convert import convert, reference_name
-from c2c_mlx.fuser import Fuser, project
+from c2c_mlx.fusers.published import convert, reference_name
+from c2c_mlx.fusion.fuser import Fuser, parameters, project
 
 CASES = ("p0", "p1", "p2")
 
@@ -74,14 +73,14 @@ def test_the_file_that_the_reference_wrote(case: str, tmp_path: Path) -> None:
     convert(source.parent, tmp_path / "fuser")
     found, wanted = Fuser.load(tmp_path / "fuser"), load(case)
     assert found.config.receiver.width == wanted.config.receiver.width
-    for name, weight in checkpoint.parameters(wanted).items():
-        assert mx.array_equal(checkpoint.parameters(found)[name], weight), name
+    for name, weight in parameters(wanted).items():
+        assert mx.array_equal(parameters(found)[name], weight), name
 
 
 def test_tanh_gelu_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     fuser, io = load("p1"), arrays("projector/p1/io.safetensors")
     monkeypatch.setitem(
-        c2c_mlx.fuser.ACTIVATIONS,
+        c2c_mlx.fusion.fuser.ACTIVATIONS,
         "gelu",
         lambda x: 0.5 * x * (1 + mx.tanh(np.sqrt(2 / np.pi).item() * (x + 0.044715 * x**3))),
     )

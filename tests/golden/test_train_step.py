@@ -19,7 +19,7 @@ from goldens import DATA, KINDS, arrays, document, error, model
 from mlx.utils import tree_flatten
 
 from c2c_mlx import C2C, Fuser
-from c2c_mlx.convert import convert, reference_name
+from c2c_mlx.fusers.published import convert, reference_name
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Example, collate
 

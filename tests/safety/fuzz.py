@@ -22,9 +22,9 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "unit")]
 with atheris.instrument_imports(include=["c2c_mlx", "zipfile", "pickletools", "json"]):
     import c2c_mlx.blas  # noqa: F401
 
-    from c2c_mlx import checkpoint, torch_file
-    from c2c_mlx.convert import check, convert
     from c2c_mlx.errors import C2CError
+    from c2c_mlx.fusers import disk, torch_file
+    from c2c_mlx.fusers.published import check, convert
 
 from corpus import CHECKPOINTS, FUSERS, MAP, OPTIONS, PT, WEIGHTS  # noqa: E402
 from torch_files import write_checkpoint  # noqa: E402
@@ -70,7 +70,7 @@ def fuzz_fuser(data: bytes) -> None:
     (FUSER / "config.json").write_bytes(config)
     (FUSER / WEIGHTS).write_bytes(weights)
     try:
-        checkpoint.load(FUSER)
+        disk.load(FUSER)
     except C2CError:
         pass
 

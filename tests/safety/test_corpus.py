@@ -19,7 +19,7 @@ from corpus import CHECKPOINTS, FUSERS, SYSTEM, Damage, touch
 from torch_files import Call, dumps, write_checkpoint
 
 from c2c_mlx.commands import weights
-from c2c_mlx.convert import convert
+from c2c_mlx.fusers.published import convert
 
 CPU_SECONDS = 2.0
 IN_A_PROCESS = ["os.system", "number-of-2-gb", "pipe-projector_0.pt", "endless-device", "zip-bomb"]

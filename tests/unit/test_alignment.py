@@ -18,16 +18,11 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from c2c_mlx.alignment import (
-    _COUNTERPARTS,
-    AnswerAlignment,
-    _encode,
-    align_chat,
-    align_ids,
-    render,
-    response_ids,
-)
 from c2c_mlx.errors import C2CError
+from c2c_mlx.text.alignment import align_chat
+from c2c_mlx.text.answer import AnswerAlignment
+from c2c_mlx.text.rendering import render
+from c2c_mlx.text.tokens import _COUNTERPARTS, align_ids, encode, response_ids
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -343,7 +338,7 @@ def test_empty_offsets_belong_to_trimmed_space_or_to_a_piece_of_the_next_charact
             spans = [(0, 1), (1, 1), (1, 1), (1, 2), (2, 3), (5, 5), (6, 8)]
             return {"input_ids": list(range(len(spans))), "offset_mapping": spans}
 
-    _, first, last = _encode("aéb   de", Offsets())
+    _, first, last = encode("aéb   de", Offsets())
     assert last.tolist() == [0, 1, 1, 1, 2, 4, 7]
     assert first.tolist() == [0, 1, 1, 1, 2, 3, 5]
 

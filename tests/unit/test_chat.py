@@ -13,11 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model, registry, store
+from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
 from c2c_mlx.config import FuserConfig, Order, SamplingConfig
-from c2c_mlx.embedded import install
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
+from c2c_mlx.fusers import store
+from c2c_mlx.models import registry
+from c2c_mlx.models.embedded import install
 
 SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
 modes = pytest.mark.parametrize("mode", MODES)

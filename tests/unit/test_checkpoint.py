@@ -16,9 +16,12 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_unflatten
 
-from c2c_mlx import Fuser, checkpoint
+from c2c_mlx import Fuser
 from c2c_mlx.config import FuserConfig, ModelShape, Provenance
 from c2c_mlx.errors import C2CError
+from c2c_mlx.fusers import disk
+from c2c_mlx.fusion import fit
+from c2c_mlx.fusion.fuser import parameters, skeleton
 
 CONFIG = FuserConfig(
     ModelShape("org/receiver", 4, 2, 16, "a" * 64),
@@ -80,14 +83,14 @@ def test_round_trip(tmp_path: Path, config: FuserConfig) -> None:
     assert loaded.config == config
     assert loaded.provenance == fuser.provenance
     assert not loaded.training
-    ours, theirs = checkpoint.parameters(fuser), checkpoint.parameters(loaded)
+    ours, theirs = parameters(fuser), parameters(loaded)
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
     assert loaded.trainable_parameters().keys() == fuser.trainable_parameters().keys()
 
 
 def test_half_precision_file(tmp_path: Path) -> None:
-    checkpoint.save(make(), tmp_path / "half", mx.float16)
+    disk.save(make(), tmp_path / "half", mx.float16)
     stored = mx.load(str(tmp_path / "half" / "fuser.safetensors"))
     assert {w.dtype for w in stored.values()} == {mx.float16}
     on_the_cpu = mx.default_device().type == mx.cpu
@@ -233,7 +236,7 @@ def test_not_finite_is_not_saved(folder: Path) -> None:
         fuser.save(folder)
     fuser.mlp1.norm[0, 0, 0] = 1e6  # beyond float16
     with pytest.raises(C2CError, match="mlp1.norm"):
-        checkpoint.save(fuser, folder, mx.float16)
+        disk.save(fuser, folder, mx.float16)
     assert Fuser.load(folder).gates.all()
 
 
@@ -328,9 +331,9 @@ def save_killed_at(fatal: int, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_models_that_fit() -> None:
-    checkpoint.check_models(CONFIG, CONFIG.receiver, CONFIG.sharer)
+    fit.check_models(CONFIG, CONFIG.receiver, CONFIG.sharer)
     unknown = replace(CONFIG.receiver, tokenizer="", name="a folder")
-    checkpoint.check_models(CONFIG, unknown, CONFIG.sharer)
+    fit.check_models(CONFIG, unknown, CONFIG.sharer)
 
 
 @pytest.mark.parametrize(
@@ -345,18 +348,16 @@ def test_models_that_fit() -> None:
 def test_models_that_do_not_fit(change: dict[str, Any], words: list[str]) -> None:
     receiver = replace(CONFIG.receiver, name="mine", **change)
     with pytest.raises(C2CError) as e:
-        checkpoint.check_models(CONFIG, receiver, CONFIG.sharer)
+        fit.check_models(CONFIG, receiver, CONFIG.sharer)
     assert all(word in str(e.value) for word in words)
     with pytest.raises(C2CError, match="sharer"):
-        checkpoint.check_models(
-            CONFIG, CONFIG.receiver, replace(CONFIG.sharer, name="mine", **change)
-        )
+        fit.check_models(CONFIG, CONFIG.receiver, replace(CONFIG.sharer, name="mine", **change))
 
 
 def test_skeletons_compute_nothing() -> None:
     """A file may ask for 100 GB; comparing shapes must not need them."""
     huge = replace(CONFIG, hidden_dim=10**5, intermediate_dim=10**5)
-    shapes = checkpoint.parameters(checkpoint.skeleton(huge, 20, "here"))
+    shapes = parameters(skeleton(huge, 20, "here"))
     assert shapes["mlp1.w1"].shape == (2, 3, 10**5, 10**5)
     assert tree_unflatten(list(shapes.items())).keys() == make().parameters().keys()
 
@@ -369,23 +370,23 @@ def test_quantised_round_trip(tmp_path: Path, bits: Any, share: float) -> None:
     shapes = {"hidden_dim": 128, "intermediate_dim": 128, "layer_map": ((0, 2), (1, 3))}
     sizes = {m: replace(getattr(CONFIG, m), head_dim=64) for m in ("receiver", "sharer")}
     fuser = make(config=replace(CONFIG, **sizes, **shapes))
-    checkpoint.save(fuser, tmp_path / "dense", mx.float16)
+    disk.save(fuser, tmp_path / "dense", mx.float16)
     fuser.quantise(bits)
-    checkpoint.save(fuser, tmp_path / "packed", mx.float16)
+    disk.save(fuser, tmp_path / "packed", mx.float16)
     packed, dense = (
         (tmp_path / name / "fuser.safetensors").stat().st_size for name in ("packed", "dense")
     )
     assert packed < share * dense
-    config, provenance = checkpoint.read_description(tmp_path / "packed")
+    config, provenance = disk.read_description(tmp_path / "packed")
     assert (config.bits, provenance) == (bits, fuser.provenance)
     loaded = Fuser.load(tmp_path / "packed")
     fuser.dequantise()
     if mx.default_device().type == mx.cpu:
         assert loaded.config.bits == 0
-        assert {w.dtype for w in checkpoint.parameters(loaded).values()} == {mx.float32}
+        assert {w.dtype for w in parameters(loaded).values()} == {mx.float32}
     loaded.dequantise()
-    for name, w in checkpoint.parameters(fuser).items():
-        assert mx.allclose(checkpoint.parameters(loaded)[name], w, atol=1e-3), name
+    for name, w in parameters(fuser).items():
+        assert mx.allclose(parameters(loaded)[name], w, atol=1e-3), name
 
 
 def test_packed_numbers_must_be_packed(tmp_path: Path) -> None:

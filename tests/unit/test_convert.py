@@ -21,10 +21,11 @@ from torch_files import (
     write_zip,
 )
 
-from c2c_mlx import Fuser, checkpoint
-from c2c_mlx.convert import convert, reference_name
+from c2c_mlx import Fuser
 from c2c_mlx.errors import C2CError
-from c2c_mlx.torch_file import TorchFile
+from c2c_mlx.fusers.published import convert, reference_name
+from c2c_mlx.fusers.torch_file import TorchFile
+from c2c_mlx.fusion.fuser import parameters
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_every_weight_lands_in_its_slice(source: Path, tmp_path: Path) -> None:
     assert (config.receiver.name, config.receiver.layers) == ("org/receiver", 2)
     assert (config.sharer.name, config.sharer.layers) == ("org/sharer", 3)
     assert steps == [(1, 2), (2, 2)]
-    weights = checkpoint.parameters(fuser)
+    weights = parameters(fuser)
     for layer, number in enumerate((1, 0)):
         projector = state(number)
         for row, kind in enumerate(("key", "value")):

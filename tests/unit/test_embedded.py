@@ -17,11 +17,11 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import pytest
 
-from c2c_mlx.embedded import convert_gguf, fetch, install
 from c2c_mlx.errors import C2CError
-from c2c_mlx.paths import cache_home
+from c2c_mlx.models.embedded import convert_gguf, fetch, install
+from c2c_mlx.models.paths import cache_home
+from c2c_mlx.models.registry import Embedded, WheelFile
 from c2c_mlx.progress import Progress
-from c2c_mlx.registry import Embedded, WheelFile
 
 CONTENT = os.urandom(4096)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

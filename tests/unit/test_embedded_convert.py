@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from c2c_mlx import registry
-from c2c_mlx.embedded import build_tokenizer, convert_gguf, install
+from c2c_mlx.models import registry
+from c2c_mlx.models.embedded import build_tokenizer, convert_gguf, install
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 

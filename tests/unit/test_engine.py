@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from c2c_mlx import memory
 from c2c_mlx.config import Pair, SamplingConfig
-from c2c_mlx.engine import InferenceThread, explain
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
     EngineEvent,
@@ -27,6 +25,8 @@ from c2c_mlx.events import (
     Text,
     TurnOver,
 )
+from c2c_mlx.models import memory
+from c2c_mlx.talk.engine import InferenceThread, explain
 
 SAMPLING = SamplingConfig(max_tokens=12)
 ALL = ("c2c", "relay", "receiver")
@@ -214,7 +214,7 @@ def test_closing_while_it_loads_or_answers_ends_the_thread(open_engine: Open) ->
 
 def test_an_interpreter_ends_cleanly_behind_it(tiny_pair: Pair) -> None:
     code = (
-        "from c2c_mlx.engine import *\n"
+        "from c2c_mlx.talk.engine import *\n"
         "from c2c_mlx.events import Text\n"
         f"e = InferenceThread({tiny_pair!r}, SamplingConfig(max_tokens=400))\n"
         "e.start(); e.ask('Who?', ['c2c'])\n"

@@ -15,7 +15,7 @@ import pytest
 from c2c_mlx import Fuser, LanguageModel
 from c2c_mlx.commands import evaluate
 from c2c_mlx.config import FuserConfig
-from c2c_mlx.evaluation import benchmarks, runner
+from c2c_mlx.evaluation import hub_tasks, runner
 from c2c_mlx.evaluation.task import C2C_MODES, MODES
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
@@ -281,4 +281,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_help_names_every_benchmark() -> None:
-    assert all(name in evaluate.EPILOG for name in benchmarks.BENCHMARKS)
+    assert all(name in evaluate.EPILOG for name in hub_tasks.BENCHMARKS)

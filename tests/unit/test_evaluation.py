@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation import benchmarks, choice, files, number, report, scoring
+from c2c_mlx.evaluation import choice, files, hub_tasks, number, report, scoring
 from c2c_mlx.evaluation.agreement import Agreement
 from c2c_mlx.evaluation.chat import Chat
 from c2c_mlx.evaluation.choice import Choice
@@ -297,39 +297,39 @@ def test_line_ends_of_unicode_are_no_line_ends(tmp_path: Path) -> None:
 
 def test_mmlu_redux_mends_what_its_authors_found() -> None:
     row = {"question": "q?", "choices": ["w", "x", "y", "z"], "answer": 1, "error_type": "ok"}
-    item = benchmarks.mmlu_redux(row, "anatomy/0", "anatomy")
+    item = hub_tasks.mmlu_redux(row, "anatomy/0", "anatomy")
     assert item is not None
     assert (item.reference, item.group, item.id, item.choices) == ("B", "anatomy", "anatomy/0", 4)
     wrong = row | {"error_type": "wrong_groundtruth"}
     mended = [wrong | {"correct_answer": x} for x in ("3", "D", None)]
-    found = [benchmarks.mmlu_redux(m, "n", "") for m in mended]
+    found = [hub_tasks.mmlu_redux(m, "n", "") for m in mended]
     assert [i and i.reference for i in found] == ["D", "D", "B"]
     for left_out in (
         row | {"error_type": "no_correct_answer"},
         row | {"error_type": "expert"},
         wrong | {"correct_answer": "none of them"},
     ):
-        assert benchmarks.mmlu_redux(left_out, "n", "") is None
+        assert hub_tasks.mmlu_redux(left_out, "n", "") is None
 
 
 def test_other_benchmarks() -> None:
     labelled = {"text": ["ice", "fire"], "label": ["1", "2"]}
-    arc = benchmarks.arc({"question": "hot?", "choices": labelled, "answerKey": "2"}, "n", "")
+    arc = hub_tasks.arc({"question": "hot?", "choices": labelled, "answerKey": "2"}, "n", "")
     assert arc.reference == "B" and "A. ice\nB. fire\n" in arc.messages[0]["content"]
     row = {"question_stem": "hot?", "choices": labelled | {"label": ["A", "B"]}, "answerKey": "A"}
-    assert benchmarks.openbookqa(row, "n", "").reference == "A"
+    assert hub_tasks.openbookqa(row, "n", "").reference == "A"
     row = {"question": "热？", "A": "冰", "B": "火", "C": "水", "D": "土", "answer": "B"}
-    ceval = benchmarks.ceval(row, "n", "logic")
+    ceval = hub_tasks.ceval(row, "n", "logic")
     assert (ceval.reference, ceval.choices, ceval.group) == ("B", 4, "logic")
     row = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
-    gsm8k = benchmarks.gsm8k(row, "n", "")
+    gsm8k = hub_tasks.gsm8k(row, "n", "")
     assert gsm8k.reference == "4" and "How many?" in gsm8k.messages[0]["content"]
 
 
 def test_a_benchmark_without_datasets_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(C2CError, match=r"pip install 'c2c-mlx\[datasets\]'"):
-        benchmarks.read("gsm8k", "generate")
+        hub_tasks.read("gsm8k", "generate")
 
 
 def test_chat_scores_without_sacrebleu_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

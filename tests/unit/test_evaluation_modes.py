@@ -10,7 +10,6 @@ import mlx.core as mx
 import pytest
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel
-from c2c_mlx.alignment import response_ids
 from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import modes as modes_module
@@ -19,6 +18,7 @@ from c2c_mlx.evaluation.modes import Modes, Reading, derangement, nats, write
 from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item
 from c2c_mlx.events import MODES as CHAT_MODES
 from c2c_mlx.events import Finished, Mode
+from c2c_mlx.text.tokens import response_ids
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Chat, Example, collate, make_example
 

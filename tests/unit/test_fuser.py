@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from c2c_mlx import fuser as fuser_module
 from c2c_mlx.config import FuserConfig, ModelShape
-from c2c_mlx.fuser import KV, Fuser, soft_gates
+from c2c_mlx.fusion import fuser as fuser_module
+from c2c_mlx.fusion.fuser import KV, Fuser, soft_gates
 
 LAYERS, BATCH, LENGTH = 3, 2, 5
 RECEIVER, SHARER = ModelShape("r", 4, 2, 8), ModelShape("s", 5, 3, 4)

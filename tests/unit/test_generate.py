@@ -17,11 +17,15 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import lfm2
 from mlx_lm.models.cache import KVCache
 
-from c2c_mlx import C2C, Fuser, LanguageModel, kv, prefix
-from c2c_mlx.alignment import TokenAlignment
+from c2c_mlx import C2C, Fuser, LanguageModel
 from c2c_mlx.config import FuserConfig, ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.generate import FusedPrefix, Prefix, decode
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion import reader as reading
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.talk.decode import decode
+from c2c_mlx.text.alignment import TokenAlignment
 
 POSITIONS = ["all", "from_first_message", "messages"]
 MakeC2C = Callable[..., C2C]
@@ -88,13 +92,13 @@ def differs(found: kv.Cache, expected: kv.Cache) -> bool:
 
 
 def scratch(c2c: C2C, chat: Prompt) -> kv.Cache:
-    return FusedPrefix(c2c).extend(*chat)
+    return FusedCache(c2c).extend(*chat)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_closed_gates_give_the_receiver_alone(make: MakeC2C, positions: str) -> None:
     c2c, chat = make(gate=-1.0, positions=positions), prompt(FIRST, ANSWER, SECOND)
-    alone = Prefix(c2c.receiver)
+    alone = Reader(c2c.receiver)
     alone.extend(chat[0][:-1])
     fused = scratch(c2c, chat)
     assert_same(fused, alone.cache)
@@ -107,7 +111,7 @@ def test_open_gates_change_just_the_mapped_layers_and_positions(
     make: MakeC2C, positions: str
 ) -> None:
     c2c, chat = make(positions=positions), prompt(FIRST, ANSWER)
-    alone = Prefix(c2c.receiver)
+    alone = Reader(c2c.receiver)
     alone.extend(chat[0][:-1])
     a, b = contents(scratch(c2c, chat)), contents(alone.cache)
     fused = {
@@ -130,7 +134,7 @@ def test_turn_by_turn_equals_from_scratch(
     c2c = make(positions=positions, message_gate=message_gate, rotated_keys=rotated_keys)
     if message_gate:
         c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
-    growing, turns = FusedPrefix(c2c), [FIRST, ANSWER, SECOND, FIRST[:3], ANSWER[2:]]
+    growing, turns = FusedCache(c2c), [FIRST, ANSWER, SECOND, FIRST[:3], ANSWER[2:]]
     for n in (1, 3, 5):
         chat = prompt(*turns[:n])
         cache = growing.extend(*chat)
@@ -158,14 +162,14 @@ def test_an_earlier_message_changes(
     c2c = make(positions=positions, message_gate=message_gate)
     if message_gate:
         c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
-    growing = FusedPrefix(c2c)
+    growing = FusedCache(c2c)
     growing.extend(*prompt(FIRST, ANSWER, SECOND))
     assert_same(growing.extend(*after), scratch(c2c, after), 1e-5)
 
 
 def test_the_sharer_alone_changes(make: MakeC2C) -> None:
     c2c, (ids, other, index, messages) = make(), prompt(FIRST, ANSWER)
-    growing = FusedPrefix(c2c)
+    growing = FusedCache(c2c)
     growing.extend(ids, other, index, messages)
     changed = ids, [*other[:9], 77, *other[10:]], index, messages
     assert_same(growing.extend(*changed), scratch(c2c, changed), 1e-5)
@@ -174,7 +178,7 @@ def test_the_sharer_alone_changes(make: MakeC2C) -> None:
 
 def test_the_same_prompt_again_costs_nothing(make: MakeC2C) -> None:
     c2c, chat = make(), prompt(FIRST)
-    growing = FusedPrefix(c2c)
+    growing = FusedCache(c2c)
     growing.extend(*chat)
     before = scratch(c2c, chat)
     assert_same(growing.extend(*chat), before)
@@ -189,7 +193,7 @@ def test_an_interruption_at_any_layer_does_no_harm(
 ) -> None:
     """As Ctrl-C does: within the sharer's pass, the receiver's, and the fused cache's layers."""
     c2c = make()
-    growing = FusedPrefix(c2c)
+    growing = FusedCache(c2c)
     growing.extend(*prompt(FIRST, ANSWER))
     update, calls = KVCache.update_and_fetch, iter(range(1000))
 
@@ -209,10 +213,10 @@ def test_an_interruption_at_any_layer_does_no_harm(
 def test_progress_counts_both_prefills_to_the_end(
     make: MakeC2C, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(reading, "PREFILL_CHUNK", 4)
     c2c, chat = make(), prompt(FIRST, ANSWER)
     seen: list[tuple[int, int]] = []
-    FusedPrefix(c2c).extend(*chat, lambda done, total: seen.append((done, total)))
+    FusedCache(c2c).extend(*chat, lambda done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {seen[-1][0]}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[0][0] == 4
@@ -221,14 +225,14 @@ def test_progress_counts_both_prefills_to_the_end(
 def test_chunked_prefill_equals_one_pass(make: MakeC2C, monkeypatch: pytest.MonkeyPatch) -> None:
     c2c, chat = make(), prompt(FIRST, ANSWER)
     whole = scratch(c2c, chat)
-    monkeypatch.setattr(prefix, "PREFILL_CHUNK", 3)
+    monkeypatch.setattr(reading, "PREFILL_CHUNK", 3)
     assert_same(scratch(c2c, chat), whole, 1e-5)
 
 
 def test_prefill_is_the_plain_form(make: MakeC2C) -> None:
     c2c = make()
     ids, other, index, _ = prompt(FIRST)
-    fused = FusedPrefix(c2c).extend(ids, other, index, np.zeros(len(ids), np.int32))
+    fused = FusedCache(c2c).extend(ids, other, index, np.zeros(len(ids), np.int32))
     assert_same(c2c.prefill(ids, other, index), fused)
     assert_same(c2c.prefill(ids, other, index[:-1]), fused)  # the last id is fed by nothing
     itself = np.arange(len(ids))
@@ -239,11 +243,11 @@ def test_sections_that_are_not_fused_read_what_was(make: MakeC2C) -> None:
     c2c, ids = make(), [*FIRST, *ANSWER, 5]
     n, part = len(ids) - 1, len(FIRST)
     assert_same(c2c.prefill(ids, sections=[(n, True), (0, False)]), c2c.prefill(ids))
-    alone = Prefix(c2c.receiver)
+    alone = Reader(c2c.receiver)
     alone.extend(ids[:-1])
     assert_same(c2c.prefill(ids, sections=[(part, False), (n - part, False)]), alone.cache, 1e-5)
     cache = c2c.prefill(ids, sections=[(part, True), (n - part, False)])
-    expected = Prefix(c2c.receiver)
+    expected = Reader(c2c.receiver)
     expected.cache, expected.ids = c2c.prefill(ids[: part + 1]), ids[:part]
     expected.extend(ids[:-1])
     assert_same(cache, expected.cache, 1e-5)
@@ -274,12 +278,12 @@ def test_unrotate_undoes_rope(
 
 def test_read_sharer_picks_the_feeding_positions_of_the_mapped_layers(make: MakeC2C) -> None:
     c2c = make()
-    prefix = Prefix(c2c.sharer)
-    prefix.extend(list(range(30, 45)))
+    reader = Reader(c2c.sharer)
+    reader.extend(list(range(30, 45)))
     index = np.array([[3, 3, 7, 12]])
-    keys, values = c2c.read_sharer(prefix.cache, index)
+    keys, values = c2c.read_sharer(reader.cache, index)
     for at, (_, layer) in enumerate(c2c.fuser.config.layer_map):
-        held = prefix.cache[layer]
+        held = reader.cache[layer]
         assert mx.array_equal(keys[at], held.keys[:, :, mx.array(index[0])])
         assert mx.array_equal(values[at], held.values[:, :, mx.array(index[0])])
 
@@ -287,18 +291,18 @@ def test_read_sharer_picks_the_feeding_positions_of_the_mapped_layers(make: Make
 def test_bare_keys_do_not_know_their_position(make: MakeC2C) -> None:
     """One id at the first layer has the same key everywhere, once RoPE is taken off."""
     c2c = make(rotated_keys=False, layer_map=((0, 0),))
-    prefix = Prefix(c2c.sharer)
-    prefix.extend([33] * 12)
-    keys, _ = c2c.read_sharer(prefix.cache, np.array([[2, 9, 5]]))
+    reader = Reader(c2c.sharer)
+    reader.extend([33] * 12)
+    keys, _ = c2c.read_sharer(reader.cache, np.array([[2, 9, 5]]))
     assert mx.abs(keys - keys[..., :1, :]).max().item() < 1e-5
-    turned = make(layer_map=((0, 0),)).read_sharer(prefix.cache, np.array([[2, 9, 5]]))[0]
+    turned = make(layer_map=((0, 0),)).read_sharer(reader.cache, np.array([[2, 9, 5]]))[0]
     assert mx.abs(turned - turned[..., :1, :]).max().item() > 0.1
 
 
 def test_message_gate_below_a_half_adds_nothing(make: MakeC2C) -> None:
     c2c, chat = make(message_gate=True, positions="messages"), prompt(FIRST, ANSWER)
     head = c2c.fuser.message_head
-    alone = Prefix(c2c.receiver)
+    alone = Reader(c2c.receiver)
     alone.extend(chat[0][:-1])
     head.weight = mx.zeros_like(head.weight)
     head.bias = mx.full(head.bias.shape, -0.01)
@@ -310,9 +314,9 @@ def test_message_gate_below_a_half_adds_nothing(make: MakeC2C) -> None:
 def test_stats_describe_the_last_extension(make: MakeC2C) -> None:
     c2c, chat = make(), prompt(FIRST, ANSWER)
     c2c.fuser.set_gate(0, 1, False)
-    growing = FusedPrefix(c2c)
+    growing = FusedCache(c2c)
     assert growing.stats() is None
-    fused, alone = growing.extend(*chat), Prefix(c2c.receiver)
+    fused, alone = growing.extend(*chat), Reader(c2c.receiver)
     alone.extend(chat[0][:-1])
     stats = growing.stats()
     assert stats is not None
@@ -392,11 +396,11 @@ def for_each(chat: Prompt) -> list[TokenAlignment]:
 
 @pytest.mark.parametrize("order", ["sequential", "parallel"])
 def test_several_sharers_turn_by_turn(several: list[C2C], order: Order) -> None:
-    growing, turns = FusedPrefix(*several, order=order), [FIRST, ANSWER, SECOND, FIRST[:3]]
+    growing, turns = FusedCache(*several, order=order), [FIRST, ANSWER, SECOND, FIRST[:3]]
     for n in (1, 3, 2, 4):
         prompts = for_each(prompt(*turns[:n]))
         cache = growing.extend_all(prompts)
-        assert_same(cache, FusedPrefix(*several, order=order).extend_all(prompts), 1e-4)
+        assert_same(cache, FusedCache(*several, order=order).extend_all(prompts), 1e-4)
         greedy(several[0].receiver, prompts[0].receiver_ids[-1:], cache)
     assert growing.last is not None and growing.last.start > 0
     stats = [growing.stats(i) for i in range(3)]
@@ -406,33 +410,33 @@ def test_several_sharers_turn_by_turn(several: list[C2C], order: Order) -> None:
 
 
 def test_a_sharer_in_two_links_reads_once(several: list[C2C]) -> None:
-    prefix, (chat, moved, _) = FusedPrefix(*several), for_each(prompt(FIRST))
-    prefix.extend_all([chat, moved, chat])
-    assert prefix.sharers[0] is prefix.sharers[2] is not prefix.sharers[1]
-    assert prefix.last is not None
-    read = sum(text.index[: prefix.last.stop].max() + 1 for text in (chat, moved))
-    assert prefix.last.sharer_tokens == read
+    reader, (chat, moved, _) = FusedCache(*several), for_each(prompt(FIRST))
+    reader.extend_all([chat, moved, chat])
+    assert reader.sharers[0] is reader.sharers[2] is not reader.sharers[1]
+    assert reader.last is not None
+    read = sum(text.index[: reader.last.stop].max() + 1 for text in (chat, moved))
+    assert reader.last.sharer_tokens == read
     with pytest.raises(C2CError, match="the same text"):
-        prefix.extend_all([chat, moved, shifted(chat)])
+        reader.extend_all([chat, moved, shifted(chat)])
 
 
 def test_one_of_several_changes(several: list[C2C]) -> None:
     prompts = for_each(prompt(FIRST, ANSWER))
-    growing = FusedPrefix(*several)
+    growing = FusedCache(*several)
     growing.extend_all(prompts)
     prompts[1] = replace(prompts[1], sharer_ids=[*prompts[1].sharer_ids[:-6], *[77] * 6])
-    assert_same(growing.extend_all(prompts), FusedPrefix(*several).extend_all(prompts), 1e-4)
+    assert_same(growing.extend_all(prompts), FusedCache(*several).extend_all(prompts), 1e-4)
     assert growing.last is not None and 0 < growing.last.start < len(prompts[0].receiver_ids) - 1
 
 
 def test_parallel_sharers_add_up_and_sequential_ones_see_each_other(several: list[C2C]) -> None:
     prompts = for_each(prompt(FIRST, ANSWER))
-    alone = Prefix(several[0].receiver)
+    alone = Reader(several[0].receiver)
     alone.extend(prompts[0].receiver_ids[:-1])
 
     def fused(order: Order, *which: int) -> kv.StackedKV:
-        prefix = FusedPrefix(*(several[i] for i in which), order=order)
-        return contents(prefix.extend_all([prompts[i] for i in which]))
+        reader = FusedCache(*(several[i] for i in which), order=order)
+        return contents(reader.extend_all([prompts[i] for i in which]))
 
     both = fused("parallel", 0, 1)
     for kind, own in enumerate(contents(alone.cache)):
@@ -448,7 +452,7 @@ def test_sharers_of_different_receivers_are_refused(
     other = C2C(gemma, several[0].sharer, make_fuser(gemma, several[0].sharer))
     for links in ([several[0], other], []):
         with pytest.raises(C2CError, match="one receiver"):
-            FusedPrefix(*links)
+            FusedCache(*links)
 
 
 # --- fusing the response
@@ -473,7 +477,7 @@ class Follow:
         )
 
 
-def assert_same_stats(grown: FusedPrefix, fresh: FusedPrefix, text: TokenAlignment) -> None:
+def assert_same_stats(grown: FusedCache, fresh: FusedCache, text: TokenAlignment) -> None:
     """A turn's stats, and those of its last position, are what a prefill of its text tells."""
     fresh.extend_all([text])
     for since in (0, len(text.receiver_ids) - 2):
@@ -494,18 +498,18 @@ def test_a_fused_answer_equals_a_prefill_of_it(
     c2c = make(positions=positions, message_gate=message_gate)
     if message_gate:
         c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
-    prefix, start = FusedPrefix(c2c), aligned(prompt(FIRST))
-    cache = prefix.extend_all([start])
+    reader, start = FusedCache(c2c), aligned(prompt(FIRST))
+    cache = reader.extend_all([start])
     answer = Follow(start)
-    said = greedy(prefix.answering([answer]), start.receiver_ids[-1:], cache)
+    said = greedy(reader.answering([answer]), start.receiver_ids[-1:], cache)
     assert answer.ids == said[: len(answer.ids)] and len(answer.ids) >= 5
     whole = answer.add([5])  # not read yet, so the caches hold all but it
-    assert_same(prefix.cache, FusedPrefix(c2c).extend_all([whole]), 1e-4)
-    assert_same_stats(prefix, FusedPrefix(c2c), whole)
+    assert_same(reader.cache, FusedCache(c2c).extend_all([whole]), 1e-4)
+    assert_same_stats(reader, FusedCache(c2c), whole)
 
     longer = replace(whole, receiver_ids=[*whole.receiver_ids[:-1], 6])
-    prefix.extend_all([longer])
-    assert prefix.last is not None and prefix.last.start == prefix.last.stop  # all was there
+    reader.extend_all([longer])
+    assert reader.last is not None and reader.last.start == reader.last.stop  # all was there
 
 
 def test_ids_of_an_answer_are_fused_together_as_one_by_one(make: MakeC2C) -> None:
@@ -513,16 +517,16 @@ def test_ids_of_an_answer_are_fused_together_as_one_by_one(make: MakeC2C) -> Non
     ids = [start.receiver_ids[-1], 30, 31]
 
     def logits(*passes: list[int]) -> mx.array:
-        prefix = FusedPrefix(c2c)
-        cache = prefix.extend_all([start])
-        receiver = prefix.answering([Follow(start)])
+        reader = FusedCache(c2c)
+        cache = reader.extend_all([start])
+        receiver = reader.answering([Follow(start)])
         return [receiver(mx.array([part]), cache) for part in passes][-1][0, -1]
 
     together = logits(ids)
     assert mx.abs(together - logits(*([i] for i in ids))).max().item() < 1e-3
     # The last id's own key and value are fused, too, not just those before it.
     whole = Follow(start).add([30, 31])
-    plain = c2c.receiver(mx.array([ids[-1:]]), cache=FusedPrefix(c2c).extend_all([whole]))
+    plain = c2c.receiver(mx.array([ids[-1:]]), cache=FusedCache(c2c).extend_all([whole]))
     assert mx.abs(together - plain[0, -1]).max().item() > 1e-2
 
 
@@ -530,24 +534,24 @@ def test_ids_of_an_answer_are_fused_together_as_one_by_one(make: MakeC2C) -> Non
 def test_closed_gates_leave_an_answer_alone(make: MakeC2C, several_ids: bool) -> None:
     c2c, start = make(gate=-1.0), aligned(prompt(FIRST))
     ids, last = start.receiver_ids, start.receiver_ids[-3 if several_ids else -1 :]
-    prefix = FusedPrefix(c2c)
+    reader = FusedCache(c2c)
     begun = replace(start, receiver_ids=ids[: len(ids) - len(last) + 1])
-    cache = prefix.extend_all([begun])
-    model = prefix.answering([Follow(start)])
-    alone = Prefix(c2c.receiver)
+    cache = reader.extend_all([begun])
+    model = reader.answering([Follow(start)])
+    alone = Reader(c2c.receiver)
     alone.extend(ids[: -len(last)])
     assert greedy(model, last, cache) == greedy(c2c.receiver, last, alone.cache)
 
 
 def test_several_sharers_fuse_an_answer(several: list[C2C]) -> None:
     prompts = for_each(prompt(FIRST))
-    prefix = FusedPrefix(*several)
-    cache = prefix.extend_all(prompts)
+    reader = FusedCache(*several)
+    cache = reader.extend_all(prompts)
     answers = [Follow(p) for p in prompts]
-    greedy(prefix.answering(answers), prompts[0].receiver_ids[-1:], cache)
+    greedy(reader.answering(answers), prompts[0].receiver_ids[-1:], cache)
     whole = [answer.add([5]) for answer in answers]
-    assert_same(prefix.cache, FusedPrefix(*several).extend_all(whole), 1e-4)
-    assert [prefix.stats(i) is not None for i in range(3)] == [True] * 3
+    assert_same(reader.cache, FusedCache(*several).extend_all(whole), 1e-4)
+    assert [reader.stats(i) is not None for i in range(3)] == [True] * 3
 
 
 @pytest.fixture
@@ -578,7 +582,7 @@ def hybrid(sharer: LanguageModel, make_fuser: Any) -> C2C:
 
 
 def test_a_hybrid_receiver_turn_by_turn(hybrid: C2C) -> None:
-    growing = FusedPrefix(hybrid)
+    growing = FusedCache(hybrid)
     for turns in ((FIRST,), (FIRST, ANSWER, SECOND), (FIRST, ANSWER)):
         chat = prompt(*turns)
         cache, expected = growing.extend(*chat), scratch(hybrid, chat)
@@ -589,20 +593,20 @@ def test_a_hybrid_receiver_turn_by_turn(hybrid: C2C) -> None:
 
 def test_a_hybrid_receiver_with_a_fused_answer(hybrid: C2C) -> None:
     start = aligned(prompt(FIRST))
-    prefix = FusedPrefix(hybrid)
-    cache = prefix.extend_all([start])
+    reader = FusedCache(hybrid)
+    cache = reader.extend_all([start])
     answer = Follow(start)
-    receiver = prefix.answering([answer])
+    receiver = reader.answering([answer])
     ids = [start.receiver_ids[-1], 30, 31]
     for i in ids:
         receiver(mx.array([[i]]), cache)
     whole = answer.add([5])
-    assert_same(prefix.cache, FusedPrefix(hybrid).extend_all([whole]), 1e-4)
+    assert_same(reader.cache, FusedCache(hybrid).extend_all([whole]), 1e-4)
 
 
 def test_a_changed_fuser_fuses_anew_what_was_read(make: MakeC2C) -> None:
     c2c, chat = make(), prompt(FIRST, ANSWER)
-    growing = FusedPrefix(c2c)
+    growing = FusedCache(c2c)
     growing.extend(*chat)
     c2c.fuser.set_gate(1, 0, False)
     growing.fuse_anew()
@@ -616,10 +620,10 @@ def test_a_changed_fuser_fuses_anew_what_was_read(make: MakeC2C) -> None:
 def pieces_of(
     lm: LanguageModel, stop_strings: Sequence[str], n: int
 ) -> Generator[tuple[int, str], None, str]:
-    prefix = Prefix(lm.model)
-    prefix.extend([10, 11, 12])
+    reader = Reader(lm.model)
+    reader.extend([10, 11, 12])
     sampling = SamplingConfig(max_tokens=n, temp=1.5, seed=4)
-    return decode(lm.model, lm.tokenizer, prefix.cache, [13], sampling, stop_strings)
+    return decode(lm.model, lm.tokenizer, reader.cache, [13], sampling, stop_strings)
 
 
 def written(lm: LanguageModel, stop_strings: Sequence[str] = ()) -> list[str]:
@@ -682,19 +686,19 @@ def test_the_beginning_of_a_stop_string_comes_out_at_the_end(receiver: LanguageM
 
 
 def test_settle_keeps_what_was_written_for_the_next_turn(receiver: LanguageModel) -> None:
-    prefix, ids = Prefix(receiver.model), [10, 11, 12, 13]
-    prefix.extend(ids[:-1])
+    reader, ids = Reader(receiver.model), [10, 11, 12, 13]
+    reader.extend(ids[:-1])
     sampling = SamplingConfig(max_tokens=9)
     tokens = []
-    for token, _ in decode(receiver.model, receiver.tokenizer, prefix.cache, ids[-1:], sampling):
+    for token, _ in decode(receiver.model, receiver.tokenizer, reader.cache, ids[-1:], sampling):
         tokens.append(token)
         if len(tokens) == 4:
             break
-    prefix.settle([*ids, *tokens])
-    assert prefix.ids == [*ids, *tokens][: len(prefix.ids)]
-    assert kv.length(prefix.cache) == len(prefix.ids) >= len(ids) + 3
+    reader.settle([*ids, *tokens])
+    assert reader.ids == [*ids, *tokens][: len(reader.ids)]
+    assert kv.length(reader.cache) == len(reader.ids) >= len(ids) + 3
     longer = [*ids, *tokens, 44, 45]
-    again = Prefix(receiver.model)
+    again = Reader(receiver.model)
     again.extend(longer)
-    prefix.extend(longer)
-    assert_same(prefix.cache, again.cache, 1e-5)
+    reader.extend(longer)
+    assert_same(reader.cache, again.cache, 1e-5)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
 
-from c2c_mlx import LanguageModel, kv
+from c2c_mlx import LanguageModel
 from c2c_mlx.errors import C2CError
-from c2c_mlx.prefix import Prefix
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.training.data import pad
 from c2c_mlx.training.loss import prefill
 
@@ -310,7 +311,7 @@ def test_padding_goes_when_the_cache_is_rolled_back(receiver: LanguageModel) -> 
 
 def test_a_prefix_reads_padding_in_any_chunks(receiver: LanguageModel) -> None:
     ids = [5, 6, ~7, 8, ~9, ~9, 10, 11]
-    whole, parts = Prefix(receiver.model), Prefix(receiver.model)
+    whole, parts = Reader(receiver.model), Reader(receiver.model)
     whole.extend(ids)
     for n in (2, 4, 5, 8):
         parts.extend(ids[:n])

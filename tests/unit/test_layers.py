@@ -1,6 +1,6 @@
 import pytest
 
-from c2c_mlx.layers import k_nearest, last_aligned
+from c2c_mlx.fusion.layers import k_nearest, last_aligned
 
 SIZES = [(28, 28), (28, 24), (24, 28), (30, 18), (1, 1), (1, 7), (7, 1)]
 

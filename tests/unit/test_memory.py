@@ -16,10 +16,13 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from c2c_mlx import ChatSession, LanguageModel, checkpoint, load_model, memory
+from c2c_mlx import ChatSession, LanguageModel, load_model
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.models import find_folder
+from c2c_mlx.fusers import disk
+from c2c_mlx.fusion.fuser import parameters
+from c2c_mlx.models import memory
+from c2c_mlx.models.load import find_folder
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 
@@ -30,7 +33,7 @@ def size(model: nn.Module) -> int:
 
 @pytest.fixture
 def fuser(receiver: LanguageModel, sharer: LanguageModel, make_fuser, tmp_path: Path) -> Path:
-    checkpoint.save(make_fuser(receiver.model, sharer.model), tmp_path / "fuser", mx.float16)
+    disk.save(make_fuser(receiver.model, sharer.model), tmp_path / "fuser", mx.float16)
     return tmp_path / "fuser"
 
 
@@ -69,7 +72,7 @@ def test_more_tokens_need_more_up_to_the_models_limit(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path
 ) -> None:
     few, more, most, beyond = (
-        memory.preflight(receiver.path, [sharer.path], [fuser], tokens=n)
+        memory.preflight(receiver.path, [sharer.path], [disk.measure(fuser)], tokens=n)
         for n in (8, 64, 10**6, 10**7)
     )
     assert few.working < more.working < most.working
@@ -82,42 +85,44 @@ def test_more_tokens_need_more_up_to_the_models_limit(
 def test_a_sharer_with_two_fusers_is_counted_once(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path
 ) -> None:
-    one = memory.preflight(receiver.path, [sharer.path], [fuser])
-    two = memory.preflight(receiver.path, [sharer.path] * 2, [fuser] * 2)
+    one = memory.preflight(receiver.path, [sharer.path], [disk.measure(fuser)])
+    two = memory.preflight(receiver.path, [sharer.path] * 2, [disk.measure(fuser)] * 2)
     assert (two.sharer, two.working, two.fuser) == (one.sharer, one.working, 2 * one.fuser)
 
 
 @pytest.mark.pair
 @pytest.mark.slow
 def test_the_estimate_is_near_what_the_embedded_pair_takes() -> None:
-    from c2c_mlx import registry, store
     from c2c_mlx.config import SamplingConfig
-    from c2c_mlx.embedded import install
-    from c2c_mlx.fuser import Fuser
+    from c2c_mlx.fusers import store
+    from c2c_mlx.models import registry
+    from c2c_mlx.models.embedded import install
 
     names = registry.default_pair()
     if not all(map(install.is_installed, names)):
         pytest.skip("the embedded pair is not in the cache; `c2c-chat` puts it there")
     folder = store.find_folder(registry.find_fuser(*names) or "")
     models = [load_model(name) for name in names]
-    session = ChatSession(*models, Fuser.load(folder), sampling=SamplingConfig(max_tokens=1))
+    session = ChatSession(*models, disk.load(folder), sampling=SamplingConfig(max_tokens=1))
     *_, finished = session.ask("The cat sat on the mat. " * 10)
     figures = finished.figures
     answering, reading = map(find_folder, names)
-    need = memory.preflight(answering, [reading], [folder], tokens=figures.prompt_tokens)
+    need = memory.preflight(
+        answering, [reading], [disk.measure(folder)], tokens=figures.prompt_tokens
+    )
     assert need.total / 1e9 == pytest.approx(figures.peak_memory_gb, rel=0.1)
 
 
 def test_training_counts_the_optimiser(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path
 ) -> None:
-    config, _ = checkpoint.read_description(fuser)
+    config, _ = disk.read_description(fuser)
     small, large = (
         memory.training(receiver.path, sharer.path, config, TrainConfig(batch_size=n))
         for n in (1, 8)
     )
-    loaded = checkpoint.load(fuser)
-    assert small.fuser == 4 * 4 * sum(p.size for p in checkpoint.parameters(loaded).values())
+    loaded = disk.load(fuser)
+    assert small.fuser == 4 * 4 * sum(p.size for p in parameters(loaded).values())
     assert small.working < large.working
 
 

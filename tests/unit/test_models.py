@@ -19,10 +19,10 @@ import pytest
 from huggingface_hub import errors
 from mlx.utils import tree_flatten
 
-from c2c_mlx import hub, models, registry
-from c2c_mlx.embedded import install
 from c2c_mlx.errors import C2CError
-from c2c_mlx.models import LanguageModel, load_model
+from c2c_mlx.models import hub, load, registry
+from c2c_mlx.models.embedded import install
+from c2c_mlx.models.load import LanguageModel, load_model
 from c2c_mlx.progress import Progress
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama" / "sharer"
@@ -215,11 +215,11 @@ def test_the_published_fusers() -> None:
 
 
 def test_an_alias_is_installed_or_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "install", lambda alias, source, report: Path("installed", alias))
+    monkeypatch.setattr(load, "install", lambda alias, source, report: Path("installed", alias))
     monkeypatch.setattr(hub, "fetch", lambda hub_id, *a, **k: Path("fetched", hub_id))
-    assert models.find_folder("gemma3-270m") == Path("installed/gemma3-270m")
-    assert models.find_folder("qwen") == Path("fetched/mlx-community/Qwen3-0.6B-4bit")
-    assert models.find_folder("org/name") == Path("fetched/org/name")
+    assert load.find_folder("gemma3-270m") == Path("installed/gemma3-270m")
+    assert load.find_folder("qwen") == Path("fetched/mlx-community/Qwen3-0.6B-4bit")
+    assert load.find_folder("org/name") == Path("fetched/org/name")
 
 
 # --- damaged folders
@@ -359,7 +359,7 @@ def test_a_whole_cached_copy_needs_no_request(monkeypatch: pytest.MonkeyPatch) -
         return str(TINY)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert models.find_folder("org/name") == TINY
+    assert load.find_folder("org/name") == TINY
     assert [c.get("local_files_only") for c in calls] == [True]
     assert not any(pattern.endswith(".py") for pattern in calls[0]["allow_patterns"])
 
@@ -382,7 +382,7 @@ def test_a_cached_copy_without_weights_is_completed(
         return str(TINY)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert models.find_folder("org/name", seen.append) == TINY
+    assert load.find_folder("org/name", seen.append) == TINY
     what = "downloading org/name"
     assert seen == [Progress(what, 60, 100), Progress(what, 100, 100)]
 

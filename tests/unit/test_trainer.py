@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from c2c_mlx import C2C, Fuser, LanguageModel, kv
+from c2c_mlx import C2C, Fuser, LanguageModel
 from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fuser import inputs
-from c2c_mlx.generate import FusedPrefix
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.fuser import inputs
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Chat, Dataset, Example, Source, collate
 from c2c_mlx.training.trainer import Report, Trainer, checkpoints, measure_inputs, new_fuser
@@ -132,7 +133,7 @@ def test_a_loss_is_what_a_prefilled_cache_gives(
     """Training and inference fuse alike."""
     trainer, e = make(tmp_path, positions=positions, message_gate=True), examples[3]
     trainer.c2c.fuser.eval()
-    prefix = FusedPrefix(trainer.c2c)
+    prefix = FusedCache(trainer.c2c)
     cache = prefix.extend(e.receiver_ids, e.sharer_ids, e.index, e.message)
     ids = [e.receiver_ids[-1], *e.response_ids[:-1]]
     logits = trainer.c2c.receiver(mx.array([ids]), cache=cache)[0]

@@ -15,11 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from c2c_mlx import kv
-from c2c_mlx.checkpoint import check_models
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fuser import KV, Change, Fuser
-from c2c_mlx.prefix import Prefix
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fit import check_models
+from c2c_mlx.fusion.fuser import KV, Change, Fuser
+from c2c_mlx.fusion.reader import Reader
 
 
 class C2C:
@@ -89,9 +89,9 @@ class C2C:
         sections = [(n, True)] if sections is None else sections
         if sum(length for length, _ in sections) != n or any(length < 0 for length, _ in sections):
             raise C2CError(f"sections must have {n} positions, the prompt's but its last")
-        shared = Prefix(self.sharer)
+        shared = Reader(self.sharer)
         shared.extend(sharer_ids[: feeding.max(initial=-1) + 1])
-        prefix = Prefix(self.receiver)
+        prefix = Reader(self.receiver)
         for length, fused in sections:
             start, stop = len(prefix.ids), len(prefix.ids) + length
             prefix.extend(receiver_ids[:stop])

@@ -19,10 +19,13 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx import checkpoint
+from c2c_mlx import atomic
 from c2c_mlx.config import FuserConfig, Provenance, from_dict
 from c2c_mlx.errors import C2CError
-from c2c_mlx.torch_file import ITEM_SIZE, TorchFile
+from c2c_mlx.fusers import disk
+from c2c_mlx.fusers.torch_file import ITEM_SIZE, TorchFile
+from c2c_mlx.fusion.fuser import parameters, skeleton
+from c2c_mlx.models import untrusted
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by our names
 
@@ -73,14 +76,14 @@ def convert(
             destination can't be written; nothing is left there.
     """
     src, dst = Path(src), Path(dst)
-    leftovers = {checkpoint.STAGING}
+    leftovers = {atomic.STAGING}
     if dst.exists() and not (dst.is_dir() and {p.name for p in dst.iterdir()} <= leftovers):
         raise C2CError(f"{dst}: already exists; choose another folder or remove it first")
     source = _open(src)
-    with checkpoint.replacing(dst) as staging:
-        _write_weights(staging / checkpoint.WEIGHTS, source, progress)
+    with atomic.replacing(dst) as staging:
+        _write_weights(staging / disk.WEIGHTS, source, progress)
         provenance = Provenance(source=f"converted from {origin or src.resolve().name}")
-        checkpoint.write_description(staging, source.config, provenance)
+        disk.write_description(staging, source.config, provenance)
     return source.config
 
 
@@ -105,7 +108,7 @@ def _open(src: Path) -> _Source:
     _refuse_strays(src, set(numbers))
     config = _read_config(src, layer_map, numbers)
     files = {
-        i: TorchFile(checkpoint.find_file(src, f"final/projector_{i}.pt"))
+        i: TorchFile(untrusted.find_file(src, f"final/projector_{i}.pt"))
         for i in sorted(set(numbers))
     }
     return _Source(config, numbers, files, _check(config, files))
@@ -122,7 +125,7 @@ def _refuse_strays(src: Path, numbers: set[int]) -> None:
 def _read_map(src: Path) -> tuple[tuple[tuple[int, int], ...], list[int]]:
     """The layer map, and the projector's number for each of its pairs."""
     path = src / "final" / "projector_config.json"
-    data = checkpoint.read_json(src, "final/projector_config.json")
+    data = untrusted.read_json(src, "final/projector_config.json")
     try:
         (sharers,) = data.values()
         (layers,) = sharers.values()
@@ -145,7 +148,7 @@ def _read_config(
     src: Path, layer_map: tuple[tuple[int, int], ...], numbers: list[int]
 ) -> FuserConfig:
     where = src / "config.json"
-    document = checkpoint.read_json(src, "config.json")
+    document = untrusted.read_json(src, "config.json")
     model = document.get("model") if isinstance(document, dict) else None
     if not isinstance(model, dict):
         raise C2CError(f"{where}: has no 'model'")
@@ -173,7 +176,7 @@ def _read_arguments(src: Path, numbers: list[int]) -> dict[str, Any]:
     shared: dict[str, Any] = {}
     for number in numbers:
         path = src / "final" / f"projector_{number}.json"
-        data = checkpoint.read_json(src, f"final/projector_{number}.json")
+        data = untrusted.read_json(src, f"final/projector_{number}.json")
         if not isinstance(data, dict) or not isinstance(data.get("init_args"), dict):
             raise C2CError(f"{path}: has no 'init_args'")
         if data.get("class") != "C2CProjector":
@@ -205,8 +208,8 @@ def _check(config: FuserConfig, files: dict[int, TorchFile]) -> Layout:
     """Compares every file with what `config` needs; returns the layout of our weights."""
     layout: Layout = {}
     for file in files.values():
-        fuser = checkpoint.skeleton(config, len(file.tensors), str(file.path))
-        _check_file(file, checkpoint.parameters(fuser), layout)
+        fuser = skeleton(config, len(file.tensors), str(file.path))
+        _check_file(file, parameters(fuser), layout)
     return layout
 
 

@@ -18,10 +18,11 @@ import mlx_lm.utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
-from c2c_mlx import hub, kv, registry
 from c2c_mlx.config import ModelShape
-from c2c_mlx.embedded.install import install
 from c2c_mlx.errors import C2CError
+from c2c_mlx.fusion import kv
+from c2c_mlx.models import hub, registry
+from c2c_mlx.models.embedded.install import install
 from c2c_mlx.progress import Progress as Progress
 from c2c_mlx.progress import Report, silent
 

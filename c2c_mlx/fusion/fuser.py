@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -21,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from c2c_mlx.config import FuserConfig, Provenance
+from c2c_mlx.errors import C2CError
 
 KV = tuple[mx.array, mx.array]
 Weight = mx.array | dict[str, mx.array]  # dense [..., out, in]; or packed, scales and biases
@@ -127,19 +127,6 @@ class Fuser(nn.Module):
         self._selected: tuple[list[mx.array], list[tuple[int, int]], dict[str, Any]] | None = None
         if config.bits:
             self.quantise(config.bits)
-
-    @classmethod
-    def load(cls, folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
-        """Reads a fuser folder; see `c2c_mlx.checkpoint.load`."""
-        from c2c_mlx.checkpoint import load
-
-        return load(folder, bits)
-
-    def save(self, folder: str | Path) -> None:
-        """Writes a fuser folder; see `c2c_mlx.checkpoint.save`."""
-        from c2c_mlx.checkpoint import save
-
-        save(self, folder)
 
     @property
     def gates(self) -> np.ndarray:
@@ -280,6 +267,30 @@ class Fuser(nn.Module):
             known = (leaves, slices, select)
             self._selected = known
         return known[1], known[2]
+
+
+def skeleton(config: FuserConfig, n_tensors: int, where: str) -> Fuser:
+    """A fuser whose random weights are not computed unless somebody asks for them.
+
+    Args:
+        config: untrusted; what it asks for may be absurd.
+        n_tensors: how many tensors there are to fill it.
+        where: named in the message of an error.
+
+    Raises:
+        C2CError: if the configuration can't be that of `n_tensors` tensors.
+    """
+    try:
+        if config.depth > n_tensors:
+            raise ValueError
+        return Fuser(config)
+    except (ValueError, TypeError, OverflowError, RuntimeError):
+        raise C2CError(f"{where}: its description does not fit its {n_tensors} tensors") from None
+
+
+def parameters(fuser: Fuser) -> dict[str, mx.array]:
+    """Every parameter by the name that it has in fuser.safetensors."""
+    return cast(dict[str, mx.array], tree_flatten(fuser.parameters(), destination={}))
 
 
 def pass_width(config: FuserConfig) -> int:

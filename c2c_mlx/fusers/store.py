@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from c2c_mlx import hub, registry
+from c2c_mlx.atomic import appearing
 from c2c_mlx.errors import C2CError
-from c2c_mlx.paths import appearing, cache_home, downloads, installing, size
+from c2c_mlx.models import hub, registry
+from c2c_mlx.models.paths import cache_home, downloads, installing, size
 from c2c_mlx.progress import Progress, Report, silent
 
 
@@ -84,7 +85,7 @@ def find_for_pair(
     """
     name = given or registry.find_fuser(receiver, sharer)
     if name is None:
-        from c2c_mlx.models import check_name
+        from c2c_mlx.models.load import check_name
 
         for model in (sharer, receiver):  # a model that can't be had is the first thing to say
             check_name(model)
@@ -131,8 +132,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def _install(remote: Remote, folder: Path, report: Report, note: Callable[[str], None]) -> None:
-    from c2c_mlx import checkpoint
-    from c2c_mlx.convert import convert
+    from c2c_mlx.fusers import disk
+    from c2c_mlx.fusers.published import convert
 
     patterns = sorted({*hub.FUSER_FILES, *hub.CHECKPOINT_FILES})
     prefix = f"{remote.folder}/" if remote.folder else ""
@@ -147,8 +148,8 @@ def _install(remote: Remote, folder: Path, report: Report, note: Callable[[str],
                 steps = partial(_report_step, report, what)
                 convert(source, unfinished, steps, str(remote))
                 done += ", converted it"
-            elif (source / checkpoint.CONFIG).is_file():
-                checkpoint.copy(source, unfinished)
+            elif (source / disk.CONFIG).is_file():
+                disk.copy(source, unfinished)
             else:
                 raise C2CError(f"the hub has no fuser in {remote}: check the spelling")
     except C2CError:

@@ -32,8 +32,8 @@ from c2c_mlx.progress import Progress
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from c2c_mlx.chat import ChatSession
-    from c2c_mlx.memory import Need
+    from c2c_mlx.models.memory import Need
+    from c2c_mlx.talk.session import ChatSession
 
 ANSWERED_TURN = tuple[str, str, str]  # question, relayed text, answer
 
@@ -170,10 +170,12 @@ class InferenceThread(threading.Thread):
     def _load(self) -> None:
         import mlx.core as mx
 
-        from c2c_mlx import blas, memory
-        from c2c_mlx.chat import ChatSession
-        from c2c_mlx.fuser import Fuser
-        from c2c_mlx.models import LanguageModel, find_folder, load_model
+        from c2c_mlx import blas
+        from c2c_mlx.fusers import disk
+        from c2c_mlx.fusion.fuser import Fuser
+        from c2c_mlx.models import memory
+        from c2c_mlx.models.load import LanguageModel, find_folder, load_model
+        from c2c_mlx.talk.session import ChatSession
 
         pair = self.pair
         self._report(Progress(f"loading {pair.receiver}", 0, 0))
@@ -207,9 +209,10 @@ class InferenceThread(threading.Thread):
                     known[wanted] = load_model(wanted, progress=self._report)
                 sharers.append(known[wanted])
             folders = self._find_fusers()
-            need = memory.preflight(answering, reading, folders, bits=pair.fuser_bits)
-            fusers = (Fuser.load(folder, pair.fuser_bits) for folder in folders)
-            links = list(zip(sharers, fusers, strict=True))
+            fusers = [disk.measure(folder) for folder in folders]
+            need = memory.preflight(answering, reading, fusers, bits=pair.fuser_bits)
+            loaded = (disk.load(folder, pair.fuser_bits) for folder in folders)
+            links = list(zip(sharers, loaded, strict=True))
             self._session = session()
         except C2CError as e:
             self.events.put(Failed(str(e)))
@@ -239,7 +242,7 @@ class InferenceThread(threading.Thread):
         )
 
     def _find_fusers(self) -> list[Path]:
-        from c2c_mlx.store import find_for_pair
+        from c2c_mlx.fusers.store import find_for_pair
 
         return [
             find_for_pair(self.pair.receiver, sharer, given, self._report)

@@ -18,10 +18,10 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from c2c_mlx import checkpoint
 from c2c_mlx.config import FuserConfig, ModelShape, TrainConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fuser import PASS, pass_width
+from c2c_mlx.fusion.fuser import PASS, parameters, pass_width, skeleton
+from c2c_mlx.models import untrusted
 
 CONTEXT = 4096  # positions that a conversation is taken to reach
 CHUNK = 512  # positions per pass of a prefill, as in `generate.PREFILL_CHUNK`
@@ -63,7 +63,7 @@ class Need:
 def preflight(
     receiver: Path,
     sharers: Sequence[Path] = (),
-    fusers: Sequence[Path] = (),
+    fusers: Sequence[tuple[FuserConfig, int]] = (),
     *,
     bits: Literal[0, 4, 8] = 0,
     tokens: int = CONTEXT,
@@ -73,8 +73,8 @@ def preflight(
     Args:
         receiver: its folder.
         sharers: the folders of those that take part; one that stands there twice is loaded once.
-        fusers: their folders.
-        bits: to which the fusers will be rounded, see `checkpoint.load`.
+        fusers: their descriptions, and the bytes of their files.
+        bits: to which the fusers will be rounded, see `fusers.disk.load`.
         tokens: length of the conversation; the models' own limits are kept.
 
     Raises:
@@ -87,15 +87,14 @@ def preflight(
     if fusers:
         caches += models[0].cache_per_token * tokens  # the fused cache
     fuser_bytes = 0
-    for folder in fusers:
-        config, _ = checkpoint.read_description(folder)
+    for config, size in fusers:
         passes.append(_floats(min(pass_width(config) * tokens, PASS)))
         if _is_dense():
             fuser_bytes += 4 * _parameters(replace(config, bits=0))
         elif bits and not config.bits:
             fuser_bytes += _bytes(replace(config, bits=bits))
         else:
-            fuser_bytes += checkpoint.find_file(folder, checkpoint.WEIGHTS).stat().st_size
+            fuser_bytes += size
     weights = [m.weights for m in models]
     return _checked(
         Need(weights[0], sum(weights[1:]), fuser_bytes, caches + max(passes), tokens, limit())
@@ -164,7 +163,7 @@ class _Model:
 
     @classmethod
     def read(cls, folder: Path) -> _Model:
-        document = checkpoint.read_json(folder, "config.json")
+        document = untrusted.read_json(folder, "config.json")
         if not isinstance(document, dict):
             raise C2CError(f"{folder}: config.json must hold an object")
         config = document.get("text_config") or document
@@ -223,13 +222,13 @@ def _weights(folder: Path, config: dict[str, Any]) -> int:
 
 
 def _parameters(config: FuserConfig) -> int:
-    fuser = checkpoint.skeleton(config, 10**6, "the fuser")
-    return sum(p.size for p in checkpoint.parameters(fuser).values())
+    fuser = skeleton(config, 10**6, "the fuser")
+    return sum(p.size for p in parameters(fuser).values())
 
 
 def _bytes(config: FuserConfig) -> int:
-    fuser = checkpoint.skeleton(config, 10**6, "the fuser")
-    return sum(p.nbytes for p in checkpoint.parameters(fuser).values())
+    fuser = skeleton(config, 10**6, "the fuser")
+    return sum(p.nbytes for p in parameters(fuser).values())
 
 
 def _per_position(config: FuserConfig) -> int:

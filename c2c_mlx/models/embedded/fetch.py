@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from c2c_mlx.errors import C2CError
+from c2c_mlx.models.registry import WheelFile
 from c2c_mlx.progress import Progress, Report
-from c2c_mlx.registry import WheelFile
 
 _BLOCK = 1 << 20
 _PIP = (

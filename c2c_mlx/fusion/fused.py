@@ -6,7 +6,7 @@ A fused cache *is* an mlx-lm prompt cache, so decoding is mlx-lm's own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,20 +14,18 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import stream_generate
-from mlx_lm.sample_utils import make_sampler
 
-from c2c_mlx import kv
-from c2c_mlx.alignment import AnswerAlignment, TokenAlignment, message_groups
-from c2c_mlx.c2c import C2C as C2C
-from c2c_mlx.config import Order, SamplingConfig
+from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
-from c2c_mlx.events import Reason
-from c2c_mlx.fuser import Change
-from c2c_mlx.gates import GateStats
-from c2c_mlx.prefix import PREFILL_CHUNK, Progress, padding
-from c2c_mlx.prefix import Prefix as Prefix
-from c2c_mlx.prefix import common_prefix as common_prefix
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.fuser import Change
+from c2c_mlx.fusion.gates import GateStats
+from c2c_mlx.fusion.link import C2C as C2C
+from c2c_mlx.fusion.reader import Progress, padding
+from c2c_mlx.fusion.reader import Reader as Reader
+from c2c_mlx.fusion.reader import common_prefix as common_prefix
+from c2c_mlx.text.alignment import TokenAlignment, message_groups
+from c2c_mlx.text.answer import AnswerAlignment
 
 
 class Trace(NamedTuple):
@@ -61,7 +59,7 @@ class Fusion:
     traces: tuple[Trace | None, ...]
 
 
-class FusedPrefix:
+class FusedCache:
     """The caches of a C2C conversation: every sharer's, the receiver's own, and the fused one.
 
     The receiver's own cache is never fused, so extending it by a turn gives exactly what a prefill
@@ -81,9 +79,9 @@ class FusedPrefix:
         if len({id(link.receiver) for link in links}) != 1:
             raise C2CError("several sharers need one receiver, the same for all of them")
         self.links, self.order = links, order
-        self.own = Prefix(links[0].receiver)
-        readers: dict[tuple[int, str], Prefix] = {}
-        self.sharers = [readers.setdefault(link.reading, Prefix(link.sharer)) for link in links]
+        self.own = Reader(links[0].receiver)
+        readers: dict[tuple[int, str], Reader] = {}
+        self.sharers = [readers.setdefault(link.reading, Reader(link.sharer)) for link in links]
         self.cache = kv.make_cache(links[0].receiver)
         # Per fused position: its id, and per sharer the position that feeds it and its message.
         self.feeds: list[tuple[Any, ...]] = []
@@ -174,7 +172,7 @@ class FusedPrefix:
             None if nothing was new.
         """
         feeds = self._feeds(texts, stop)
-        reading: dict[Prefix, list[int]] = {}
+        reading: dict[Reader, list[int]] = {}
         for reader, text in zip(self.sharers, texts, strict=True):
             ids = text.sharer_ids[: _reach(text, stop)]
             if reading.setdefault(reader, ids) != ids:
@@ -302,58 +300,3 @@ def _messages(link: C2C, text: TokenAlignment) -> np.ndarray:
 def _reach(text: TokenAlignment, stop: int) -> int:
     """How many of the sharer's ids feed the receiver's positions [0, stop)."""
     return int(text.index[:stop].max(initial=-1)) + 1
-
-
-def decode(
-    model: Any,
-    tokenizer: Any,
-    cache: kv.Cache,
-    last_ids: Sequence[int],
-    sampling: SamplingConfig,
-    stop_strings: Sequence[str] = (),
-) -> Generator[tuple[int, str], None, Reason]:
-    """mlx-lm's own decoding from a prefilled cache, the same for every mode.
-
-    Args:
-        model: an mlx-lm model, or what `FusedPrefix.answering` gives.
-        tokenizer: its mlx-lm tokenizer.
-        cache: a prompt cache; it grows in place.
-        last_ids: what of the prompt is not in the cache, at least one id.
-        sampling: temperature, nucleus, seed, and the most tokens to generate.
-        stop_strings: text that ends an answer; it and all behind it are dropped.
-
-    Yields:
-        (token id, text that is now certain); the text is empty while it might become a stop string.
-        The last id that is yielded may be the end-of-turn token.
-
-    Returns:
-        "stop" if the answer ended by itself or at a stop string, "length" if it was cut.
-    """
-    mx.random.seed(sampling.seed)
-    text, shown = "", 0
-    for response in stream_generate(
-        model,
-        tokenizer,
-        mx.array(list(last_ids)),
-        max_tokens=sampling.max_tokens,
-        sampler=make_sampler(temp=sampling.temp, top_p=sampling.top_p),
-        prompt_cache=cache,
-        prefill_step_size=PREFILL_CHUNK,
-    ):
-        text += response.text
-        stop = min((at for s in stop_strings if (at := text.find(s)) >= 0), default=-1)
-        certain = stop if stop >= 0 else len(text) - _held_back(text, stop_strings)
-        if response.finish_reason and stop < 0:
-            certain = len(text)
-        yield response.token, text[shown:certain]
-        shown = max(shown, certain)
-        if stop >= 0:
-            return "stop"
-    return "stop" if response.finish_reason == "stop" else "length"
-
-
-def _held_back(text: str, stop_strings: Sequence[str]) -> int:
-    """Length of the longest tail of `text` that a stop string begins with."""
-    return max(
-        (n for s in stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0
-    )

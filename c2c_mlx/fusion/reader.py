@@ -10,7 +10,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 
-from c2c_mlx import kv
+from c2c_mlx.fusion import kv
 
 PREFILL_CHUNK = 512  # tokens per pass; bounds the memory of attention scores
 
@@ -30,7 +30,7 @@ def padding(ids: Sequence[int], start: int = 0) -> list[int]:
     return [position for position, token in enumerate(ids, start) if token < 0]
 
 
-class Prefix:
+class Reader:
     """One model's cache and the ids that stand in it; extending it costs only what is new."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from c2c_mlx import registry
 from c2c_mlx.config import FuserConfig, ModelShape, Provenance
-from c2c_mlx.hub import is_hub_id
+from c2c_mlx.models import registry
+from c2c_mlx.models.hub import is_hub_id
 
 
 def render(config: FuserConfig, provenance: Provenance) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.paths import size
+from c2c_mlx.models.paths import size
 from c2c_mlx.progress import Progress, Report, silent
 
 # Never *.py: code from a model's folder is not run, so it is not fetched either.

@@ -18,7 +18,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Tokenizer
 
-from c2c_mlx.embedded.build_tokenizer import Metadata, gemma3_tokenizer, smollm2_tokenizer
+from c2c_mlx.models.embedded.build_tokenizer import Metadata, gemma3_tokenizer, smollm2_tokenizer
 
 Tick = Callable[[int, int], None]  # steps done, of how many
 Weights = dict[str, mx.array]

@@ -12,9 +12,6 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx import gates, kv, relay
-from c2c_mlx.alignment import AnswerAlignment, TokenAlignment, align_chat, render, tokenize
-from c2c_mlx.checkpoint import check_models
 from c2c_mlx.config import ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
@@ -29,11 +26,21 @@ from c2c_mlx.events import (
     RelayedText,
     Text,
 )
-from c2c_mlx.fuser import Fuser
-from c2c_mlx.gates import GateStats
-from c2c_mlx.generate import C2C, FusedPrefix, Prefix, common_prefix, decode
-from c2c_mlx.models import LanguageModel
-from c2c_mlx.store import no_fuser
+from c2c_mlx.fusers.store import no_fuser
+from c2c_mlx.fusion import gates, kv
+from c2c_mlx.fusion.fit import check_models
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.fuser import Fuser
+from c2c_mlx.fusion.gates import GateStats
+from c2c_mlx.fusion.link import C2C
+from c2c_mlx.fusion.reader import Reader, common_prefix
+from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.talk import relay
+from c2c_mlx.talk.decode import decode
+from c2c_mlx.text.alignment import TokenAlignment, align_chat
+from c2c_mlx.text.answer import AnswerAlignment
+from c2c_mlx.text.rendering import render
+from c2c_mlx.text.tokens import tokenize
 
 Messages = list[dict[str, str]]
 
@@ -90,7 +97,7 @@ class ChatSession:
         fuser: made for the two; None: `c2c` mode does not work.
         others: more sharers for `c2c` mode, each with its fuser into the receiver. One model may be
             there twice, with fusers of its own.
-        order: of several sharers, see `FusedPrefix`.
+        order: of several sharers, see `FusedCache`.
         fuse_response: the sharers read along while the receiver writes, and every new token is
             fused; else the prompt alone is, unless a fuser was made for this.
         sampling: the same for every mode.
@@ -123,8 +130,8 @@ class ChatSession:
         made_for_it = any(link.fuser.config.fuse_response for link in self.links)
         self.fuse_response = fuse_response or made_for_it
         self.sharers = [lm for lm, _ in pairs] or [lm for lm in (sharer,) if lm]
-        self._prefixes: dict[str, Prefix] = {}
-        self._fused = FusedPrefix(*self.links, order=order) if self.links else None
+        self._prefixes: dict[str, Reader] = {}
+        self._fused = FusedCache(*self.links, order=order) if self.links else None
         self.reset()
 
     def reset(self) -> None:
@@ -302,7 +309,7 @@ class ChatSession:
         """One model reads and writes; pieces of text, one per token."""
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
         sampling = _fitting(lm, ids, sampling)
-        prefix = self._prefixes.setdefault(f"{mode} {lm.name}", Prefix(lm.model))
+        prefix = self._prefixes.setdefault(f"{mode} {lm.name}", Reader(lm.model))
         cost.prompt_tokens = len(ids)
         cost.new_prompt_tokens = len(ids) - common_prefix(prefix.ids, ids)
         tic = time.perf_counter()

@@ -1,0 +1,1 @@
+"""A fuser's files: ours, the world's, and where to find them by name."""

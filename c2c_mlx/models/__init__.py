@@ -1,0 +1,1 @@
+"""A name, a folder or a hub id -> a loaded model, and what will fit."""

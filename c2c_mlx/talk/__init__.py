@@ -1,0 +1,1 @@
+"""A conversation in four modes, and the one thread that holds it."""

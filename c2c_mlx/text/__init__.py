@@ -1,0 +1,1 @@
+"""Two templates, two tokenizers, one text. No MLX in here."""
