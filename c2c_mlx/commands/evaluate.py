@@ -105,7 +105,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
     who = pair.parse(args)
     folders = pair.find_fusers(who) if set(names) & set(C2C_MODES) else []
 
-    from c2c_mlx import blas
+    from c2c_mlx import blas, device
     from c2c_mlx.evaluation import report, runner
     from c2c_mlx.evaluation.modes import Modes
     from c2c_mlx.fusers import disk
@@ -158,7 +158,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "receiver": who.receiver,
         "sharer": ", ".join(who.sharers),
         "fuser": ", ".join(map(str, folders)),
-        "device": _device(),
+        "device": device.describe(),
         "versions": _versions(),
         "settings": settings,
     }
@@ -236,13 +236,6 @@ def _digest(data: bytes | Path) -> str:
         return hashlib.sha256(data).hexdigest()
     with data.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _device() -> str:
-    import mlx.core as mx
-
-    info = mx.device_info()
-    return f"{info.get('device_name', platform.processor())} ({mx.default_device()})"
 
 
 def _versions() -> dict[str, str]:

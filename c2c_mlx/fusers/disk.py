@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 from safetensors import SafetensorError, safe_open
 
-from c2c_mlx import atomic
+from c2c_mlx import atomic, device
 from c2c_mlx.config import FORMAT_VERSION, FuserConfig, Provenance, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import card
@@ -52,7 +52,7 @@ def save(fuser: Fuser, folder: str | Path, dtype: mx.Dtype | None = None) -> Non
 
 
 def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
-    """Reads a fuser folder in inference mode: as it is on a GPU, dense float32 on the CPU.
+    """Reads a fuser folder in inference mode, in the precision that `device` decides.
 
     Args:
         folder: the fuser's.
@@ -69,8 +69,7 @@ def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
     fuser = skeleton(config, len(found), str(folder))
     _compare(folder, found, parameters(fuser))
     weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    on_cpu = mx.default_device().type == mx.cpu
-    if on_cpu:  # it has fast products of float32 alone
+    if device.is_dense():
         weights = _as(mx.float32, weights)
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: '{bad}' in {WEIGHTS} holds NaN or infinite numbers")
@@ -79,7 +78,7 @@ def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
         if config.bits:
             raise C2CError(f"{folder}: has {config.bits} bits already; start from the original")
         fuser.quantise(bits)
-    if on_cpu:
+    if device.is_dense():
         fuser.dequantise()
     mx.eval(fuser.parameters())  # a lazy array would break when its file is replaced
     fuser.provenance = provenance

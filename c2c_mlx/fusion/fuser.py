@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, Provenance
 from c2c_mlx.errors import C2CError
 
@@ -31,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "relu": nn.relu,
 }
 NORM_EPS = 1e-6
-PASS = 1 << 28  # numbers that a pass may hold at once; 1 GB of float32
 GROUP = 64  # numbers of a row that share a scale once it is quantised
 
 
@@ -219,11 +219,12 @@ class Fuser(nn.Module):
     def _project(
         self, params: dict[str, Any], sharer: KV, receiver: KV, slices: list[tuple[int, int]]
     ) -> tuple[mx.array, mx.array, mx.array | None]:
-        """`project`, at inference in parts of which each fits into `PASS` numbers."""
+        """`project`, at inference in parts of which each fits into `device.fuser_pass`."""
         if self.training:
             return project(params, sharer, receiver, slices, self.config, self.config.dropout)
         length = receiver[0].shape[3]
-        step = max(PASS // (receiver[0].shape[1] * pass_width(self.config)), 1)
+        size = receiver[0].itemsize * receiver[0].shape[1] * pass_width(self.config)
+        step = max(device.fuser_pass() // size, 1)
         if length <= step:
             return project(params, sharer, receiver, slices, self.config)
         parts = []

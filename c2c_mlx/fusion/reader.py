@@ -10,9 +10,8 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 
+from c2c_mlx import device
 from c2c_mlx.fusion import kv
-
-PREFILL_CHUNK = 512  # tokens per pass; bounds the memory of attention scores
 
 Progress = Callable[[int, int], None]  # positions done, of how many
 
@@ -49,11 +48,13 @@ class Reader:
         if not kv.trim(self.cache, keep):
             self.ids, keep = [], 0
             self.cache = kv.make_cache(self.model)
+        step = device.prefill_chunk()
         while len(self.ids) < len(ids):
-            chunk = ids[len(self.ids) : len(self.ids) + PREFILL_CHUNK]
+            chunk = ids[len(self.ids) : len(self.ids) + step]
             kv.hide(self.cache, padding(chunk, len(self.ids)))
             self.model(mx.array([max(i, ~i) for i in chunk])[None], cache=self.cache)
             mx.eval(kv.arrays(self.cache))  # the head's logits are in no state: never computed
+            mx.clear_cache()  # a chunk's buffers fit no other chunk
             self.ids.extend(chunk)
             if progress:
                 progress(len(self.ids) - keep, len(ids) - keep)

@@ -15,9 +15,11 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
+from c2c_mlx import device
 from c2c_mlx.config import ModelShape
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
@@ -46,7 +48,7 @@ _UNKNOWN_CONTEXT = 4096  # tokens; for the rare config that doesn't say
 
 @dataclass
 class LanguageModel:
-    """A loaded model. On a GPU it is as quantised as its files; on the CPU dense float32."""
+    """A loaded model, in the precision that `device` decides."""
 
     name: str  # as the user gave it
     path: Path  # the folder it came from
@@ -99,6 +101,7 @@ def load_model(
         C2CError: if there is no such model, or it cannot be fetched, read or run.
     """
     report = progress or silent
+    device.prepare()
     name = str(name_or_folder)
     folder = find_folder(name, report)
     report(Progress(f"loading {name}", 0, 2))
@@ -161,13 +164,24 @@ def _load_weights(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     check_weights(folder)
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True)
-        if mx.default_device().type == mx.cpu:
-            # Without a GPU, quantised and half-precision products are 10 to 1000 times slower.
-            model.set_dtype(mx.float32)
+        _cast(model)
+        if device.is_dense():
             model = mlx_lm.utils.dequantize_model(model)
     except Exception as e:  # whatever a wrong field or tensor leads to inside mlx-lm
         raise C2CError(f"{folder}: mlx-lm cannot load this model ({_in_one_line(e)})") from e
     return model, config
+
+
+def _cast(model: nn.Module) -> None:
+    """Gives every float of a model the dtype that this device wants for it."""
+    model.update(
+        tree_map(
+            lambda p: (
+                p.astype(device.dtype_of(p.dtype)) if mx.issubdtype(p.dtype, mx.floating) else p
+            ),
+            model.parameters(),
+        )
+    )
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:

@@ -7,7 +7,6 @@ runs beside them (caches, scores, the fuser's pass) is counted where it is large
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,15 @@ from typing import Any, Literal
 
 import c2c_mlx.blas  # noqa: F401
 
-import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
+from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, ModelShape, TrainConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fusion.fuser import PASS, parameters, pass_width, skeleton
+from c2c_mlx.fusion.fuser import parameters, pass_width, skeleton
 from c2c_mlx.models import untrusted
 
 CONTEXT = 4096  # positions that a conversation is taken to reach
-CHUNK = 512  # positions per pass of a prefill, as in `generate.PREFILL_CHUNK`
 
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
@@ -83,13 +81,13 @@ def preflight(
     models = [_Model.read(folder) for folder in (receiver, *dict.fromkeys(sharers))]
     tokens = min([tokens, *(m.context for m in models if m.context)])
     caches = sum(m.cache_per_token for m in models) * tokens
-    passes = [m.scores(CHUNK, tokens) for m in models]
+    passes = [m.scores(device.prefill_chunk(), tokens) for m in models]
     if fusers:
         caches += models[0].cache_per_token * tokens  # the fused cache
     fuser_bytes = 0
     for config, size in fusers:
-        passes.append(_floats(min(pass_width(config) * tokens, PASS)))
-        if _is_dense():
+        passes.append(min(_floats(pass_width(config) * tokens), device.fuser_pass()))
+        if device.is_dense():
             fuser_bytes += 4 * _parameters(replace(config, bits=0))
         elif bits and not config.bits:
             fuser_bytes += _bytes(replace(config, bits=bits))
@@ -97,7 +95,14 @@ def preflight(
             fuser_bytes += size
     weights = [m.weights for m in models]
     return _checked(
-        Need(weights[0], sum(weights[1:]), fuser_bytes, caches + max(passes), tokens, limit())
+        Need(
+            weights[0],
+            sum(weights[1:]),
+            fuser_bytes,
+            caches + max(passes),
+            tokens,
+            device.memory_limit(),
+        )
     )
 
 
@@ -114,7 +119,11 @@ def training(receiver: Path, sharer: Path, fuser: FuserConfig, config: TrainConf
     # What the backward pass keeps: every intermediate of the fuser and of the receiver's layers.
     kept = 4 * rows * (2 * _per_position(fuser) + models[0].kept_per_token)
     working = kept + sum(m.cache_per_token for m in models) * rows
-    return _checked(Need(models[0].weights, models[1].weights, fuser_bytes, working, rows, limit()))
+    return _checked(
+        Need(
+            models[0].weights, models[1].weights, fuser_bytes, working, rows, device.memory_limit()
+        )
+    )
 
 
 def shape(model: Path) -> ModelShape:
@@ -127,27 +136,14 @@ def _checked(need: Need) -> Need:
     if sum(weights.values()) <= need.limit:
         return need
     largest = max(weights, key=lambda name: weights[name])
-    advice = "a smaller one" if _is_dense() else "a smaller one, or a copy of fewer bits (...-4bit)"
-    if largest == "fuser" and not _is_dense():
+    advice = (
+        "a smaller one"
+        if device.is_dense()
+        else "a smaller one, or a copy of fewer bits (...-4bit)"
+    )
+    if largest == "fuser" and not device.is_dense():
         advice = "a smaller one; a chat can round it to fewer bits (--fuser-bits 4)"
     raise C2CError(f"{need}: they cannot be loaded; the {largest} is the largest: take {advice}")
-
-
-def limit() -> int:
-    """Bytes that the device allows a process."""
-    if mx.default_device().type == mx.gpu:
-        info = mx.device_info()
-        # Metal's own advice; CUDA tells the device's memory.
-        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-            if size := int(info.get(key, 0)):
-                return size
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's share of it
-        try:
-            physical = min(physical, int((Path("/sys/fs/cgroup") / file).read_text()))
-        except (OSError, ValueError):
-            pass
-    return int(0.9 * physical)  # the rest is the system's
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def _weights(folder: Path, config: dict[str, Any]) -> int:
                 found = {n: (s.get_dtype(), math.prod(s.get_shape())) for n, s in slices.items()}
         except (SafetensorError, OSError) as e:
             raise C2CError(f"{path} is no valid safetensors file ({e}); fetch it again") from None
-        if not _is_dense():
+        if not device.is_dense():
             total += sum(count * _ITEM_SIZE.get(dtype, 1) for dtype, count in found.values())
             continue
         for name, (_, count) in found.items():
@@ -241,9 +237,4 @@ def _per_position(config: FuserConfig) -> int:
 
 def _floats(count: int) -> int:
     """Bytes of this many activations."""
-    return count * (4 if _is_dense() else 2)
-
-
-def _is_dense() -> bool:
-    """Whether models run in float32: without a GPU they do."""
-    return bool(mx.default_device().type == mx.cpu)
+    return count * (4 if device.is_dense() else 2)

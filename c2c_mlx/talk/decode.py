@@ -11,10 +11,10 @@ import mlx.core as mx
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
+from c2c_mlx import device
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.events import Reason
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.reader import PREFILL_CHUNK
 
 
 def decode(
@@ -51,7 +51,7 @@ def decode(
         max_tokens=sampling.max_tokens,
         sampler=make_sampler(temp=sampling.temp, top_p=sampling.top_p),
         prompt_cache=cache,
-        prefill_step_size=PREFILL_CHUNK,
+        prefill_step_size=device.prefill_chunk(),
     ):
         text += response.text
         stop = min((at for s in stop_strings if (at := text.find(s)) >= 0), default=-1)

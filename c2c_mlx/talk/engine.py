@@ -168,9 +168,7 @@ class InferenceThread(threading.Thread):
             mx.clear_streams()  # without it, one exit in twenty aborts
 
     def _load(self) -> None:
-        import mlx.core as mx
-
-        from c2c_mlx import blas
+        from c2c_mlx import blas, device
         from c2c_mlx.fusers import disk
         from c2c_mlx.fusion.fuser import Fuser
         from c2c_mlx.models import memory
@@ -179,7 +177,7 @@ class InferenceThread(threading.Thread):
 
         pair = self.pair
         self._report(Progress(f"loading {pair.receiver}", 0, 0))
-        if blas.notice and mx.default_device().type == mx.cpu:
+        if blas.notice and device.is_dense():
             self.events.put(Failed(blas.notice))
         answering = find_folder(pair.receiver, self._report)
         need = memory.preflight(answering)
@@ -221,10 +219,8 @@ class InferenceThread(threading.Thread):
         self.events.put(self._loaded(self._session, need))
 
     def _loaded(self, session: ChatSession, need: Need) -> Loaded:
-        import mlx.core as mx
+        from c2c_mlx import device
 
-        device = mx.default_device()
-        name = mx.device_info(device).get("device_name", "")
         named = [given or f"{self.pair.receiver}+{sharer}" for sharer, given in self.pair.links]
         parts = zip(session.sharers, named, session.links, session.gates, strict=False)
         return Loaded(
@@ -235,7 +231,7 @@ class InferenceThread(threading.Thread):
                 for sharer, fuser, link, gates in parts
             ),
             memory_gb=_memory_gb(),
-            device=f"{name} {'CPU' if device.type == mx.cpu else 'GPU'}".strip(),
+            device=device.describe(),
             context_length=session.receiver.context_length,
             receiver_layers=len(session.receiver.model.layers),
             needs=str(need),

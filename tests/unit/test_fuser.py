@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, ModelShape
 from c2c_mlx.fusion import fuser as fuser_module
 from c2c_mlx.fusion.fuser import KV, Fuser, soft_gates
@@ -282,7 +283,8 @@ def test_a_pass_in_parts_is_the_same_in_less_memory(
         return fused, mx.get_peak_memory() - before
 
     whole, much = changed()
-    monkeypatch.setattr(fuser_module, "PASS", 7 * BATCH * fuser_module.pass_width(fuser.config))
+    size = 4 * BATCH * fuser_module.pass_width(fuser.config)
+    monkeypatch.setattr(device, "fuser_pass", lambda: 7 * size)
     parts, little = changed()
     assert not same(whole, given["receiver"])  # type: ignore[arg-type]
     for a, b in zip(parts, whole, strict=True):

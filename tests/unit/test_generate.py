@@ -17,11 +17,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import lfm2
 from mlx_lm.models.cache import KVCache
 
-from c2c_mlx import C2C, Fuser, LanguageModel
+from c2c_mlx import C2C, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion import reader as reading
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.talk.decode import decode
@@ -213,7 +212,7 @@ def test_an_interruption_at_any_layer_does_no_harm(
 def test_progress_counts_both_prefills_to_the_end(
     make: MakeC2C, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(device, "prefill_chunk", lambda: 4)
     c2c, chat = make(), prompt(FIRST, ANSWER)
     seen: list[tuple[int, int]] = []
     FusedCache(c2c).extend(*chat, lambda done, total: seen.append((done, total)))
@@ -225,7 +224,7 @@ def test_progress_counts_both_prefills_to_the_end(
 def test_chunked_prefill_equals_one_pass(make: MakeC2C, monkeypatch: pytest.MonkeyPatch) -> None:
     c2c, chat = make(), prompt(FIRST, ANSWER)
     whole = scratch(c2c, chat)
-    monkeypatch.setattr(reading, "PREFILL_CHUNK", 3)
+    monkeypatch.setattr(device, "prefill_chunk", lambda: 3)
     assert_same(scratch(c2c, chat), whole, 1e-5)
 
 

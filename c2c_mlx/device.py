@@ -1,0 +1,114 @@
+"""What this device means: the one place that decides precision, chunks and limits of memory.
+
+On a GPU models stay as quantised as their files and caches are half precision; MLX's CPU backend
+has fast products of float32 alone, so there all is made dense float32. `C2C_MLX_REHEARSE=gpu` has
+all of it decided as on a Mac's GPU while the arithmetic stays where it is, `=m1` as on an M1 or M2.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+
+from c2c_mlx.errors import C2CError
+
+Kind = Literal["cpu", "gpu", "m1"]  # m1: a GPU that emulates bfloat16
+
+REHEARSE = "C2C_MLX_REHEARSE"
+_SMALL_BUFFERS = 1 << 28  # bytes that MLX may always keep for reuse
+_MOST_BUFFERS = 1 << 31
+
+
+def kind() -> Kind:
+    """As which device decisions are made.
+
+    Raises:
+        C2CError: if the environment asks for a device that nobody knows.
+    """
+    wanted = os.environ.get(REHEARSE, "")
+    if wanted in ("gpu", "m1"):
+        return "m1" if wanted == "m1" else "gpu"
+    if wanted:
+        raise C2CError(f"{REHEARSE}={wanted}: must be gpu or m1")
+    if mx.default_device().type == mx.cpu:
+        return "cpu"
+    # Apple's names: g13 is the M1, g14 the M2. They compute bfloat16 in software, float16 does the
+    # same work 14 to 55 % faster.
+    architecture = str(mx.device_info().get("architecture", ""))
+    return "m1" if re.match(r"applegpu_g1[34]", architecture) else "gpu"
+
+
+def is_dense() -> bool:
+    """Whether weights are made dense float32 when they are loaded."""
+    return kind() == "cpu"
+
+
+def dtype_of(stored: mx.Dtype) -> mx.Dtype:
+    """In which dtype the floats of a model are held, given that of its file."""
+    if is_dense():
+        return mx.float32
+    return mx.float16 if kind() == "m1" and stored == mx.bfloat16 else stored
+
+
+def prefill_chunk() -> int:
+    """Positions per pass of a prefill; bounds the memory of attention scores."""
+    return 512 if is_dense() else 2048  # the latter is mlx-lm's own
+
+
+def fuser_pass() -> int:
+    """Bytes that a pass of a fuser may hold at once, beside its weights."""
+    return 1 << 30 if is_dense() else 1 << 28
+
+
+def memory_limit() -> int:
+    """Bytes that the device allows a process."""
+    if mx.default_device().type == mx.gpu:
+        info = mx.device_info()
+        # Metal's own advice; CUDA tells the device's memory.
+        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+            if size := int(info.get(key, 0)):
+                return size
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's share of it
+        try:
+            physical = min(physical, int((Path("/sys/fs/cgroup") / file).read_text()))
+        except (OSError, ValueError):
+            pass
+    return int(0.9 * physical)  # the rest is the system's
+
+
+def buffer_limit() -> int:
+    """Bytes of freed buffers that MLX keeps for reuse; part of every estimate of memory."""
+    return max(_SMALL_BUFFERS, min(_MOST_BUFFERS, memory_limit() // 16))
+
+
+def prepare() -> None:
+    """Sets MLX's limits for this process; called before a model is loaded.
+
+    The wired limit is never raised. mlx-lm does so around every generation, and a raised limit with
+    concurrent work panicked the kernel of a Mac 3 times out of 3, never in 10 runs without it
+    (github.com/ml-explore/mlx/issues/3186). What it is good for, models near the size of the
+    memory, is not what two small models need.
+    """
+    library: Any = import_module("mlx_lm.generate")  # as an attribute of mlx_lm it is a function
+    library.maybe_set_recommended_wired_limit = _leave_wired_limit
+    mx.set_cache_limit(buffer_limit())
+
+
+def _leave_wired_limit() -> None:
+    """Stands for mlx-lm's function; None tells it that there is no limit to come back to."""
+
+
+def describe() -> str:
+    """The device for people, e.g. 'Apple M3 GPU'."""
+    device = mx.default_device()
+    name = mx.device_info(device).get("device_name", "")
+    text = f"{name} {'CPU' if device.type == mx.cpu else 'GPU'}".strip()
+    return f"{text}, rehearsing {wanted}" if (wanted := os.environ.get(REHEARSE)) else text

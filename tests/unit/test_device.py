@@ -1,0 +1,76 @@
+"""What a device means, and a Mac's decisions rehearsed on whatever is here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import mlx_lm.utils
+import pytest
+from mlx_lm.utils import quantize_model, save_config, save_model
+
+from c2c_mlx import LanguageModel, device, load_model
+from c2c_mlx.errors import C2CError
+
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+
+
+@pytest.mark.parametrize(
+    ("rehearsed", "held"),
+    [
+        ("", (mx.float32, mx.float32, mx.float32)),
+        ("gpu", (mx.float32, mx.bfloat16, mx.float16)),
+        ("m1", (mx.float32, mx.float16, mx.float16)),
+    ],
+)
+def test_the_precision_of_a_model(
+    rehearsed: str, held: tuple[mx.Dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu, 0))
+    monkeypatch.setenv(device.REHEARSE, rehearsed)
+    assert tuple(device.dtype_of(dtype) for dtype in DTYPES) == held
+    assert device.is_dense() == (not rehearsed)
+
+
+def test_an_unknown_rehearsal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(device.REHEARSE, "tpu")
+    with pytest.raises(C2CError, match="must be gpu or m1"):
+        device.kind()
+
+
+@pytest.mark.parametrize("rehearsed", ["gpu", "m1"])
+def test_a_quantised_model_stays_quantised(
+    receiver: LanguageModel, rehearsed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = mlx_lm.utils.load_model(receiver.path)
+    model.set_dtype(mx.bfloat16)
+    model, config = quantize_model(model, config, group_size=32, bits=4)
+    save_model(tmp_path, model)
+    save_config(config, tmp_path / "config.json")
+    for file in receiver.path.glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setenv(device.REHEARSE, rehearsed)
+    layer = load_model(tmp_path).model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == mx.uint32
+    assert layer.scales.dtype == (mx.float16 if rehearsed == "m1" else mx.bfloat16)
+
+
+def test_nothing_raises_the_wired_limit(
+    receiver: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways of mlx-lm to generate ask this function, which a load has replaced."""
+    library = import_module("mlx_lm.generate")
+    raised: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", raised.append)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1 << 33})
+    with library.wired_limit(receiver.model):
+        library.BatchGenerator(receiver.model).close()
+    assert raised == []
+
+
+def test_buffers_kept_for_reuse_are_bounded(receiver: LanguageModel) -> None:
+    before = mx.set_cache_limit(device.buffer_limit())
+    assert before == device.buffer_limit() <= device.memory_limit() // 8
