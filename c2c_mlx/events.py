@@ -91,7 +91,7 @@ class GateReport:
 
     layers: tuple[tuple[int, int], ...]  # (receiver layer, sharer layer), L of them
     gates: Gates
-    weights: tuple[tuple[float, ...], ...]  # [2][L] over all positions
+    weights: tuple[tuple[float, ...], ...]  # [2][L] over the positions that are fused
     changes: tuple[tuple[float, ...], ...]  # [2][L]
     tokens: tuple[tuple[str, str], ...]  # [N] the receiver's token and the sharer's that feeds it
     token_weights: tuple[tuple[tuple[float, ...], ...], ...]  # [2][L][N]

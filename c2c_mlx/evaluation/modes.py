@@ -201,7 +201,7 @@ def write(readings: Sequence[Reading], max_tokens: int) -> list[Written]:
     uids = generator.insert(
         [[r.last] for r in readings],
         [min(max_tokens, n) for n in room],
-        [r.cache for r in readings],
+        [kv.mergeable(r.cache) for r in readings],
     )
     written = {uid: Written() for uid in uids}
     texts = {uid: lm.tokenizer.detokenizer for uid in uids}

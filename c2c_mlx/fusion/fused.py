@@ -282,8 +282,9 @@ class FusedCache:
                 weight[at], added[at] = (
                     np.array(x[..., first - fusion.start :].astype(mx.float32)) for x in trace[1:]
                 )
+        is_fused = _messages(link, told[-1][0].texts[sharer])[start:stop] >= 0
         layer_map = link.fuser.config.layer_map
-        return GateStats(layer_map, start, link.fuser.gates, weight, norms, added)
+        return GateStats(layer_map, start, link.fuser.gates, weight, norms, added, is_fused)
 
 
 def _part(progress: Progress | None, before: int, total: int) -> Progress | None:

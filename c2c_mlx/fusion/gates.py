@@ -22,6 +22,7 @@ class GateStats:
         weight: [2, L, Hr, N] the dynamic weight, message gate included; 0 where nothing was added.
         own: [2, L, Hr, N] norm of the receiver's own key or value.
         change: [2, L, Hr, N] norm of what was added to it.
+        fused: [N] bool; a template's positions may be left out, whatever the gates say.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -30,11 +31,18 @@ class GateStats:
     weight: np.ndarray
     own: np.ndarray
     change: np.ndarray
+    fused: np.ndarray
+
+    @property
+    def mean_weight(self) -> np.ndarray:
+        """[2, L] the dynamic weight over heads and fused positions; 0 if there are none."""
+        total: np.ndarray = self.weight.mean(axis=2).sum(axis=-1)
+        return total / max(int(self.fused.sum()), 1)
 
     @property
     def relative_change(self) -> np.ndarray:
         """[2, L, Hr] ||fused - own|| / ||own|| over the fused positions."""
-        own = np.linalg.norm(self.own, axis=-1)
+        own = np.linalg.norm(self.own[..., self.fused], axis=-1)
         return np.linalg.norm(self.change, axis=-1) / np.maximum(own, 1e-12)
 
 
@@ -62,7 +70,7 @@ def report(
     return GateReport(
         layers=stats.layers,
         gates=(tuple(keys), tuple(values)),
-        weights=_rounded(weights.mean(axis=-1)),
+        weights=_rounded(stats.mean_weight),
         changes=_rounded(stats.relative_change.mean(axis=-1)),
         tokens=tuple(
             (receiver_tokenizer.decode([r]), sharer_tokenizer.decode([text.sharer_ids[s]]))

@@ -1,8 +1,8 @@
 """Keys and values of any attention cache, stacked over layers.
 
-The only file that knows mlx-lm's cache classes. A *layer* here is an index into the cache list.
-Layers without keys and values (state-space layers of hybrids) are skipped by `attention_layers` and
-carried along untouched.
+With `padded`, the only file that knows mlx-lm's cache classes. A *layer* here is an index into the
+cache list. Layers without keys and values (state-space layers of hybrids) are skipped by
+`attention_layers` and carried along untouched.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mlx_lm.models.cache import (
 
 from c2c_mlx.config import ModelShape
 from c2c_mlx.errors import C2CError
+from c2c_mlx.fusion.padded import PaddedCache
 
 Cache = list[Any]  # an mlx-lm prompt cache: one cache object per layer
 
@@ -125,7 +126,13 @@ def copy_state(source: Cache, target: Cache) -> None:
 
 def merge(caches: Sequence[Cache]) -> Cache:
     """One batch of several caches, whatever their lengths; they stay as they are."""
-    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
+    rows = (mergeable(cache) for cache in caches)
+    return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+
+
+def mergeable(cache: Cache) -> Cache:
+    """The same cache, for mlx-lm to make a batch of it and others; padding then stays padding."""
+    return [PaddedCache(c) if type(c) is KVCache else c for c in cache]
 
 
 def arrays(cache: Cache) -> list[Any]:
@@ -248,33 +255,6 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
     return [name for name, _ in ours] == [name for name, _ in theirs] and all(
         bool(mx.array_equal(x, y)) for (_, x), (_, y) in zip(ours, theirs, strict=True)
     )
-
-
-class PaddedCache(KVCache):  # type: ignore[misc]
-    """A cache layer of which some positions are padding: they count, but nobody attends to them."""
-
-    def __init__(self, layer: KVCache) -> None:
-        super().__init__()
-        self.keys, self.values, self.offset = layer.keys, layer.values, layer.offset
-        self.hidden: list[int] = []
-
-    def trim(self, n: int) -> int:
-        """mlx-lm's cache protocol."""
-        trimmed: int = super().trim(n)
-        self.hidden = [position for position in self.hidden if position < self.offset]
-        return trimmed
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """mlx-lm's cache protocol."""
-        if not self.hidden:
-            return super().make_mask(n, return_array=return_array, window_size=window_size)
-        column = np.arange(self.offset + n)
-        row = column[self.offset :, None]
-        visible = np.isin(column, self.hidden, invert=True)
-        mask = (column < row) & visible | (column == row)  # something to attend to, in any case
-        if window_size is not None:
-            mask &= row < column + window_size
-        return mx.array(mask)
 
 
 def hide(cache: Cache, positions: Sequence[int]) -> None:

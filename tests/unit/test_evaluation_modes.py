@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel
+from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
 from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import modes as modes_module
@@ -76,6 +78,38 @@ def test_a_batch_writes_what_a_chat_writes(make: Make, mode: Mode) -> None:
         assert len(w.ids) == finished.figures.generated_tokens
         assert reading.prompt_tokens == finished.figures.prompt_tokens
         assert (reading.relayed.text if reading.relayed else "") == finished.relayed_text
+
+
+@pytest.fixture(scope="module")
+def wordy(sharer: LanguageModel) -> LanguageModel:
+    """The sharer with a longer template, beside which the receiver's is padded."""
+    other = load_model(sharer.path)
+    other.tokenizer.chat_template = "read this. " + str(sharer.tokenizer.chat_template)
+    return other
+
+
+@pytest.mark.parametrize("strategy", ["first", "longest", "span"])
+def test_padding_beside_a_longer_template_is_padding_in_a_batch_too(
+    receiver: LanguageModel, wordy: LanguageModel, fuser: Fuser, strategy: str
+) -> None:
+    mx.random.seed(2)
+    other = Fuser(replace(fuser.config, alignment=strategy, rotated_keys=True))
+    other.gate_logit = mx.ones_like(other.gate_logit)
+    other.eval()
+    modes = Modes(receiver, [wordy], [other], "sequential", ITEMS, 0, TOKENS)
+    sampling = SamplingConfig(max_tokens=TOKENS)
+    session = ChatSession(receiver, wordy, other, sampling=sampling)
+    found = readings(modes, "c2c")
+    asked = [[reference(item, receiver)] for item in ITEMS]
+    everything = zip(ITEMS, found, write(found, TOKENS), asked, nats(found, asked), strict=True)
+    for item, reading, w, wanted, weighed in everything:
+        session.reset()
+        *_, finished = session.ask(item.messages[0]["content"], "c2c")
+        assert isinstance(finished, Finished) and w.text == finished.text
+        ids = mx.array([[reading.last, *wanted[0][:-1]]])
+        logs = nn.log_softmax(receiver.model(ids, cache=reading.cache)[0], axis=-1)
+        alone = -logs[mx.arange(len(wanted[0])), mx.array(wanted[0])].sum().item()
+        assert weighed == pytest.approx([alone], rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)

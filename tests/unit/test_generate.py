@@ -20,7 +20,7 @@ from mlx_lm.models.cache import KVCache
 from c2c_mlx import C2C, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fusion import kv
+from c2c_mlx.fusion import gates, kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.talk.decode import decode
@@ -327,6 +327,24 @@ def test_stats_describe_the_last_extension(make: MakeC2C) -> None:
     assert (stats.weight[0, 1] == 0).all() and (stats.relative_change[0, 1] == 0).all()
     assert (stats.weight[1] > 0).all() and (stats.weight <= 1).all()
     assert (stats.relative_change[1] > 0).all()
+
+
+def test_means_are_over_the_positions_that_are_fused(
+    make: MakeC2C, receiver: LanguageModel, sharer: LanguageModel
+) -> None:
+    c2c, chat = make(positions="messages"), prompt(FIRST, ANSWER)
+    growing = FusedCache(c2c)
+    growing.extend(*chat)
+    stats = growing.stats()
+    assert stats is not None
+    inside = chat[3][:-1] >= 0
+    assert 0 < inside.sum() < len(inside) and (stats.weight[..., ~inside] == 0).all()
+    weight = stats.weight[..., inside].mean(axis=(2, 3))
+    np.testing.assert_allclose(stats.mean_weight, weight, rtol=1e-5)
+    moved, own = (np.linalg.norm(x[..., inside], axis=-1) for x in (stats.change, stats.own))
+    np.testing.assert_allclose(stats.relative_change, moved / own, rtol=1e-5)
+    told = gates.report(stats, aligned(chat), receiver.tokenizer, sharer.tokenizer)
+    np.testing.assert_allclose(told.weights, stats.mean_weight, atol=1e-4)
 
 
 def test_refuses_models_of_other_shapes(make: MakeC2C) -> None:

@@ -318,3 +318,37 @@ def test_a_prefix_reads_padding_in_any_chunks(receiver: LanguageModel) -> None:
     for a, b in zip(whole.cache, parts.cache, strict=True):
         assert a.hidden == b.hidden == [2, 4, 5]
         assert mx.allclose(a.keys[..., :8, :], b.keys[..., :8, :], atol=1e-5)
+
+
+BATCH = [([5, 6, 7, 8, 9, 10], [1, 3]), ([11, 12, 13], []), ([14, 15, 16, 17], [0])]
+
+
+@pytest.mark.parametrize("name", ["receiver", "gemma"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 1)])
+def test_padding_stays_padding_in_a_batch(
+    name: str, order: tuple[int, ...], receiver: LanguageModel, gemma: nn.Module
+) -> None:
+    model = receiver.model if name == "receiver" else gemma
+    caches = [run(model, *BATCH[i])[1] for i in order]
+    batch = kv.merge(caches)
+    for step in ([[20]] * len(order), [[21, 22, 23]] * len(order)):
+        found = model(mx.array(step), cache=batch)
+        for row, cache in zip(found, caches, strict=True):
+            assert_close(row, model(mx.array(step[:1]), cache=cache)[0])
+
+
+def test_a_batch_that_shrinks_and_grows_keeps_its_padding(receiver: LanguageModel) -> None:
+    caches = [run(receiver.model, *of)[1] for of in BATCH]
+    batch = kv.merge(caches[1:])
+    receiver.model(mx.array([[20], [20]]), cache=batch)  # columns that no row ever hid
+    for layer, (first, other) in enumerate(zip(batch, kv.merge(caches[:2]), strict=True)):
+        first.filter([1])
+        first.extend(other)
+        first.filter([0, 1])
+        assert [first.extract(i).hidden for i in (0, 1)] == [[0], [1, 3]], layer
+    receiver.model(mx.array([[20]]), cache=caches[2])
+    step = mx.array([[21]])
+    for row, cache in zip(
+        receiver.model(mx.array([[21], [21]]), cache=batch), (caches[2], caches[0]), strict=True
+    ):
+        assert_close(row, receiver.model(step, cache=cache)[0])
