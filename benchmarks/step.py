@@ -27,6 +27,7 @@ from c2c_mlx.fusion.fuser import Change
 from c2c_mlx.fusion.layers import k_nearest
 from c2c_mlx.models import registry
 from c2c_mlx.training import loss as step_loss
+from c2c_mlx.training.caches import training_cache
 from c2c_mlx.training.data import Chat, Dataset, Padded, Source, collate
 from c2c_mlx.training.prefills import Prefills
 from c2c_mlx.training.trainer import Trainer, new_fuser
@@ -110,7 +111,7 @@ def _one_layer(c2c: C2C, prefills: Prefills, part: Any, batch: Any, at: int) -> 
 def _prefill(model: nn.Module, prompts: Padded) -> kv.Cache:
     """Every row from its first id on, with logits for every position."""
     padding = mx.array(prompts.padding) if prompts.padding.any() else None
-    cache = kv.training_cache(model, padding, prompts.prefix)
+    cache = training_cache(model, padding, prompts.prefix)
     mx.eval(model(mx.array(prompts.ids), cache=cache), kv.arrays(cache))
     return cache
 

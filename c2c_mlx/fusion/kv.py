@@ -20,7 +20,6 @@ from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
-    create_attention_mask,
     make_prompt_cache,
 )
 
@@ -265,99 +264,6 @@ def hide(cache: Cache, positions: Sequence[int]) -> None:
         if not isinstance(cache[i], PaddedCache):
             cache[i] = PaddedCache(cache[i])
         cache[i].hidden = sorted({*cache[i].hidden, *positions})
-
-
-class TrainingCache:
-    """A cache layer for batches that gradients flow through: concatenates, never writes in place.
-
-    Its columns are a prefix that all rows share, then padding, then each row's own rest.
-
-    Args:
-        padding: [B] columns of padding per row; None if there is none at all.
-        prefix: columns before the padding.
-    """
-
-    def __init__(self, padding: mx.array | None, prefix: int) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.padding, self.prefix = padding, prefix
-
-    def copy(self, keys: mx.array | None = None, values: mx.array | None = None) -> TrainingCache:
-        """The same layout, with these keys and values or the same ones."""
-        other = TrainingCache(self.padding, self.prefix)
-        other.keys = self.keys if keys is None else keys
-        other.values = self.values if values is None else values
-        return other
-
-    @property
-    def columns(self) -> int:
-        """Columns held, padding included."""
-        return 0 if self.keys is None else int(self.keys.shape[2])
-
-    @property
-    def offset(self) -> int | mx.array:
-        """The position of the next column, which padding does not count for."""
-        if self.padding is None or self.columns < self.prefix:
-            return self.columns
-        return self.columns - self.padding
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """mlx-lm's cache protocol."""
-        if self.keys is not None and self.values is not None:
-            keys = mx.concatenate([self.keys, keys], axis=2)
-            values = mx.concatenate([self.values, values], axis=2)
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def keys_and_values(self) -> tuple[Any, Any]:
-        """mlx-lm's cache protocol."""
-        return self.keys, self.values
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """mlx-lm's cache protocol: causal, windowed where the layer is, blind to padding."""
-        past = self.columns
-        if self.padding is None:
-            return create_attention_mask(n, past, return_array, window_size)
-        position = mx.arange(past + n)[None] - mx.where(
-            mx.arange(past + n)[None] >= self.prefix, self.padding[:, None], 0
-        )  # [B, columns]; columns of padding get the positions right before their row's rest
-        column = mx.arange(past + n)
-        is_padding = (column >= self.prefix) & (column < self.prefix + self.padding[:, None])
-        mask = (column[past:, None] >= column[None])[None] & ~is_padding[:, None]
-        if window_size is not None:
-            mask = mask & (position[:, past:, None] < position[:, None] + window_size)
-        return mask[:, None]
-
-    def empty(self) -> bool:
-        """mlx-lm's cache protocol."""
-        return self.keys is None
-
-    @property
-    def state(self) -> tuple[Any, Any]:
-        """mlx-lm's cache protocol."""
-        return self.keys, self.values
-
-
-def training_cache(
-    model: nn.Module,
-    padding: mx.array | None,
-    prefix: int,
-    shared: Cache | None = None,
-    batch: int = 1,
-) -> Cache:
-    """One `TrainingCache` per layer, starting from a `shared` prefix of one row if there is one.
-
-    Raises:
-        C2CError: if a layer is not attention; such models can share and receive, not be trained.
-    """
-    if len(attention_layers(make_cache(model))) != len(model.layers):
-        raise C2CError("training needs models whose layers are all attention layers")
-    cache = [TrainingCache(padding, prefix) for _ in model.layers]
-    for c, s in zip(cache, shared or [], strict=False):
-        if s.keys is not None:
-            shape = (batch, *s.keys.shape[1:])
-            c.keys, c.values = mx.broadcast_to(s.keys, shape), mx.broadcast_to(s.values, shape)
-    return cache
 
 
 def _pick(cache: Cache, layers: Sequence[int]) -> list[Any]:

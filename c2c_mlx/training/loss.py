@@ -15,6 +15,7 @@ import numpy as np
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fuser import KV, Change
 from c2c_mlx.fusion.link import C2C
+from c2c_mlx.training.caches import TrainingCache, training_cache
 from c2c_mlx.training.data import Batch, Padded
 
 PrefixMemo = dict[tuple[int, ...], list[kv.StackedKV]]
@@ -29,19 +30,19 @@ def prefill(model: nn.Module, prompts: Padded, memo: PrefixMemo) -> kv.Cache:
         memo: this model's latest shared prefix; reused while batches share it.
 
     Returns:
-        Per layer a `kv.TrainingCache` over N columns, evaluated.
+        Per layer a `TrainingCache` over N columns, evaluated.
     """
     batch, width = prompts.ids.shape
     prefix = tuple(prompts.ids[0, : prompts.prefix].tolist())
     padding = mx.array(prompts.padding) if prompts.padding.any() else None
     if prefix not in memo:
         memo.clear()
-        shared = kv.training_cache(model, None, len(prefix))
+        shared = training_cache(model, None, len(prefix))
         if prefix:
             model(mx.array(prefix)[None], cache=shared)
             mx.eval(kv.arrays(shared))
         memo[prefix] = shared
-    cache = kv.training_cache(model, padding, len(prefix), memo[prefix], batch)
+    cache = training_cache(model, padding, len(prefix), memo[prefix], batch)
     if width > len(prefix):
         model(mx.array(prompts.ids[:, len(prefix) :]), cache=cache)
     mx.eval(kv.arrays(cache))
@@ -137,7 +138,7 @@ class _Recomputed:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
-    def __call__(self, h: mx.array, mask: Any, cache: kv.TrainingCache) -> Any:
+    def __call__(self, h: mx.array, mask: Any, cache: TrainingCache) -> Any:
         def run(h: mx.array, keys: mx.array, values: mx.array) -> Any:
             return self.layer(h, mask, cache=cache.copy(keys, values))
 

@@ -19,6 +19,7 @@ from c2c_mlx.fusion.fuser import KV
 from c2c_mlx.fusion.link import C2C
 from c2c_mlx.text.alignment import message_groups
 from c2c_mlx.training import loss as step_loss
+from c2c_mlx.training.caches import training_cache
 from c2c_mlx.training.data import Batch, Example
 
 Row = dict[str, mx.array]  # one example's part of a batch's prefills, half precision
@@ -31,7 +32,7 @@ class Prefills:
     """The frozen half of a step.
 
     Attributes:
-        own: the receiver's cache over the prompts, one `kv.TrainingCache` per layer.
+        own: the receiver's cache over the prompts, one `TrainingCache` per layer.
         sharer: what feeds the fused columns, from `loss.read_sharer`.
     """
 
@@ -125,7 +126,7 @@ class Prefiller:
             x = mx.stack(own[kind], axis=1).astype(dtype)  # [layers, B, Hr, N - prefix, Dr]
             head = mx.broadcast_to(shared[kind], (*x.shape[:3], prefix, x.shape[4]))
             stacked.append(mx.concatenate([head, x], axis=3))
-        cache = kv.training_cache(self.c2c.receiver, padding, prefix)
+        cache = training_cache(self.c2c.receiver, padding, prefix)
         for layer, c in enumerate(cache):
             c.keys, c.values = stacked[0][layer], stacked[1][layer]
         if self.zero_sharer:
@@ -140,7 +141,7 @@ class Prefiller:
         if key not in self._prefixes:
             if len(self._prefixes) == _PREFIXES:
                 self._prefixes.clear()
-            cache = kv.training_cache(self.c2c.receiver, None, 0)
+            cache = training_cache(self.c2c.receiver, None, 0)
             # One position more, so that even an empty prefix has a shape and a type.
             self.c2c.receiver(mx.array([[*key, 0]]), cache=cache)
             held = [c.keys_and_values() for c in cache]
