@@ -25,10 +25,10 @@ from c2c_mlx import Fuser
 from c2c_mlx.config import FuserConfig, ModelShape
 from c2c_mlx.fusers import disk
 from c2c_mlx.fusers.published import reference_name
+from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import parameters
 from c2c_mlx.fusion.layers import last_aligned
-from c2c_mlx.fusion.link import C2C
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 from torch_files import dumps, tensor, write_zip  # noqa: E402

@@ -16,9 +16,9 @@ from c2c_mlx import load_model
 from c2c_mlx.commands.train import PRESETS, RECIPE
 from c2c_mlx.config import FuserConfig
 from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.layers import k_nearest
-from c2c_mlx.fusion.link import C2C
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models import registry
 

@@ -42,7 +42,7 @@ def main() -> None:
 
     def measure(fusing: bool) -> float:
         prefix = FusedCache(c2c)
-        cache = prefix.extend_all([prompt])
+        cache = prefix.extend([prompt])
         answer = AnswerAlignment(MESSAGES, prompt, *readers, strategy=strategy)
         model = prefix.answering([answer]) if fusing else receiver.model
         return seconds_per_token(model, prompt.receiver_ids[-1:], cache)

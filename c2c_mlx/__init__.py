@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
+    from c2c_mlx.fusion.c2c import C2C as C2C
     from c2c_mlx.fusion.fuser import Fuser as _Fuser
     from c2c_mlx.fusion.layers import k_nearest as k_nearest
     from c2c_mlx.fusion.layers import last_aligned as last_aligned
-    from c2c_mlx.fusion.link import C2C as C2C
     from c2c_mlx.models.load import LanguageModel as LanguageModel
     from c2c_mlx.models.load import load_model as load_model
     from c2c_mlx.talk.session import ChatSession as ChatSession
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "C2C": "c2c_mlx.fusion.link",
+    "C2C": "c2c_mlx.fusion.c2c",
     "ChatSession": "c2c_mlx.talk.session",
     "Fuser": "c2c_mlx.fusion.fuser",
     "LanguageModel": "c2c_mlx.models.load",

@@ -154,7 +154,7 @@ def _train(args: argparse.Namespace, command: str) -> None:
     import mlx.core as mx
 
     from c2c_mlx.fusers import disk
-    from c2c_mlx.fusion.link import C2C
+    from c2c_mlx.fusion.c2c import C2C
     from c2c_mlx.training.data import Dataset, Source
     from c2c_mlx.training.display import Display, tracker
     from c2c_mlx.training.trainer import Trainer, checkpoints, measure_inputs

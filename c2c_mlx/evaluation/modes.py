@@ -20,9 +20,10 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages
 from c2c_mlx.fusers.store import no_fuser
 from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
-from c2c_mlx.fusion.fuser import KV, Fuser
-from c2c_mlx.fusion.link import C2C
+from c2c_mlx.fusion.fuser import Fuser
+from c2c_mlx.fusion.project import KV
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import relay
@@ -164,7 +165,7 @@ class Modes:
         links = self._silent if mode == "c2c-zeroed" else self.links
         prefix = self._prefixes.setdefault(mode, FusedCache(*links, order=self.order))
         assert isinstance(prefix, FusedCache)
-        return Reading(lm, copy.deepcopy(prefix.extend_all(prompts)), ids[-1], len(ids))
+        return Reading(lm, copy.deepcopy(prefix.extend(prompts)), ids[-1], len(ids))
 
     def _aligned(self, item: Item) -> list[TokenAlignment]:
         return align_to_each(item.messages, self.receiver, self.links, self.sharers)

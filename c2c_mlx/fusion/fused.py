@@ -1,12 +1,9 @@
-"""A conversation's caches, and decoding from them.
-
-A fused cache *is* an mlx-lm prompt cache, so decoding is mlx-lm's own.
-"""
+"""The caches of a C2C conversation: every sharer's, the receiver's own, and the fused one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,34 +12,36 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
+from c2c_mlx import device
 from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.fuser import Change
+from c2c_mlx.fusion.fuser import Change, pass_width
 from c2c_mlx.fusion.gates import GateStats
-from c2c_mlx.fusion.link import C2C as C2C
-from c2c_mlx.fusion.reader import Progress, padding
-from c2c_mlx.fusion.reader import Reader as Reader
-from c2c_mlx.fusion.reader import common_prefix as common_prefix
+from c2c_mlx.fusion.link import Link
+from c2c_mlx.fusion.reader import Progress, Reader, common_prefix, padding
 from c2c_mlx.text.alignment import TokenAlignment, message_groups
 from c2c_mlx.text.answer import AnswerAlignment
 
+Layers = dict[int, tuple[mx.array, mx.array]]  # per attention layer keys and values [1, H, n, D]
+
 
 class Trace(NamedTuple):
-    """What is kept of a change to tell of it; computed when somebody asks."""
+    """What is kept of a change to tell of it: two numbers a head and position."""
 
+    start: int  # the first of the n positions
     slices: list[tuple[int, int]]
-    weight: mx.array  # [S, Hr, N], message gate included; 0 where nothing was added
-    norm: mx.array  # [S, Hr, N], of what was added
+    weight: mx.array  # [S, Hr, n], message gate included; 0 where nothing was added
+    norm: mx.array  # [S, Hr, n], of what was added
 
     @classmethod
-    def of(cls, change: Change) -> Trace:
-        """What is kept of this one, of a batch of one."""
-        weight = change.weight[:, 0, ..., 0]
+    def of(cls, change: Change, start: int) -> Trace:
+        """What is kept of this one, of a batch of one; in float32, for squares overflow."""
+        weight = change.weight[:, 0, ..., 0].astype(mx.float32)
         if change.message_weight is not None:
             weight = weight * change.message_weight[:, 0, ..., 0]
-        norm = mx.linalg.norm(change.delta[:, 0], axis=-1)
-        return cls(change.slices, mx.where(norm > 0, weight, 0.0), norm)
+        norm = mx.linalg.norm(change.delta[:, 0].astype(mx.float32), axis=-1)
+        return cls(start, change.slices, mx.where(norm > 0, weight, 0.0), norm)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Fusion:
     receiver_s: float
     fuse_s: float
     texts: tuple[TokenAlignment, ...]  # what has been read, as each sharer feeds it
-    traces: tuple[Trace | None, ...]
+    traces: tuple[list[Trace], ...]  # per sharer, in order of positions
 
 
 class FusedCache:
@@ -75,17 +74,19 @@ class FusedCache:
         C2CError: if the links do not lead into one receiver.
     """
 
-    def __init__(self, *links: C2C, order: Order = "sequential") -> None:
+    def __init__(self, *links: Link, order: Order = "sequential") -> None:
         if len({id(link.receiver) for link in links}) != 1:
             raise C2CError("several sharers need one receiver, the same for all of them")
         self.links, self.order = links, order
         self.own = Reader(links[0].receiver)
         readers: dict[tuple[int, str], Reader] = {}
-        self.sharers = [readers.setdefault(link.reading, Reader(link.sharer)) for link in links]
+        self.sharers = [readers.setdefault(link.reader_key, Reader(link.sharer)) for link in links]
         self.cache = kv.make_cache(links[0].receiver)
-        # Per fused position: its id, and per sharer the position that feeds it and its message.
-        self.feeds: list[tuple[Any, ...]] = []
+        # What every position was fused from; see `_sources`.
+        self._fused_from = np.zeros((1 + 2 * len(links), 0), np.int64)
         self.fusions: list[Fusion] = []  # of this turn: the prompt's, then the answer's
+        width = max(pass_width(link.fuser.config) for link in links)
+        self._bytes_per_position = kv.dtype_of(links[0].receiver).size * width  # of a fuser's pass
 
     @property
     def last(self) -> Fusion | None:
@@ -93,18 +94,6 @@ class FusedCache:
         return self.fusions[-1] if self.fusions else None
 
     def extend(
-        self,
-        receiver_ids: Sequence[int],
-        sharer_ids: Sequence[int],
-        index: np.ndarray,
-        messages: np.ndarray,
-        progress: Progress | None = None,
-    ) -> kv.Cache:
-        """`extend_all` for the only sharer; the arguments are the fields of a TokenAlignment."""
-        prompt = TokenAlignment(list(receiver_ids), list(sharer_ids), index, messages)
-        return self.extend_all([prompt], progress)
-
-    def extend_all(
         self, prompts: Sequence[TokenAlignment], progress: Progress | None = None
     ) -> kv.Cache:
         """Makes the fused cache hold all of the prompt but its last id, decoding's first input.
@@ -123,7 +112,7 @@ class FusedCache:
     def answering(
         self, answers: Sequence[AnswerAlignment]
     ) -> Callable[[mx.array, kv.Cache], mx.array]:
-        """The receiver, for `decode`, with the answer fused while it is being written.
+        """The receiver, for decoding, with the answer fused while it is being written.
 
         All models read every new id, and what is fused of it takes its place inside of the
         receiver's pass: the receiver attends to fused keys and values alone, the new id's included.
@@ -147,15 +136,14 @@ class FusedCache:
 
     def fuse_anew(self, start: int = 0) -> None:
         """Forgets what was fused from `start` on, when a fuser has changed; what was read stays."""
-        self.feeds, self.fusions = self.feeds[:start], []
+        self._fused_from, self.fusions = self._fused_from[:, :start], []
 
     def _advance(self, texts: Sequence[TokenAlignment], ids: mx.array) -> mx.array:
         """The receiver's pass over `ids`, which go on in the texts where the caches end."""
-        n = kv.length(self.cache) + ids.shape[1]
-        given = self._fuse(texts, n, given=ids.shape[1])
-        assert given is not None
-        logits = self.own.model(ids, cache=kv.giving(self.cache, given))
-        self.feeds = self._feeds(texts, n)
+        stop = kv.length(self.cache) + ids.shape[1]
+        fused = self._fuse(texts, stop, held_back=ids.shape[1])
+        logits = self.own.model(ids, cache=kv.injecting(self.cache, fused))
+        self._fused_from = self._sources(texts, stop)
         return logits
 
     def _fuse(
@@ -163,15 +151,14 @@ class FusedCache:
         texts: Sequence[TokenAlignment],
         stop: int,
         progress: Progress | None = None,
-        given: int = 0,
-    ) -> kv.StackedKV | None:
+        held_back: int = 0,
+    ) -> Layers:
         """Reads [0, stop) with all models; appends what is new in it to the fused cache, fused.
 
         Returns:
-            All attention layers' keys and values of the last `given` positions, which are left out;
-            None if nothing was new.
+            The last `held_back` positions of it, fused, which are not appended.
         """
-        feeds = self._feeds(texts, stop)
+        sources = self._sources(texts, stop)
         reading: dict[Reader, list[int]] = {}
         for reader, text in zip(self.sharers, texts, strict=True):
             ids = text.sharer_ids[: _reach(text, stop)]
@@ -179,12 +166,11 @@ class FusedCache:
                 raise C2CError("a sharer in several links must read the same text for all of them")
         reading[self.own] = texts[0].receiver_ids[:stop]
         kept = {reader: common_prefix(reader.ids, ids) for reader, ids in reading.items()}
-        start = self._unchanged(texts, feeds, [kept[reader] for reader in self.sharers])
-        self.feeds = self.feeds[:start]  # before the cache: an interruption leaves it too long
-        if not kv.trim(self.cache, start):
-            self.feeds, start = [], 0
-            self.cache = kv.make_cache(self.own.model)
-        if given:  # state of other layers goes into the coming pass as it was before it
+        start = self._unchanged(texts, sources, [kept[reader] for reader in self.sharers])
+        # Before the cache: an interruption then leaves more in the cache than is noted, never less.
+        self._fused_from = self._fused_from[:, :start]
+        kv.trim(self.cache, start)
+        if held_back:  # state of other layers goes into the coming pass as it was before it
             kv.copy_state(self.own.cache, self.cache)
 
         unread = [len(ids) - kept[reader] for reader, ids in reading.items()]
@@ -192,69 +178,121 @@ class FusedCache:
         for i, (reader, ids) in enumerate(reading.items()):
             reader.extend(ids, _part(progress, sum(unread[:i]), sum(unread)))
             times.append(time.perf_counter())
-        rest: kv.StackedKV | None = None
-        traces: tuple[Trace | None, ...] = (None,) * len(self.links)
-        if start < stop:
-            fused, traces = self._changed(texts, start, stop)
-            if not given:
-                kv.copy_state(self.own.cache, self.cache)
-            end = stop - given - start
-            for layer, keys, values in zip(kv.attention_layers(self.cache), *fused, strict=True):
-                if end:
-                    kv.append(self.cache, layer, keys[..., :end, :], values[..., :end, :])
-            kv.hide(self.cache, padding(texts[0].receiver_ids[start : start + end], start))
-            rest = kv.StackedKV(*(x[..., end:, :] for x in fused))
-            mx.eval(kv.arrays(self.cache), rest, [t[1:] for t in traces if t and given])
+        if not held_back:
+            kv.copy_state(self.own.cache, self.cache)
+        border = stop - held_back
+        traces: tuple[list[Trace], ...] = tuple([] for _ in self.links)
+        rest: list[Layers] = []
+        chunks = self._own_chunks([(start, border), (max(start, border), stop)])
+        for number in range(len(self.links)):
+            chunks = self._through(number, texts, chunks, (start, stop), traces[number])
+        for at, layers in chunks:
+            if at >= border:
+                rest.append(layers)
+                continue
+            for layer, (keys, values) in layers.items():
+                kv.append(self.cache, layer, keys, values)
+            mx.eval(kv.arrays(self.cache), [trace[2:] for of in traces for trace in of])
+            if stop - start > device.prefill_chunk():
+                mx.clear_cache()
+        kv.hide(self.cache, padding(texts[0].receiver_ids[start:border], start))
+        held = {
+            layer: tuple(mx.concatenate([part[layer][kind] for part in rest], 2) for kind in (0, 1))
+            for layer in (rest[0] if rest else ())
+        }
+        mx.eval(held, [trace[2:] for of in traces for trace in of])
         times.append(time.perf_counter())
-        self.feeds = feeds[: stop - given]
+        self._fused_from = sources[:, :border]
         *sharers, own, fusing = np.diff(times).tolist()
         costs = sum(unread[:-1]), sum(sharers), own, fusing
         while self.fusions and self.fusions[-1].start >= start:  # fused anew
             self.fusions.pop()
         self.fusions.append(Fusion(start, stop, *costs, tuple(texts), traces))
-        return rest
+        return held  # type: ignore[return-value]
 
-    def _feeds(self, texts: Sequence[TokenAlignment], stop: int) -> list[tuple[Any, ...]]:
-        columns = (
-            zip(t.index[:stop].tolist(), _messages(link, t)[:stop].tolist(), strict=True)
-            for link, t in zip(self.links, texts, strict=True)
-        )
-        return list(zip(texts[0].receiver_ids[:stop], *columns, strict=True))
+    def _sources(self, texts: Sequence[TokenAlignment], stop: int) -> np.ndarray:
+        """[1 + 2 links, stop] what each position is fused from.
+
+        Its id; and per link the sharer's position that feeds it and the message that it goes with.
+        """
+        rows: list[Any] = [texts[0].receiver_ids[:stop]]
+        for link, text in zip(self.links, texts, strict=True):
+            rows += [text.index[:stop], _messages(link, text)[:stop]]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), stop)
 
     def _unchanged(
-        self, texts: Sequence[TokenAlignment], feeds: list[tuple[Any, ...]], kept: list[int]
+        self, texts: Sequence[TokenAlignment], sources: np.ndarray, kept: list[int]
     ) -> int:
         """How many positions can stay as they were fused; `kept` of each sharer's stay, too."""
-        start = common_prefix(self.feeds, feeds)
+        n = min(self._fused_from.shape[1], sources.shape[1])
+        differs = (self._fused_from[:, :n] != sources[:, :n]).any(axis=0)
+        start = int(differs.argmax()) if differs.any() else n
         for text, keep in zip(texts, kept, strict=False):
             start = min(start, int(np.searchsorted(text.index[:start], keep)))
-        for at, (link, text) in enumerate(zip(self.links, texts, strict=True)):
+        for number, link in enumerate(self.links):
             if link.fuser.config.message_gate:
                 # A gate looks at all of its message: one that grew or shrank is fused anew.
-                numbers = (feed[at + 1][1] for feed in self.feeds[start:] + feeds[start:])
-                beyond = [number for number in numbers if number >= 0]
-                cut = np.flatnonzero(np.isin(_messages(link, text)[:start], beyond))
+                row = 2 + 2 * number
+                beyond = np.append(self._fused_from[row, start:], sources[row, start:])
+                cut = np.flatnonzero(np.isin(sources[row, :start], beyond[beyond >= 0]))
                 start = int(cut[0]) if len(cut) else start
         return start
 
-    def _changed(
-        self, texts: Sequence[TokenAlignment], start: int, stop: int
-    ) -> tuple[kv.StackedKV, tuple[Trace | None, ...]]:
-        """All attention layers at [start, stop) with every sharer's change, and its traces."""
+    def _own_chunks(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, Layers]]:
+        """The receiver's own keys and values, in parts that a pass of every fuser has room for."""
+        step = max(device.fuser_pass() // self._bytes_per_position, 1)
         layers = kv.attention_layers(self.own.cache)
-        own = fused = kv.read(self.own.cache, layers, start, stop)
-        traces = []
-        for link, sharer, text in zip(self.links, self.sharers, texts, strict=True):
-            messages, trace = _messages(link, text)[None, start:stop], None
-            if (messages >= 0).any() and link.fuser.gates.any():
-                rows = [layers.index(layer) for layer in link.receiver_layers]
-                before = fused if self.order == "sequential" else own
-                read = link.read_sharer(sharer.cache, text.index[None, start:stop])
-                change = link.change(read, before.of(rows), messages, start)
-                fused = kv.StackedKV(*change.added_to(fused, rows))
-                trace = Trace.of(change)
-            traces.append(trace)
-        return fused, tuple(traces)
+        for start, stop in spans:
+            for at in range(start, stop, step):
+                end = min(at + step, stop)
+                yield at, {layer: kv.read_layer(self.own.cache, layer, at, end) for layer in layers}
+
+    def _through(
+        self,
+        number: int,
+        texts: Sequence[TokenAlignment],
+        chunks: Iterator[tuple[int, Layers]],
+        span: tuple[int, int],
+        traces: list[Trace],
+    ) -> Iterator[tuple[int, Layers]]:
+        """The chunks with what one link adds to them."""
+        link, reader, text = self.links[number], self.sharers[number], texts[number]
+        messages = _messages(link, text)
+        if not ((messages[slice(*span)] >= 0).any() and link.fuser.gates.any()):
+            yield from chunks
+            return
+        waiting: list[tuple[int, Layers, Change]] = []
+
+        def gated(end: int) -> Iterator[tuple[int, Layers]]:
+            of_all = messages[None, waiting[0][0] : end]
+            decided = link.fuser.gate([change for *_, change in waiting], of_all)
+            for (at, layers, _), change in zip(waiting, decided, strict=True):
+                traces.append(Trace.of(change, at))
+                yield at, _added(layers, change, link.receiver_layers)
+            waiting.clear()
+
+        for at, layers in chunks:
+            end = at + next(iter(layers.values()))[0].shape[2]
+            before = layers
+            if self.order == "parallel":
+                before = {
+                    i: kv.read_layer(self.own.cache, i, at, end) for i in link.receiver_layers
+                }
+            own = kv.StackedKV(
+                *(
+                    mx.stack([before[layer][kind] for layer in link.receiver_layers])
+                    for kind in (0, 1)
+                )
+            )
+            read = link.read_sharer(reader.cache, text.index[None, at:end])
+            waiting.append((at, layers, link.propose(read, own, at)))
+            if not link.fuser.config.message_gate:
+                yield from gated(end)
+            elif end < span[1]:  # more is to come: let this part be numbers, not a graph
+                change = waiting[-1][2]
+                mx.eval(change.delta, change.weight, change.votes)
+        if waiting:
+            yield from gated(span[1])
 
     def stats(self, sharer: int = 0, since: int = 0) -> GateStats | None:
         """Gates, weights and changes of this turn's fusions; computed only when asked for.
@@ -267,24 +305,33 @@ class FusedCache:
             None if nothing was fused from there on.
         """
         link = self.links[sharer]
-        told = [(f, t) for f in self.fusions if f.stop > since and (t := f.traces[sharer])]
-        if not told:
+        fusions = [f for f in self.fusions if f.stop > since and f.traces[sharer]]
+        if not fusions:
             return None
-        start, stop = max(told[0][0].start, since), told[-1][0].stop
+        start, stop = max(fusions[0].start, since), fusions[-1].stop
         own = mx.stack(list(kv.read(self.own.cache, link.receiver_layers, start, stop)))
-        norms = np.array(mx.linalg.norm(own[:, :, 0], axis=-1).astype(mx.float32))
+        norms = np.array(mx.linalg.norm(own[:, :, 0].astype(mx.float32), axis=-1))
         weight, added = np.zeros_like(norms), np.zeros_like(norms)
-        for fusion, trace in told:  # what is fused anew stands further behind, and counts
-            if trace.slices:
-                kinds, layers = np.array(trace.slices).T
-                first = max(fusion.start, start)
-                at = np.s_[kinds, layers, :, first - start : fusion.stop - start]
-                weight[at], added[at] = (
-                    np.array(x[..., first - fusion.start :].astype(mx.float32)) for x in trace[1:]
-                )
-        is_fused = _messages(link, told[-1][0].texts[sharer])[start:stop] >= 0
+        for trace in (trace for fusion in fusions for trace in fusion.traces[sharer]):
+            kinds, layers = np.array(trace.slices).reshape(-1, 2).T
+            skipped = max(start - trace.start, 0)
+            first = trace.start + skipped - start
+            at = np.s_[kinds, layers, :, first : first + max(trace.norm.shape[-1] - skipped, 0)]
+            # What was fused anew stands further behind, and counts.
+            weight[at], added[at] = (np.array(x[..., skipped:]) for x in trace[2:])
+        is_fused = _messages(link, fusions[-1].texts[sharer])[start:stop] >= 0
         layer_map = link.fuser.config.layer_map
         return GateStats(layer_map, start, link.fuser.gates, weight, norms, added, is_fused)
+
+
+def _added(layers: Layers, change: Change, receiver_layers: Sequence[int]) -> Layers:
+    """The layers with the change added where it belongs; all others are the same arrays."""
+    fused = dict(layers)
+    for (kind, at), delta in zip(change.slices, change.delta, strict=True):
+        layer = receiver_layers[at]
+        keys, values = fused[layer]
+        fused[layer] = (keys + delta, values) if kind == 0 else (keys, values + delta)
+    return fused
 
 
 def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -294,7 +341,7 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, _: progress(before + done, total)
 
 
-def _messages(link: C2C, text: TokenAlignment) -> np.ndarray:
+def _messages(link: Link, text: TokenAlignment) -> np.ndarray:
     return message_groups(text.message, link.fuser.config.positions)
 
 

@@ -1,21 +1,21 @@
-"""Keys and values of any attention cache, stacked over layers.
+"""Keys and values of mlx-lm's prompt caches: read, appended, rolled back, hidden, injected.
 
 With `padded`, the only file that knows mlx-lm's cache classes. A *layer* here is an index into the
-cache list. Layers without keys and values (state-space layers of hybrids) are skipped by
-`attention_layers` and carried along untouched.
+cache list. Layers without keys and values of every position (state-space layers of hybrids, and
+classes that nobody here knows) are *state*: skipped by `attention_layers`, carried along, never
+rolled back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
@@ -65,11 +65,12 @@ def model_shape(model: nn.Module, name: str, tokenizer: str = "") -> ModelShape:
     """Reads KV heads and head_dim off a one-token pass that is built but never evaluated.
 
     Raises:
-        C2CError: if the model's layers differ in shape, which no fuser can stack.
+        C2CError: if the model's layers differ in shape, which no fuser can stack, or hold none.
     """
-    cache = make_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=cache)
+    cache = _one_position(model)
     layers = attention_layers(cache)
+    if not layers:
+        raise C2CError(f"{name}: it has no attention layers, so there is no KV cache to fuse")
     shapes = {(c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for c in _pick(cache, layers)}
     if len(shapes) != 1 or len({d for _, *dims in shapes for d in dims}) != 1:
         raise C2CError(
@@ -79,24 +80,37 @@ def model_shape(model: nn.Module, name: str, tokenizer: str = "") -> ModelShape:
     return ModelShape(name, len(cache), heads, head_dim, tokenizer)
 
 
+def has_state(cache: Cache) -> bool:
+    """Whether a layer can't be rolled back."""
+    return len(attention_layers(cache)) < len(cache)
+
+
+def dtype_of(model: nn.Module) -> mx.Dtype:
+    """In which precision a model holds its keys and values; as `model_shape`, without a pass.
+
+    Raises:
+        C2CError: if no layer holds any.
+    """
+    cache = _one_position(model)
+    layers = attention_layers(cache)
+    if not layers:
+        raise C2CError("this model has no attention layers: there is no KV cache to fuse")
+    dtype: mx.Dtype = cache[layers[0]].keys.dtype
+    return dtype
+
+
 def length(cache: Cache) -> int:
-    """Positions that every layer holds."""
+    """Positions that every attention layer holds."""
     return min((c.offset for c in _pick(cache, attention_layers(cache))), default=0)
 
 
-def trim(cache: Cache, n: int) -> bool:
-    """Rolls back to the first `n` positions; False if a layer can't (state-space layers).
+def trim(cache: Cache, n: int) -> None:
+    """Rolls the attention layers back to the first `n` positions.
 
-    Some layers may hold more than others: those that a pass had reached when it was interrupted.
+    Some may hold more than others: those that a pass had reached when it was interrupted.
     """
-    longest = max((c.offset for c in _pick(cache, attention_layers(cache))), default=0)
-    if longest <= n:
-        return True
-    if not all(c.is_trimmable() for c in cache):
-        return False
-    for c in cache:
-        c.trim(max(getattr(c, "offset", longest) - n, 0))
-    return True
+    for c in _pick(cache, attention_layers(cache)):
+        c.trim(max(c.offset - n, 0))
 
 
 def read(cache: Cache, layers: Sequence[int], start: int, stop: int) -> StackedKV:
@@ -105,15 +119,14 @@ def read(cache: Cache, layers: Sequence[int], start: int, stop: int) -> StackedK
     return StackedKV(*(mx.stack([pairs[i][kind] for i in layers]) for kind in (0, 1)))
 
 
+def read_layer(cache: Cache, layer: int, start: int, stop: int) -> tuple[mx.array, mx.array]:
+    """Keys and values of one layer at positions [start, stop), [B, H, N, D], dequantised."""
+    return _positions(cache[layer], start, stop)
+
+
 def append(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
     """Adds positions to one layer; keys and values are [B, H, N, D]."""
     cache[layer].update_and_fetch(keys, values)
-
-
-def replace(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
-    """Puts keys and values [B, H, N, D] in the place of one layer's last N positions."""
-    cache[layer].trim(keys.shape[2])
-    append(cache, layer, keys, values)
 
 
 def copy_state(source: Cache, target: Cache) -> None:
@@ -139,19 +152,7 @@ def arrays(cache: Cache) -> list[Any]:
     return [c.state for c in cache if not c.empty()]
 
 
-def rope_of(model: nn.Module, layer: int, name: str) -> Any:
-    """The rotary embedding of one layer: a callable (x [B, H, N, D], offset) -> rotated x.
-
-    Raises:
-        C2CError: if the layer has none that can be found.
-    """
-    for path, module in model.layers[layer].named_modules():
-        if path.rsplit(".", 1)[-1] in ("rope", "rotary_emb"):
-            return module
-    raise C2CError(f"{name}: layer {layer} has no rotary embedding; train with rotated_keys: true")
-
-
-class _Given:
+class _Injected:
     """One layer for one pass: it takes keys and values that are known already.
 
     What the model computes for the same positions is dropped.
@@ -168,92 +169,17 @@ class _Given:
         return getattr(self._layer, name)
 
 
-def giving(cache: Cache, given: StackedKV) -> Cache:
-    """The cache for one pass over N positions whose keys and values are `given`.
+def injecting(cache: Cache, known: Mapping[int, tuple[mx.array, mx.array]]) -> Cache:
+    """The cache for one pass over N positions whose keys and values are known.
 
     Args:
         cache: grows by N positions in the pass.
-        given: over the attention layers, [L, B, H, N, D].
+        known: per attention layer keys and values [B, H, N, D].
     """
     layers = list(cache)
-    for i, keys, values in zip(attention_layers(cache), *given, strict=True):
-        layers[i] = _Given(cache[i], keys, values)
+    for i, (keys, values) in known.items():
+        layers[i] = _Injected(cache[i], keys, values)
     return layers
-
-
-class Rotation:
-    """The rotary embeddings of several layers; those that are alike rotate in one pass.
-
-    Args:
-        model: an mlx-lm model.
-        layers: L of its layers.
-        name: of the model, in the message of an error.
-
-    Raises:
-        C2CError: if a layer has none that can be found.
-    """
-
-    def __init__(self, model: nn.Module, layers: Sequence[int], name: str) -> None:
-        self._ropes: list[Any] = []
-        self._rope_of: list[int] = []  # per layer, into `_ropes`
-        for layer in layers:
-            rope = rope_of(model, layer, name)
-            alike = (i for i, known in enumerate(self._ropes) if _alike(rope, known))
-            self._rope_of.append(next(alike, len(self._ropes)))
-            if self._rope_of[-1] == len(self._ropes):
-                self._ropes.append(rope)
-
-    def put_on(self, x: mx.array, offset: Any, rows: Sequence[int] | None = None) -> mx.array:
-        """Rotates [S, B, H, N, D], which stands at positions offset, offset + 1, ...
-
-        Args:
-            x: keys, or what is to be added to keys.
-            offset: the position of the first of the N, an int or [B].
-            rows: the S rows as indices into the L layers; None: all of them.
-        """
-        return self._each(lambda rope, x, offset: rope(x, offset=offset), x, offset, rows)
-
-    def take_off(self, x: mx.array, offset: Any) -> mx.array:
-        """Undoes the rotation of keys [L, B, H, N, D] at positions offset, offset + 1, ..."""
-        return self._each(unrotate, x, offset, None)
-
-    def _each(
-        self,
-        turn: Callable[[Any, mx.array, Any], mx.array],
-        x: mx.array,
-        offset: Any,
-        rows: Sequence[int] | None,
-    ) -> mx.array:
-        ropes = np.array(self._rope_of)[slice(None) if rows is None else list(rows)]
-        order = np.argsort(ropes, kind="stable")
-        parts = []
-        for number in sorted({*ropes.tolist()}):
-            part = x if (ropes == number).all() else x[mx.array(np.flatnonzero(ropes == number))]
-            at = mx.tile(offset, part.shape[0]) if isinstance(offset, mx.array) else offset
-            turned = turn(self._ropes[number], part.flatten(0, 1), at)
-            parts.append(turned.reshape(part.shape))
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)[mx.array(np.argsort(order))]
-
-
-def unrotate(rope: Any, keys: mx.array, start: Any) -> mx.array:
-    """Takes the rotation off keys [B, H, N, D] that stand at positions start, start + 1, ...
-
-    Rotating by the angle of position -p undoes position p. Running backwards through the sequence
-    gives just these angles, so this works for every RoPE variant without knowing its frequencies.
-    """
-    n = keys.shape[2]
-    return rope(keys[:, :, ::-1], offset=-(start + n - 1))[:, :, ::-1]
-
-
-def _alike(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two modules of one kind have equal settings and equal arrays."""
-    if type(a) is not type(b) or vars(a) != vars(b):
-        return False
-    ours: list[Any] = tree_flatten(dict(a))  # type: ignore[assignment]
-    theirs: list[Any] = tree_flatten(dict(b))  # type: ignore[assignment]
-    return [name for name, _ in ours] == [name for name, _ in theirs] and all(
-        bool(mx.array_equal(x, y)) for (_, x), (_, y) in zip(ours, theirs, strict=True)
-    )
 
 
 def hide(cache: Cache, positions: Sequence[int]) -> None:
@@ -264,6 +190,12 @@ def hide(cache: Cache, positions: Sequence[int]) -> None:
         if not isinstance(cache[i], PaddedCache):
             cache[i] = PaddedCache(cache[i])
         cache[i].hidden = sorted({*cache[i].hidden, *positions})
+
+
+def _one_position(model: nn.Module) -> Cache:
+    cache = make_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=cache)
+    return cache
 
 
 def _pick(cache: Cache, layers: Sequence[int]) -> list[Any]:

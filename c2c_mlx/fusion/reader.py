@@ -34,8 +34,12 @@ class Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.cache = kv.make_cache(model)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.cache = kv.make_cache(self.model)
         self.ids: list[int] = []
+        self._is_ahead = False  # a pass that may have been interrupted, or a decoder, went further
 
     def extend(self, ids: Sequence[int], progress: Progress | None = None) -> None:
         """Makes the cache hold exactly `ids`, from their common prefix on, in chunks.
@@ -43,19 +47,23 @@ class Reader:
         An id below zero is padding: `~id` takes its place, and nobody attends to it.
         """
         keep = common_prefix(self.ids, ids)
+        if kv.has_state(self.cache) and (self._is_ahead or keep < len(self.ids)):
+            self._start_anew()  # state can't be rolled back
+            keep = 0
         # First of all: an interruption then leaves more in the cache than is noted, never less.
         self.ids = list(ids[:keep])
-        if not kv.trim(self.cache, keep):
-            self.ids, keep = [], 0
-            self.cache = kv.make_cache(self.model)
+        kv.trim(self.cache, keep)
         step = device.prefill_chunk()
         while len(self.ids) < len(ids):
             chunk = ids[len(self.ids) : len(self.ids) + step]
             kv.hide(self.cache, padding(chunk, len(self.ids)))
+            self._is_ahead = True
             self.model(mx.array([max(i, ~i) for i in chunk])[None], cache=self.cache)
             mx.eval(kv.arrays(self.cache))  # the head's logits are in no state: never computed
-            mx.clear_cache()  # a chunk's buffers fit no other chunk
+            self._is_ahead = False
             self.ids.extend(chunk)
+            if len(chunk) > 1:
+                mx.clear_cache()  # a chunk's buffers fit no other chunk
             if progress:
                 progress(len(self.ids) - keep, len(ids) - keep)
 
@@ -65,5 +73,8 @@ class Reader:
         Args:
             ids: the prompt and all ids that were yielded; a stopped decoder may have run one ahead.
         """
-        self.ids = list(ids[: kv.length(self.cache)])
+        held = kv.length(self.cache)
+        # Without attention layers nobody knows how far a decoder came.
+        self._is_ahead = held > len(ids) or not kv.attention_layers(self.cache)
+        self.ids = list(ids[:held])
         kv.trim(self.cache, len(self.ids))

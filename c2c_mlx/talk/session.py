@@ -28,11 +28,11 @@ from c2c_mlx.events import (
 )
 from c2c_mlx.fusers.store import no_fuser
 from c2c_mlx.fusion import gates, kv
+from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fit import check_models
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.gates import GateStats
-from c2c_mlx.fusion.link import C2C
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import relay
@@ -339,7 +339,7 @@ class ChatSession:
         for lm, prompt in zip(self.sharers, prompts, strict=True):
             fitting = _fitting(lm, prompt.sharer_ids, sampling)
             sampling = fitting if self.fuse_response else sampling  # it reads the answer, too
-        cache = self._fused.extend_all(prompts, self._report("c2c"))
+        cache = self._fused.extend(prompts, self._report("c2c"))
         fusion = self._fused.last
         assert fusion is not None
         cost.prompt_tokens = len(ids)
@@ -418,11 +418,11 @@ def align_to_each(
     """The receiver's prompt, aligned to the one of each link's sharer."""
     known: dict[tuple[int, str], TokenAlignment] = {}
     for link, lm in zip(links, sharers, strict=True):
-        if link.reading not in known:
-            known[link.reading] = align_chat(
+        if link.reader_key not in known:
+            known[link.reader_key] = align_chat(
                 *(messages, receiver.tokenizer, lm.tokenizer), strategy=link.fuser.config.alignment
             )
-    return [known[link.reading] for link in links]
+    return [known[link.reader_key] for link in links]
 
 
 def _shape(lm: LanguageModel, wanted: ModelShape) -> ModelShape:

@@ -13,8 +13,9 @@ import mlx.nn as nn
 import numpy as np
 
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.fuser import KV, Change
-from c2c_mlx.fusion.link import C2C
+from c2c_mlx.fusion.c2c import C2C
+from c2c_mlx.fusion.fuser import Change
+from c2c_mlx.fusion.project import KV
 from c2c_mlx.training.caches import TrainingCache, training_cache
 from c2c_mlx.training.data import Batch, Padded
 

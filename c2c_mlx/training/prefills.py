@@ -15,8 +15,8 @@ import numpy as np
 
 from c2c_mlx.config import FuserConfig
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.fuser import KV
-from c2c_mlx.fusion.link import C2C
+from c2c_mlx.fusion.c2c import C2C
+from c2c_mlx.fusion.project import KV
 from c2c_mlx.text.alignment import message_groups
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.caches import training_cache

@@ -26,8 +26,9 @@ from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.fuser import Fuser, inputs
-from c2c_mlx.fusion.link import C2C
+from c2c_mlx.fusion.c2c import C2C
+from c2c_mlx.fusion.fuser import Fuser
+from c2c_mlx.fusion.project import inputs
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Dataset, Example, Position, collate
 from c2c_mlx.training.prefills import Prefiller, Prefills

@@ -18,6 +18,7 @@ from c2c_mlx import C2C, Fuser
 from c2c_mlx.fusers.published import convert
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.answer import AnswerAlignment
 
@@ -91,7 +92,7 @@ def test_sections(c2c: C2C, meta: dict[str, Any], name: str) -> None:
     golden = arrays("extras/variants/qwen3_llama/io.safetensors")
     *sections, (last, _) = [(s["length"], s["sharer_mask"] > 0) for s in variant["sections"]]
     ids = meta["input_ids"]
-    cache = c2c.prefill(ids, sections=[*sections, (last - 1, False)])
+    cache = fused_by_sections(c2c, ids[:-1], [*sections, (last - 1, False)])
     logits = c2c.receiver(mx.array([ids[-1:]]), cache=cache)[:, -1]
     assert_close(logits, golden[f"{name}.logits_last_prompt"])
     assert_cache(cache, golden, f"{name}.final")
@@ -108,7 +109,7 @@ def test_fusing_the_response(c2c: C2C, meta: dict[str, Any]) -> None:
 
     def start() -> tuple[Any, kv.Cache]:
         prefix = FusedCache(c2c)
-        cache = prefix.extend_all([prompt])
+        cache = prefix.extend([prompt])
         answer = AnswerAlignment([], prompt, tokenizer, tokenizer, strategy="same")
         return prefix.answering([answer]), cache
 
@@ -121,6 +122,26 @@ def test_fusing_the_response(c2c: C2C, meta: dict[str, Any]) -> None:
     assert_cache(cache, golden, "include_response.final")
     steps = [first[0], *(receiver(mx.array([[i]]), cache)[0, -1] for i in given[1:])]
     assert_close(mx.stack(steps), golden["include_response.step_logits"])
+
+
+def fused_by_sections(c2c: C2C, ids: list[int], sections: list[tuple[int, bool]]) -> kv.Cache:
+    """As the reference prefills: the receiver reads a section on top of the fused ones before it.
+
+    A conversation of ours never does: its own cache stays as the receiver would have it alone.
+    """
+    own, sharer = Reader(c2c.receiver), Reader(c2c.sharer)
+    sharer.extend(ids)
+    for length, is_fused in sections:
+        start, stop = len(own.ids), len(own.ids) + length
+        own.extend(ids[:stop])
+        if is_fused and length:
+            part = kv.read(own.cache, c2c.receiver_layers, start, stop)
+            read = c2c.read_sharer(sharer.cache, np.arange(start, stop)[None])
+            change = c2c.change(read, part, np.zeros((1, length), np.int32), start)
+            kv.trim(own.cache, start)  # every layer of this receiver is fused
+            for layer, *pair in zip(c2c.receiver_layers, *change.added_to(part), strict=True):
+                kv.append(own.cache, layer, *pair)
+    return own.cache
 
 
 def assert_cache(cache: kv.Cache, golden: dict[str, mx.array], name: str) -> None:

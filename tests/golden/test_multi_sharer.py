@@ -50,7 +50,7 @@ def test_run(receiver: nn.Module, sharers: list[tuple[nn.Module, Fuser]], name: 
 
     prefix = FusedCache(*links, order=run["mode"])
     same = np.arange(len(ids), dtype=np.int32)
-    cache = prefix.extend_all([TokenAlignment(ids, ids, same, 0 * same)] * len(links))
+    cache = prefix.extend([TokenAlignment(ids, ids, same, 0 * same)] * len(links))
 
     fused = kv.read(cache, kv.attention_layers(cache), 0, len(ids) - 1)
     for kind, found in zip(("key", "value"), fused, strict=True):

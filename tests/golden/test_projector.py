@@ -14,10 +14,11 @@ import pytest
 from goldens import DATA, KINDS, arrays, assert_close, document, error, fuser_of, pair
 from mlx.utils import tree_flatten, tree_map
 
-import c2c_mlx.fusion.fuser
+import c2c_mlx.fusion.project
 from c2c_mlx.config import FuserConfig, ModelShape
 from c2c_mlx.fusers.published import convert, reference_name
-from c2c_mlx.fusion.fuser import Fuser, parameters, project
+from c2c_mlx.fusion.fuser import Fuser, parameters
+from c2c_mlx.fusion.project import project
 
 CASES = ("p0", "p1", "p2")
 
@@ -54,7 +55,7 @@ def test_projection_and_dynamic_weight_of_closed_slices_too(case: str) -> None:
     fuser, io = load(case), arrays(f"projector/{case}/io.safetensors")
     sharer, receiver, both = pair(io, "source_{}"), pair(io, "target_{}"), [(0, 0), (1, 0)]
     params = tree_map(lambda p: p[:, 0], fuser.parameters())
-    projection, weight, _ = project(params, sharer, receiver, both, fuser.config)
+    projection, weight, _ = project(params, None, sharer, receiver, both, fuser.config)
     for row, kind in enumerate(KINDS):
         assert_close(projection[row], io[f"mid.{kind}_proj_out"], kind)
         assert_close(weight[row], mx.sigmoid(io[f"mid.{kind}_scalar_head"]), kind)
@@ -80,7 +81,7 @@ def test_the_file_that_the_reference_wrote(case: str, tmp_path: Path) -> None:
 def test_tanh_gelu_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     fuser, io = load("p1"), arrays("projector/p1/io.safetensors")
     monkeypatch.setitem(
-        c2c_mlx.fusion.fuser.ACTIVATIONS,
+        c2c_mlx.fusion.project.ACTIVATIONS,
         "gelu",
         lambda x: 0.5 * x * (1 + mx.tanh(np.sqrt(2 / np.pi).item() * (x + 0.044715 * x**3))),
     )

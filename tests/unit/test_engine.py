@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from c2c_mlx import device
 from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
@@ -183,7 +184,7 @@ def test_what_does_not_fit_costs_the_modes_that_need_it(
     open_engine: Open, tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = memory.preflight(Path(tiny_pair.receiver)).receiver
-    monkeypatch.setattr(memory, "limit", lambda: needed + 1)
+    monkeypatch.setattr(device, "memory_limit", lambda: needed + 1)
     engine = open_engine()
     seen = until(engine, Loaded)
     (failed,) = (e for e in seen if isinstance(e, Failed))

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, ModelShape
-from c2c_mlx.fusion import fuser as fuser_module
-from c2c_mlx.fusion.fuser import KV, Fuser, soft_gates
+from c2c_mlx.fusion.fuser import Fuser
+from c2c_mlx.fusion.project import KV, soft_gates
 
 LAYERS, BATCH, LENGTH = 3, 2, 5
 RECEIVER, SHARER = ModelShape("r", 4, 2, 8), ModelShape("s", 5, 3, 4)
@@ -257,39 +256,6 @@ def test_a_message_gate_below_a_half_is_closed_at_inference_only() -> None:
     fuser.train()
     fuser.temperature = None
     assert not same(fuser(**given), given["receiver"])
-
-
-# --- long prompts
-
-
-@pytest.mark.parametrize("message_gate", [False, True])
-def test_a_pass_in_parts_is_the_same_in_less_memory(
-    monkeypatch: pytest.MonkeyPatch, message_gate: bool
-) -> None:
-    fuser = make(message_gate=message_gate, hidden_dim=96, intermediate_dim=96)
-    if message_gate:
-        fuser.message_head.bias = mx.full(fuser.message_head.bias.shape, 3.0)
-    given = {
-        side: tuple(mx.concatenate([x] * 100, axis=3) for x in kv) for side, kv in caches().items()
-    }
-    messages = np.repeat([[-1, 0, 1, 2], [0, 0, 0, 1]], 125, axis=1)
-
-    def changed() -> tuple[KV, int]:
-        mx.eval(given)
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        fused = fuser(**given, messages=messages)  # type: ignore[arg-type]
-        mx.eval(fused)
-        return fused, mx.get_peak_memory() - before
-
-    whole, much = changed()
-    size = 4 * BATCH * fuser_module.pass_width(fuser.config)
-    monkeypatch.setattr(device, "fuser_pass", lambda: 7 * size)
-    parts, little = changed()
-    assert not same(whole, given["receiver"])  # type: ignore[arg-type]
-    for a, b in zip(parts, whole, strict=True):
-        assert_close(a, b)
-    assert little < much / 2
 
 
 # --- normalisation

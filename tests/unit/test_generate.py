@@ -20,8 +20,9 @@ from mlx_lm.models.cache import KVCache
 from c2c_mlx import C2C, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.fusion import gates, kv
+from c2c_mlx.fusion import gates, kv, rope
 from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.fuser import pass_width
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.talk.decode import decode
 from c2c_mlx.text.alignment import TokenAlignment
@@ -90,8 +91,12 @@ def differs(found: kv.Cache, expected: kv.Cache) -> bool:
     return any(mx.abs(a - b).max().item() > 1e-3 for a, b in pairs)
 
 
+def open_message_gates(c2c: C2C) -> None:
+    c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
+
+
 def scratch(c2c: C2C, chat: Prompt) -> kv.Cache:
-    return FusedCache(c2c).extend(*chat)
+    return FusedCache(c2c).extend([aligned(chat)])
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -136,7 +141,7 @@ def test_turn_by_turn_equals_from_scratch(
     growing, turns = FusedCache(c2c), [FIRST, ANSWER, SECOND, FIRST[:3], ANSWER[2:]]
     for n in (1, 3, 5):
         chat = prompt(*turns[:n])
-        cache = growing.extend(*chat)
+        cache = growing.extend([aligned(chat)])
         assert_same(cache, scratch(c2c, chat), 1e-5)
         greedy(c2c.receiver, chat[0][-1:], cache)  # what decoding leaves behind is in nobody's way
     assert growing.last is not None and growing.last.start > 0
@@ -162,25 +167,25 @@ def test_an_earlier_message_changes(
     if message_gate:
         c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
     growing = FusedCache(c2c)
-    growing.extend(*prompt(FIRST, ANSWER, SECOND))
-    assert_same(growing.extend(*after), scratch(c2c, after), 1e-5)
+    growing.extend([aligned(prompt(FIRST, ANSWER, SECOND))])
+    assert_same(growing.extend([aligned(after)]), scratch(c2c, after), 1e-5)
 
 
 def test_the_sharer_alone_changes(make: MakeC2C) -> None:
     c2c, (ids, other, index, messages) = make(), prompt(FIRST, ANSWER)
     growing = FusedCache(c2c)
-    growing.extend(ids, other, index, messages)
+    growing.extend([aligned((ids, other, index, messages))])
     changed = ids, [*other[:9], 77, *other[10:]], index, messages
-    assert_same(growing.extend(*changed), scratch(c2c, changed), 1e-5)
+    assert_same(growing.extend([aligned(changed)]), scratch(c2c, changed), 1e-5)
     assert growing.last is not None and 0 < growing.last.start < len(ids) - 1
 
 
 def test_the_same_prompt_again_costs_nothing(make: MakeC2C) -> None:
     c2c, chat = make(), prompt(FIRST)
     growing = FusedCache(c2c)
-    growing.extend(*chat)
+    growing.extend([aligned(chat)])
     before = scratch(c2c, chat)
-    assert_same(growing.extend(*chat), before)
+    assert_same(growing.extend([aligned(chat)]), before)
     assert growing.last is not None
     assert (growing.last.start, growing.last.sharer_tokens) == (len(chat[0]) - 1, 0)
     assert growing.stats() is None
@@ -193,7 +198,7 @@ def test_an_interruption_at_any_layer_does_no_harm(
     """As Ctrl-C does: within the sharer's pass, the receiver's, and the fused cache's layers."""
     c2c = make()
     growing = FusedCache(c2c)
-    growing.extend(*prompt(FIRST, ANSWER))
+    growing.extend([aligned(prompt(FIRST, ANSWER))])
     update, calls = KVCache.update_and_fetch, iter(range(1000))
 
     def interrupted(self: KVCache, keys: mx.array, values: mx.array) -> Any:
@@ -203,10 +208,10 @@ def test_an_interruption_at_any_layer_does_no_harm(
 
     monkeypatch.setattr(KVCache, "update_and_fetch", interrupted)
     with contextlib.suppress(KeyboardInterrupt):
-        growing.extend(*prompt(FIRST, ANSWER, SECOND))
+        growing.extend([aligned(prompt(FIRST, ANSWER, SECOND))])
     monkeypatch.undo()
     for chat in (prompt(FIRST, ANSWER, SECOND, FIRST), prompt(FIRST[:4])):
-        assert_same(growing.extend(*chat), scratch(c2c, chat), 1e-4)
+        assert_same(growing.extend([aligned(chat)]), scratch(c2c, chat), 1e-4)
 
 
 def test_progress_counts_both_prefills_to_the_end(
@@ -215,7 +220,7 @@ def test_progress_counts_both_prefills_to_the_end(
     monkeypatch.setattr(device, "prefill_chunk", lambda: 4)
     c2c, chat = make(), prompt(FIRST, ANSWER)
     seen: list[tuple[int, int]] = []
-    FusedCache(c2c).extend(*chat, lambda done, total: seen.append((done, total)))
+    FusedCache(c2c).extend([aligned(chat)], lambda done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {seen[-1][0]}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[0][0] == 4
@@ -231,30 +236,58 @@ def test_chunked_prefill_equals_one_pass(make: MakeC2C, monkeypatch: pytest.Monk
 def test_prefill_is_the_plain_form(make: MakeC2C) -> None:
     c2c = make()
     ids, other, index, _ = prompt(FIRST)
-    fused = FusedCache(c2c).extend(ids, other, index, np.zeros(len(ids), np.int32))
+    fused = scratch(c2c, (ids, other, index, np.zeros(len(ids), np.int32)))
     assert_same(c2c.prefill(ids, other, index), fused)
     assert_same(c2c.prefill(ids, other, index[:-1]), fused)  # the last id is fed by nothing
-    itself = np.arange(len(ids))
-    assert_same(c2c.prefill(ids), c2c.prefill(ids, ids, itself))
+    itself, same = np.arange(len(ids)), make(alignment="same")
+    assert_same(same.prefill(ids), same.prefill(ids, ids, itself))
 
 
-def test_sections_that_are_not_fused_read_what_was(make: MakeC2C) -> None:
-    c2c, ids = make(), [*FIRST, *ANSWER, 5]
-    n, part = len(ids) - 1, len(FIRST)
-    assert_same(c2c.prefill(ids, sections=[(n, True), (0, False)]), c2c.prefill(ids))
-    alone = Reader(c2c.receiver)
-    alone.extend(ids[:-1])
-    assert_same(c2c.prefill(ids, sections=[(part, False), (n - part, False)]), alone.cache, 1e-5)
-    cache = c2c.prefill(ids, sections=[(part, True), (n - part, False)])
-    expected = Reader(c2c.receiver)
-    expected.cache, expected.ids = c2c.prefill(ids[: part + 1]), ids[:part]
-    expected.extend(ids[:-1])
-    assert_same(cache, expected.cache, 1e-5)
-    assert differs(cache, c2c.prefill(ids))
+def test_prefill_knows_messages_as_a_conversation_does(make: MakeC2C) -> None:
+    """With a fuser that fuses messages alone and gates each of them."""
+    c2c, chat = make(positions="messages", message_gate=True), prompt(FIRST, ANSWER)
+    open_message_gates(c2c)
+    assert_same(c2c.prefill(*chat), scratch(c2c, chat))
+    assert differs(c2c.prefill(*chat), c2c.prefill(*chat[:3]))
+    with pytest.raises(C2CError, match="messages must have"):
+        c2c.prefill(*chat[:3], messages=[0])
+
+
+@pytest.mark.parametrize("message_gate", [False, True])
+@pytest.mark.parametrize("rotated_keys", [False, True])
+def test_a_long_prompt_is_fused_in_parts(
+    make: MakeC2C, message_gate: bool, rotated_keys: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in less memory; a message's gate is decided when all of its parts have voted."""
+    c2c = make(message_gate=message_gate, rotated_keys=rotated_keys, intermediate_dim=2000)
+    if message_gate:
+        open_message_gates(c2c)
+    chat = prompt(FIRST * 12, ANSWER * 20)
+
+    def fused() -> tuple[kv.Cache, int]:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        return scratch(c2c, chat), mx.get_peak_memory() - before
+
+    whole, much = fused()
+    width = 4 * pass_width(c2c.fuser.config)
+    monkeypatch.setattr(device, "fuser_pass", lambda: 7 * width)
+    parts, little = fused()
+    assert_same(parts, whole, 1e-5)
+    assert little < much / 2
+
+
+def test_prefill_asks_for_the_sharers_ids_of_two_tokenizers(make: MakeC2C) -> None:
+    with pytest.raises(C2CError, match="tokenizers of their own: prefill needs sharer_ids") as e:
+        make().prefill([5, 6, 7])
+    assert "\n" not in str(e.value)
+    same = make(alignment="same")
+    assert kv.length(same.prefill([5, 6, 7])) == 2
 
 
 def test_a_prompt_of_one_id_leaves_the_cache_empty(make: MakeC2C) -> None:
-    c2c = make()
+    c2c = make(alignment="same")
     cache = c2c.prefill([5])
     assert kv.length(cache) == 0
     assert len(greedy(c2c.receiver, [5], cache)) == 6
@@ -268,10 +301,13 @@ def test_unrotate_undoes_rope(
     model = {"receiver": receiver.model, "sharer": sharer.model, "gemma": gemma}[name]
     keys = mx.random.normal((2, 3, 9, kv.model_shape(model, name).head_dim))
     for layer in range(len(model.layers)):
-        rope = kv.rope_of(model, layer, name)
-        bare = kv.unrotate(rope, keys, start)
-        assert mx.abs(rope(bare, offset=start) - keys).max().item() < 1e-5
-        assert mx.abs(kv.unrotate(rope, rope(keys, offset=start), start) - keys).max() < 1e-5
+        embedding = rope.rope_of(model, layer, name)
+        bare = rope.unrotate(embedding, keys, start)
+        assert mx.abs(embedding(bare, offset=start) - keys).max().item() < 1e-5
+        assert (
+            mx.abs(rope.unrotate(embedding, embedding(keys, offset=start), start) - keys).max()
+            < 1e-5
+        )
         assert mx.abs(bare - keys).max().item() > 0.1
 
 
@@ -315,7 +351,7 @@ def test_stats_describe_the_last_extension(make: MakeC2C) -> None:
     c2c.fuser.set_gate(0, 1, False)
     growing = FusedCache(c2c)
     assert growing.stats() is None
-    fused, alone = growing.extend(*chat), Reader(c2c.receiver)
+    fused, alone = growing.extend([aligned(chat)]), Reader(c2c.receiver)
     alone.extend(chat[0][:-1])
     stats = growing.stats()
     assert stats is not None
@@ -334,7 +370,7 @@ def test_means_are_over_the_positions_that_are_fused(
 ) -> None:
     c2c, chat = make(positions="messages"), prompt(FIRST, ANSWER)
     growing = FusedCache(c2c)
-    growing.extend(*chat)
+    growing.extend([aligned(chat)])
     stats = growing.stats()
     assert stats is not None
     inside = chat[3][:-1] >= 0
@@ -369,9 +405,6 @@ def test_refuses_an_empty_prompt_and_an_index_that_does_not_fit(make: MakeC2C) -
     ):
         with pytest.raises(C2CError, match="index must name"):
             c2c.prefill([5, 6, 7], sharer_ids, index)
-    for sections in ([(3, True)], [(1, True)], [], [(3, True), (-1, False)]):
-        with pytest.raises(C2CError, match="sections must have 2 positions"):
-            c2c.prefill([5, 6, 7], sections=sections)
 
 
 # --- several sharers
@@ -416,8 +449,8 @@ def test_several_sharers_turn_by_turn(several: list[C2C], order: Order) -> None:
     growing, turns = FusedCache(*several, order=order), [FIRST, ANSWER, SECOND, FIRST[:3]]
     for n in (1, 3, 2, 4):
         prompts = for_each(prompt(*turns[:n]))
-        cache = growing.extend_all(prompts)
-        assert_same(cache, FusedCache(*several, order=order).extend_all(prompts), 1e-4)
+        cache = growing.extend(prompts)
+        assert_same(cache, FusedCache(*several, order=order).extend(prompts), 1e-4)
         greedy(several[0].receiver, prompts[0].receiver_ids[-1:], cache)
     assert growing.last is not None and growing.last.start > 0
     stats = [growing.stats(i) for i in range(3)]
@@ -428,21 +461,21 @@ def test_several_sharers_turn_by_turn(several: list[C2C], order: Order) -> None:
 
 def test_a_sharer_in_two_links_reads_once(several: list[C2C]) -> None:
     reader, (chat, moved, _) = FusedCache(*several), for_each(prompt(FIRST))
-    reader.extend_all([chat, moved, chat])
+    reader.extend([chat, moved, chat])
     assert reader.sharers[0] is reader.sharers[2] is not reader.sharers[1]
     assert reader.last is not None
     read = sum(text.index[: reader.last.stop].max() + 1 for text in (chat, moved))
     assert reader.last.sharer_tokens == read
     with pytest.raises(C2CError, match="the same text"):
-        reader.extend_all([chat, moved, shifted(chat)])
+        reader.extend([chat, moved, shifted(chat)])
 
 
 def test_one_of_several_changes(several: list[C2C]) -> None:
     prompts = for_each(prompt(FIRST, ANSWER))
     growing = FusedCache(*several)
-    growing.extend_all(prompts)
+    growing.extend(prompts)
     prompts[1] = replace(prompts[1], sharer_ids=[*prompts[1].sharer_ids[:-6], *[77] * 6])
-    assert_same(growing.extend_all(prompts), FusedCache(*several).extend_all(prompts), 1e-4)
+    assert_same(growing.extend(prompts), FusedCache(*several).extend(prompts), 1e-4)
     assert growing.last is not None and 0 < growing.last.start < len(prompts[0].receiver_ids) - 1
 
 
@@ -453,7 +486,7 @@ def test_parallel_sharers_add_up_and_sequential_ones_see_each_other(several: lis
 
     def fused(order: Order, *which: int) -> kv.StackedKV:
         reader = FusedCache(*(several[i] for i in which), order=order)
-        return contents(reader.extend_all([prompts[i] for i in which]))
+        return contents(reader.extend([prompts[i] for i in which]))
 
     both = fused("parallel", 0, 1)
     for kind, own in enumerate(contents(alone.cache)):
@@ -496,7 +529,7 @@ class Follow:
 
 def assert_same_stats(grown: FusedCache, fresh: FusedCache, text: TokenAlignment) -> None:
     """A turn's stats, and those of its last position, are what a prefill of its text tells."""
-    fresh.extend_all([text])
+    fresh.extend([text])
     for since in (0, len(text.receiver_ids) - 2):
         found, expected = grown.stats(since=since), fresh.stats(since=since)
         assert found is not None and expected is not None
@@ -516,16 +549,16 @@ def test_a_fused_answer_equals_a_prefill_of_it(
     if message_gate:
         c2c.fuser.message_head.bias = mx.full(c2c.fuser.message_head.bias.shape, 3.0)
     reader, start = FusedCache(c2c), aligned(prompt(FIRST))
-    cache = reader.extend_all([start])
+    cache = reader.extend([start])
     answer = Follow(start)
     said = greedy(reader.answering([answer]), start.receiver_ids[-1:], cache)
     assert answer.ids == said[: len(answer.ids)] and len(answer.ids) >= 5
     whole = answer.add([5])  # not read yet, so the caches hold all but it
-    assert_same(reader.cache, FusedCache(c2c).extend_all([whole]), 1e-4)
+    assert_same(reader.cache, FusedCache(c2c).extend([whole]), 1e-4)
     assert_same_stats(reader, FusedCache(c2c), whole)
 
     longer = replace(whole, receiver_ids=[*whole.receiver_ids[:-1], 6])
-    reader.extend_all([longer])
+    reader.extend([longer])
     assert reader.last is not None and reader.last.start == reader.last.stop  # all was there
 
 
@@ -535,7 +568,7 @@ def test_ids_of_an_answer_are_fused_together_as_one_by_one(make: MakeC2C) -> Non
 
     def logits(*passes: list[int]) -> mx.array:
         reader = FusedCache(c2c)
-        cache = reader.extend_all([start])
+        cache = reader.extend([start])
         receiver = reader.answering([Follow(start)])
         return [receiver(mx.array([part]), cache) for part in passes][-1][0, -1]
 
@@ -543,7 +576,7 @@ def test_ids_of_an_answer_are_fused_together_as_one_by_one(make: MakeC2C) -> Non
     assert mx.abs(together - logits(*([i] for i in ids))).max().item() < 1e-3
     # The last id's own key and value are fused, too, not just those before it.
     whole = Follow(start).add([30, 31])
-    plain = c2c.receiver(mx.array([ids[-1:]]), cache=FusedCache(c2c).extend_all([whole]))
+    plain = c2c.receiver(mx.array([ids[-1:]]), cache=FusedCache(c2c).extend([whole]))
     assert mx.abs(together - plain[0, -1]).max().item() > 1e-2
 
 
@@ -553,7 +586,7 @@ def test_closed_gates_leave_an_answer_alone(make: MakeC2C, several_ids: bool) ->
     ids, last = start.receiver_ids, start.receiver_ids[-3 if several_ids else -1 :]
     reader = FusedCache(c2c)
     begun = replace(start, receiver_ids=ids[: len(ids) - len(last) + 1])
-    cache = reader.extend_all([begun])
+    cache = reader.extend([begun])
     model = reader.answering([Follow(start)])
     alone = Reader(c2c.receiver)
     alone.extend(ids[: -len(last)])
@@ -563,11 +596,11 @@ def test_closed_gates_leave_an_answer_alone(make: MakeC2C, several_ids: bool) ->
 def test_several_sharers_fuse_an_answer(several: list[C2C]) -> None:
     prompts = for_each(prompt(FIRST))
     reader = FusedCache(*several)
-    cache = reader.extend_all(prompts)
+    cache = reader.extend(prompts)
     answers = [Follow(p) for p in prompts]
     greedy(reader.answering(answers), prompts[0].receiver_ids[-1:], cache)
     whole = [answer.add([5]) for answer in answers]
-    assert_same(reader.cache, FusedCache(*several).extend_all(whole), 1e-4)
+    assert_same(reader.cache, FusedCache(*several).extend(whole), 1e-4)
     assert [reader.stats(i) is not None for i in range(3)] == [True] * 3
 
 
@@ -602,7 +635,7 @@ def test_a_hybrid_receiver_turn_by_turn(hybrid: C2C) -> None:
     growing = FusedCache(hybrid)
     for turns in ((FIRST,), (FIRST, ANSWER, SECOND), (FIRST, ANSWER)):
         chat = prompt(*turns)
-        cache, expected = growing.extend(*chat), scratch(hybrid, chat)
+        cache, expected = growing.extend([aligned(chat)]), scratch(hybrid, chat)
         assert_same(cache, expected, 1e-4)
         last = chat[0][-1:]
         assert greedy(hybrid.receiver, last, cache) == greedy(hybrid.receiver, last, expected)
@@ -611,23 +644,23 @@ def test_a_hybrid_receiver_turn_by_turn(hybrid: C2C) -> None:
 def test_a_hybrid_receiver_with_a_fused_answer(hybrid: C2C) -> None:
     start = aligned(prompt(FIRST))
     reader = FusedCache(hybrid)
-    cache = reader.extend_all([start])
+    cache = reader.extend([start])
     answer = Follow(start)
     receiver = reader.answering([answer])
     ids = [start.receiver_ids[-1], 30, 31]
     for i in ids:
         receiver(mx.array([[i]]), cache)
     whole = answer.add([5])
-    assert_same(reader.cache, FusedCache(hybrid).extend_all([whole]), 1e-4)
+    assert_same(reader.cache, FusedCache(hybrid).extend([whole]), 1e-4)
 
 
 def test_a_changed_fuser_fuses_anew_what_was_read(make: MakeC2C) -> None:
     c2c, chat = make(), prompt(FIRST, ANSWER)
     growing = FusedCache(c2c)
-    growing.extend(*chat)
+    growing.extend([aligned(chat)])
     c2c.fuser.set_gate(1, 0, False)
     growing.fuse_anew()
-    assert_same(growing.extend(*chat), scratch(c2c, chat), 1e-5)
+    assert_same(growing.extend([aligned(chat)]), scratch(c2c, chat), 1e-5)
     assert growing.last is not None and (growing.last.start, growing.last.sharer_tokens) == (0, 0)
 
 

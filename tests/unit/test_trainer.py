@@ -21,7 +21,7 @@ from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
-from c2c_mlx.fusion.fuser import inputs
+from c2c_mlx.fusion.project import inputs
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Batch, Chat, Dataset, Example, Source, collate
 from c2c_mlx.training.trainer import Report, Trainer, checkpoints, measure_inputs, new_fuser
@@ -134,7 +134,7 @@ def test_a_loss_is_what_a_prefilled_cache_gives(
     trainer, e = make(tmp_path, positions=positions, message_gate=True), examples[3]
     trainer.c2c.fuser.eval()
     prefix = FusedCache(trainer.c2c)
-    cache = prefix.extend(e.receiver_ids, e.sharer_ids, e.index, e.message)
+    cache = prefix.extend([e])
     ids = [e.receiver_ids[-1], *e.response_ids[:-1]]
     logits = trainer.c2c.receiver(mx.array([ids]), cache=cache)[0]
     chosen = logits[mx.arange(len(ids)), mx.array(e.response_ids)]
