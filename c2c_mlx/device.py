@@ -45,6 +45,11 @@ def kind() -> Kind:
     return "m1" if re.match(r"applegpu_g1[34]", architecture) else "gpu"
 
 
+def is_rehearsed() -> bool:
+    """Whether a GPU's decisions are made, but a CPU computes."""
+    return kind() != "cpu" and mx.default_device().type == mx.cpu
+
+
 def is_dense() -> bool:
     """Whether weights are made dense float32 when they are loaded."""
     return kind() == "cpu"

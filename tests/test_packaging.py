@@ -38,6 +38,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = [p.relative_to(ROOT) for p in (ROOT / "c2c_mlx").rglob("*.py")]
     assert {str(p) for p in sources} <= set(names)
     assert {"c2c_mlx/weights/registry.toml", "c2c_mlx/tui/__init__.py"} <= set(names)
+    assert "c2c_mlx/doctor/projector.safetensors" in names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
@@ -51,7 +52,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("command", ["c2c-chat", "c2c-eval", "c2c-train", "c2c-weights"])
+@pytest.mark.parametrize(
+    "command", ["c2c-chat", "c2c-eval", "c2c-train", "c2c-weights", "c2c-doctor"]
+)
 def test_an_installed_command_explains_itself(installed: Path, command: str) -> None:
     shown = run(str(installed / "bin" / command), "--help", PYTHONPATH=str(installed))
     assert shown.startswith(f"usage: {command}")

@@ -13,6 +13,7 @@ MODULES = {
     "c2c-train": "train",
     "c2c-eval": "evaluate",
     "c2c-weights": "weights",
+    "c2c-doctor": "doctor",
 }
 
 

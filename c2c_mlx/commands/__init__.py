@@ -1,4 +1,4 @@
-"""The four commands: arguments in, exit code out.
+"""The commands: arguments in, exit code out.
 
 Nothing here imports MLX or Textual at module level, so that `--help` answers at once.
 """
