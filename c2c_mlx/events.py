@@ -81,6 +81,18 @@ Event = Prefilling | RelayedText | Text | Finished
 
 
 @dataclass(frozen=True)
+class Crossed:
+    """What each token of a C2C answer owes to the sharer, in nats.
+
+    Each figure is log p(token) from the fused cache, minus log p(token) from another cache.
+    """
+
+    tokens: tuple[str, ...]  # [N] their texts; together they are the answer
+    nats: tuple[float, ...]  # [N] over a cache fused with a silent sharer
+    over_receiver: tuple[float, ...] = ()  # [N] over the receiver's own cache, where asked for
+
+
+@dataclass(frozen=True)
 class GateReport:
     """How one C2C answer's fusion changed the receiver's cache; kinds are keys, then values.
 

@@ -16,7 +16,7 @@ from c2c_mlx.commands import Parser, pair, run
 from c2c_mlx.commands.status import Status
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.errors import C2CError
-from c2c_mlx.events import MODES, Finished, Mode, RelayedText, Text
+from c2c_mlx.events import MODES, Crossed, Finished, Mode, RelayedText, Text
 
 if TYPE_CHECKING:
     from c2c_mlx.models.memory import Need
@@ -35,6 +35,7 @@ examples:
 receiver reads), receiver or sharer (one model alone). Several, with commas, answer one by one; the
 app begins with c2c,relay.
 """
+MARKED_NATS = 1.0  # what a word must owe to the sharer, either way, to be marked
 HELP = """\
 /mode MODE[,MODE]  who answers: c2c, relay, receiver, sharer
 /system TEXT       set the system prompt and start anew (no text: remove it)
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=defaults.top_p, metavar="P", help="(%(default)s)")
     add("--seed", type=int, default=defaults.seed, metavar="N", help="(%(default)s)")
     add("--json", action="store_true", help="one object per mode and line, with figures")
+    add("--crossed", action="store_true", help="say what each word of c2c owes to the sharer, nats")
     add("--plain", action="store_true", help="a conversation line by line, through a pipe, too")
     add("--resume", nargs="?", const="", metavar="NAME", help="reopen a session (default: latest)")
     return parser
@@ -89,10 +91,11 @@ def _chat(args: argparse.Namespace) -> int | None:
     prompt = None if interactive else _prompt(args.prompt)
     session, need = _session(who, modes, sampling, args.system)
     if prompt is None:
-        _converse(session, modes)
+        _converse(session, modes, args.crossed)
     else:
         for mode in modes:
-            _answer_once(session, prompt, mode, need if args.json else None, len(modes) > 1)
+            weigh = args.crossed and mode == "c2c"
+            _answer_once(session, prompt, mode, need if args.json else None, len(modes) > 1, weigh)
     return None
 
 
@@ -155,20 +158,48 @@ def _session(
 
 
 def _answer_once(
-    session: ChatSession, prompt: str, mode: Mode, json_with: Need | None, heading: bool
+    session: ChatSession,
+    prompt: str,
+    mode: Mode,
+    json_with: Need | None,
+    heading: bool,
+    weigh: bool,
 ) -> None:
-    """Prints text, or with `json_with` an object that holds the estimated memory as well."""
+    """Prints text, or with `json_with` an object that holds the estimated memory as well.
+
+    With `weigh` it also says what crossed: the text comes when it is all there, with marks.
+    """
     if heading and not json_with:
         print(f"{mode}:")
     begun = False
     for event in session.ask(prompt, mode):
-        if isinstance(event, Text) and not json_with:
+        if isinstance(event, Text) and not (json_with or weigh):
             text = event.text if begun else event.text.lstrip()
             begun = begun or bool(text)
             print(text, end="", flush=True)
         elif isinstance(event, Finished):
-            record = _record(event) | {"memory": json_with.record()} if json_with else None
-            print(json.dumps(record, ensure_ascii=False) if record else "", flush=True)
+            found = session.crossed() if weigh else None
+            if json_with:
+                record = _record(event) | {"memory": json_with.record()}
+                if weigh:
+                    pairs = zip(found.tokens, found.nats, strict=True) if found else ()
+                    record["crossed"] = [[text, round(nats, 4)] for text, nats in pairs]
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                print(_marked(found) if found else "", flush=True)  # the text itself is out
+
+
+def _marked(found: Crossed) -> str:
+    """The answer, with the nats behind every word that owes the sharer a nat or more."""
+    from c2c_mlx.text.words import words
+
+    marked, at = "", 0
+    text = "".join(found.tokens)
+    for word, nats in words(list(zip(found.tokens, found.nats, strict=True))):
+        end = text.index(word, at) + len(word)
+        marked += text[at:end] + (f"[{nats:+.1f}]" if abs(nats) >= MARKED_NATS else "")
+        at = end
+    return (marked + text[at:]).strip()
 
 
 def _record(event: Finished) -> dict[str, Any]:
@@ -185,7 +216,7 @@ def _record(event: Finished) -> dict[str, Any]:
     return record | {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 
 
-def _converse(session: ChatSession, modes: list[Mode]) -> None:
+def _converse(session: ChatSession, modes: list[Mode], weigh: bool) -> None:
     """A conversation line by line; ends with Ctrl-D or /quit."""
     try:
         import readline  # noqa: F401  (history and editing for input())
@@ -210,6 +241,8 @@ def _converse(session: ChatSession, modes: list[Mode]) -> None:
             elif line:
                 for mode in modes:
                     _show_answer(session, line, mode, heading=len(modes) > 1)
+                    if weigh and mode == "c2c" and (found := session.crossed()):
+                        print(f"  crossed: {_marked(found)}")
         except C2CError as e:
             print(e)
         except KeyboardInterrupt:

@@ -24,7 +24,7 @@ def decode(
     last_ids: Sequence[int],
     sampling: SamplingConfig,
     stop_strings: Sequence[str] = (),
-) -> Generator[tuple[int, str], None, Reason]:
+) -> Generator[tuple[int, str, mx.array], None, Reason]:
     """mlx-lm's own decoding from a prefilled cache, the same for every mode.
 
     Args:
@@ -36,8 +36,8 @@ def decode(
         stop_strings: text that ends an answer; it and all behind it are dropped.
 
     Yields:
-        (token id, text that is now certain); the text is empty while it might become a stop string.
-        The last id that is yielded may be the end-of-turn token.
+        (token id, text that is now certain, log-probability of the token). The text is empty while
+        it might become a stop string. The last id that is yielded may be the end-of-turn token.
 
     Returns:
         "stop" if the answer ended by itself or at a stop string, "length" if it was cut.
@@ -58,7 +58,7 @@ def decode(
         certain = stop if stop >= 0 else len(text) - _held_back(text, stop_strings)
         if response.finish_reason and stop < 0:
             certain = len(text)
-        yield response.token, text[shown:certain]
+        yield response.token, text[shown:certain], response.logprobs[response.token]
         shown = max(shown, certain)
         if stop >= 0:
             return "stop"

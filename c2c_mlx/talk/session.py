@@ -15,6 +15,7 @@ import numpy as np
 from c2c_mlx.config import ModelShape, Order, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
+    Crossed,
     Event,
     Figures,
     Finished,
@@ -36,6 +37,7 @@ from c2c_mlx.fusion.gates import GateStats
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import relay
+from c2c_mlx.talk.crossed import Crossing, Decoded
 from c2c_mlx.talk.decode import decode
 from c2c_mlx.text.alignment import TokenAlignment, align_chat
 from c2c_mlx.text.answer import AnswerAlignment
@@ -132,6 +134,7 @@ class ChatSession:
         self.sharers = [lm for lm, _ in pairs] or [lm for lm in (sharer,) if lm]
         self._prefixes: dict[str, Reader] = {}
         self._fused = FusedCache(*self.links, order=order) if self.links else None
+        self._crossing: Crossing | None = None  # made when somebody asks what crossed
         self.reset()
 
     def reset(self) -> None:
@@ -142,6 +145,7 @@ class ChatSession:
         """
         self.history: dict[Mode, Messages] = {}
         self._background: Messages = []  # the relay's other conversation, with the sharer
+        self._decoded = Decoded([])
         if self._fused:
             self._fused.fuse_anew()
 
@@ -187,6 +191,8 @@ class ChatSession:
                     link.fuser.set_gate(kind, at, own[kind][at])
         if self._fused:
             self._fused.fuse_anew()
+        if self._crossing:
+            self._crossing.fuse_anew()
 
     def messages(self, mode: Mode) -> Messages:
         """The mode's conversation so far, the system prompt first if there is one."""
@@ -214,6 +220,20 @@ class ChatSession:
             for at, stats in found
             if stats
         ]
+
+    def crossed(self, *, over_receiver: bool = False) -> Crossed | None:
+        """What each token of the latest C2C answer owes to the sharer; computed when asked for.
+
+        Args:
+            over_receiver: also compares with the receiver alone, which costs one more pass.
+
+        Returns:
+            None if there is no answer, or gates were changed after it.
+        """
+        if self._fused is None or self._fused.last is None or not self._decoded.ids:
+            return None
+        self._crossing = self._crossing or Crossing(self._fused)
+        return self._crossing.of(self._decoded, self.receiver.tokenizer, over_receiver)
 
     def stop(self) -> None:
         """Ends the turn after the next token, or the next chunk of a prompt; from any thread."""
@@ -321,7 +341,7 @@ class ChatSession:
             cost.sharer_s += seconds
         written: list[int] = []
         try:
-            for token, piece in _decode(lm, prefix.cache, ids[-1:], sampling, cost):
+            for token, piece, _ in _decode(lm, prefix.cache, ids[-1:], sampling, cost):
                 written.append(token)
                 yield piece
         finally:
@@ -360,8 +380,15 @@ class ChatSession:
                     for lm, prompt, link in zip(self.sharers, prompts, self.links, strict=True)
                 ]
             )
-        for _, piece in _decode(self.receiver, cache, ids[-1:], sampling, cost, model):
-            yield piece
+        self._decoded = decoded = Decoded(ids, self.fuse_response)
+        try:
+            for token, piece, log_prob in _decode(
+                self.receiver, cache, ids[-1:], sampling, cost, model
+            ):
+                decoded.add(token, piece, log_prob)
+                yield piece
+        finally:
+            decoded.cut(cost.generated)
 
     @property
     def _other(self) -> LanguageModel:
@@ -392,7 +419,7 @@ def _decode(
     sampling: SamplingConfig,
     cost: _Cost,
     model: Any = None,
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[tuple[int, str, mx.array]]:
     """`decode`, with the reason why it ended noted in `cost`; `model` stands for the lm's own."""
     model = lm.model if model is None else model
     cost.reason = yield from decode(model, lm.tokenizer, cache, last, sampling, lm.stop_strings)

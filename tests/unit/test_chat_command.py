@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -157,3 +158,29 @@ def test_a_broken_data_file_is_named(call, tmp_path, line, words):
         *PAIR, "--data", str(tmp_path), "--out", str(tmp_path / "run"), main=train.main
     )
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def with_fuser(tiny_pair):
+    return [*PAIR, "--fuser", tiny_pair.fusers[0], "--max-tokens", "6", "--prompt", "who wrote it"]
+
+
+def test_crossed_is_one_figure_per_token_of_c2c(call, with_fuser):
+    code, out, _ = call(*with_fuser, "--mode", "c2c,receiver", "--json", "--crossed")
+    c2c, receiver = map(json.loads, out.splitlines())
+    assert code == 0 and "crossed" not in receiver
+    texts, nats = zip(*c2c["crossed"], strict=True)
+    assert len(texts) == c2c["generated_tokens"] and "".join(texts).strip() == c2c["text"]
+    assert any(nats) and all(isinstance(n, float) for n in nats)
+    code, out, _ = call(*with_fuser, "--json")
+    assert "crossed" not in json.loads(out)
+
+
+def test_crossed_marks_words(call, with_fuser, monkeypatch):
+    plain = call(*with_fuser)[1]
+    monkeypatch.setattr(chat, "MARKED_NATS", 0.0)
+    marked = call(*with_fuser, "--crossed")[1]
+    assert re.search(r"\[[+-]\d+\.\d\]", marked)
+    assert re.sub(r"\[[+-]\d+\.\d\]", "", marked) == plain
+    monkeypatch.setattr(chat, "MARKED_NATS", 99.0)
+    assert call(*with_fuser, "--crossed")[1] == plain
