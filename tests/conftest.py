@@ -13,7 +13,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import gemma3_text
 
-from c2c_mlx import Fuser, LanguageModel, load_model
+from c2c_mlx import C2C, Fuser, LanguageModel, load_model
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.fusion import kv
 
@@ -88,3 +88,21 @@ def tiny_pair(
     folder = tmp_path_factory.mktemp("fuser")
     fuser.save(folder)
     return Pair(str(receiver.path), (str(sharer.path),), (str(folder),))
+
+
+@pytest.fixture(params=["qwen3", "gemma3"])
+def make_c2c(
+    request: pytest.FixtureRequest,
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    gemma: nn.Module,
+    make_fuser: Callable[..., Fuser],
+) -> Callable[..., C2C]:
+    """C2C from the tiny Llama to the tiny Qwen3 or the tiny Gemma 3."""
+    answering = receiver.model if request.param == "qwen3" else gemma
+
+    def make(gate: float = 1.0, **options: Any) -> C2C:
+        fuser = make_fuser(answering, sharer.model, gate, **options)
+        return C2C(answering, sharer.model, fuser)
+
+    return make

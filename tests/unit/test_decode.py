@@ -1,0 +1,105 @@
+"""Decoding from a prefilled cache."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import c2c_mlx.blas  # noqa: F401
+
+import pytest
+from prompts import (
+    assert_same,
+)
+
+from c2c_mlx import LanguageModel
+from c2c_mlx.config import SamplingConfig
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.talk.decode import decode
+
+
+def pieces_of(
+    lm: LanguageModel, stop_strings: Sequence[str], n: int
+) -> Generator[tuple[int, str], None, str]:
+    reader = Reader(lm.model)
+    reader.extend([10, 11, 12])
+    sampling = SamplingConfig(max_tokens=n, temp=1.5, seed=4)
+    return decode(lm.model, lm.tokenizer, reader.cache, [13], sampling, stop_strings)
+
+
+def written(lm: LanguageModel, stop_strings: Sequence[str] = ()) -> list[str]:
+    return [piece for _, piece in pieces_of(lm, stop_strings, 24)]
+
+
+def ended(
+    lm: LanguageModel, stop_strings: Sequence[str] = (), n: int = 24
+) -> tuple[list[int], str]:
+    """All ids, and the reason why there are no more."""
+    tokens, pieces = [], pieces_of(lm, stop_strings, n)
+    while True:
+        try:
+            tokens.append(next(pieces)[0])
+        except StopIteration as end:
+            return tokens, end.value
+
+
+def test_decoding_is_repeatable_and_whole(receiver: LanguageModel) -> None:
+    once = written(receiver)
+    assert once == written(receiver)
+    assert len("".join(once)) > 10
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@pytest.mark.parametrize("start", [3, 8])
+def test_no_part_of_a_stop_string_is_ever_shown(
+    receiver: LanguageModel, start: int, length: int
+) -> None:
+    text = "".join(written(receiver))
+    stop = text[start : start + length]
+    pieces = written(receiver, ["never written", stop])
+    assert "".join(pieces) == text[: text.index(stop)]
+    assert len(pieces) < 24
+
+
+def test_why_an_answer_ended(receiver: LanguageModel) -> None:
+    text = "".join(written(receiver))
+
+    def reason(n: int, stop_strings: Sequence[str] = ()) -> str:
+        return ended(receiver, stop_strings, n)[1]
+
+    assert reason(24) == "length"
+    assert reason(24, [text]) == "stop"  # complete with the last token that is allowed
+    eos, tokens = receiver.tokenizer.eos_token_ids, ended(receiver)[0]
+    end = tokens[9]
+    receiver.tokenizer.eos_token_ids = {end}
+    try:
+        at = tokens.index(end) + 1
+        assert (reason(at - 1), reason(at), reason(24)) == ("length", "stop", "stop")
+    finally:
+        receiver.tokenizer.eos_token_ids = eos
+
+
+def test_the_beginning_of_a_stop_string_comes_out_at_the_end(receiver: LanguageModel) -> None:
+    text = "".join(written(receiver))
+    pieces = written(receiver, [text[-2:] + "and what never comes"])
+    assert "".join(pieces) == text
+    assert pieces[-1].endswith(text[-2:])
+
+
+def test_settle_keeps_what_was_written_for_the_next_turn(receiver: LanguageModel) -> None:
+    reader, ids = Reader(receiver.model), [10, 11, 12, 13]
+    reader.extend(ids[:-1])
+    sampling = SamplingConfig(max_tokens=9)
+    tokens = []
+    for token, _ in decode(receiver.model, receiver.tokenizer, reader.cache, ids[-1:], sampling):
+        tokens.append(token)
+        if len(tokens) == 4:
+            break
+    reader.settle([*ids, *tokens])
+    assert reader.ids == [*ids, *tokens][: len(reader.ids)]
+    assert kv.length(reader.cache) == len(reader.ids) >= len(ids) + 3
+    longer = [*ids, *tokens, 44, 45]
+    again = Reader(receiver.model)
+    again.extend(longer)
+    reader.extend(longer)
+    assert_same(reader.cache, again.cache, 1e-5)
