@@ -17,6 +17,7 @@ from c2c_mlx.commands.status import Status
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Crossed, Finished, Mode, RelayedText, Text
+from c2c_mlx.talk import relay
 
 if TYPE_CHECKING:
     from c2c_mlx.models.memory import Need
@@ -178,6 +179,8 @@ def _answer_once(
             begun = begun or bool(text)
             print(text, end="", flush=True)
         elif isinstance(event, Finished):
+            if why := _why_nothing(event):
+                print(f"{PROGRAM}: relay: {why}", file=sys.stderr)
             found = session.crossed() if weigh else None
             if json_with:
                 record = _record(event) | {"memory": json_with.record()}
@@ -214,6 +217,13 @@ def _record(event: Finished) -> dict[str, Any]:
     else:
         del figures["relayed_tokens"]
     return record | {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+
+
+def _why_nothing(event: Finished) -> str:
+    """For a relay without a text: why; empty for all else."""
+    if event.mode != "relay" or event.relayed_text or event.reason == "stopped":
+        return ""
+    return f"the sharer wrote nothing: {relay.why_nothing(event.figures.relayed_tokens)}"
 
 
 def _converse(session: ChatSession, modes: list[Mode], weigh: bool) -> None:
@@ -266,6 +276,8 @@ def _show_answer(session: ChatSession, question: str, mode: Mode, heading: bool)
                 print(")\n" if relayed else "", event.text, sep="", end="", flush=True)
                 relayed = False
             elif isinstance(event, Finished):
+                if why := _why_nothing(event):
+                    print(f"\n({why})", end="")
                 f = event.figures
                 print(f"\n  {f.first_token_s:.2f} s to the first token, {f.total_s:.2f} s in all")
 

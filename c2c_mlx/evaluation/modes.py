@@ -114,16 +114,15 @@ class Modes:
 
     def _relay(self, items: Sequence[Item]) -> list[Written | C2CError]:
         """What the sharer writes for the receiver to read."""
-        readings = [
-            self._try(
-                "background", item, [*item.messages[:-1], relay.background_message(_ask(item))]
-            )
-            for item in items
-        ]
+        readings = [self._try("background", item, self._background(item)) for item in items]
         good = [r for r in readings if isinstance(r, Reading)]
-        limit = min(relay.BACKGROUND_TOKENS, self.max_tokens)
-        written = iter(write(good, limit))
+        stops = relay.stop_strings(self._sharer)
+        written = iter(write(good, relay.BACKGROUND_TOKENS, stops))
         return [next(written) if isinstance(r, Reading) else r for r in readings]
+
+    def _background(self, item: Item) -> Messages:
+        asked = relay.background_message(_ask(item))
+        return relay.prompt(self._sharer, [*item.messages[:-1], asked])
 
     def _try(
         self, mode: str, item: Item, messages: Messages, relayed: Written | None = None
@@ -186,11 +185,20 @@ def derangement(items: Sequence[Item], seed: int) -> dict[str, Item]:
     }
 
 
-def write(readings: Sequence[Reading], max_tokens: int) -> list[Written]:
-    """Answers greedily, all at once; the readings are of one model and stay as they are."""
+def write(
+    readings: Sequence[Reading], max_tokens: int, stop_strings: Sequence[str] | None = None
+) -> list[Written]:
+    """Answers greedily, all at once; the readings are of one model and stay as they are.
+
+    Args:
+        readings: what is answered.
+        max_tokens: of an answer, if the model's context has room for them.
+        stop_strings: text that ends an answer; None: the model's own.
+    """
     if not readings:
         return []
     lm = readings[0].lm
+    stops = lm.stop_strings if stop_strings is None else stop_strings
     stop_tokens = set(lm.tokenizer.eos_token_ids)
     generator = BatchGenerator(
         lm.model,
@@ -218,7 +226,7 @@ def write(readings: Sequence[Reading], max_tokens: int) -> list[Written]:
                 if response.finish_reason:
                     text.finalize()
                 w.text = text.text
-                stop = min((at for s in lm.stop_strings if (at := w.text.find(s)) >= 0), default=-1)
+                stop = min((at for s in stops if (at := w.text.find(s)) >= 0), default=-1)
                 if stop >= 0:
                     w.text = w.text[:stop]
                     if not response.finish_reason:

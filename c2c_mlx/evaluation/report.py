@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import scoring
 from c2c_mlx.evaluation.task import Item, Task
+from c2c_mlx.talk import relay
 
 Record = dict[str, Any]
 Result = dict[str, Any]
@@ -156,8 +158,17 @@ def _notes(modes: Mapping[str, Any]) -> list[str]:
     failed = [
         f"{mode}, item {i}: {why}" for mode, of in modes.items() for i, why in of["failed"].items()
     ]
+    relayed = [r for r in modes.get("relay", {}).get("items", []) if "relayed_text" in r]
+    nothing = Counter(
+        relay.why_nothing(r["relayed_tokens"]) for r in relayed if not r["relayed_text"]
+    )
     timed = next(iter(modes.values()))["latency"].get("items", 0)
     notes = [f"Seconds are medians over {timed} items that were asked one by one."] if timed else []
+    if nothing:
+        why = ", ".join(f"{n} x {reason}" for reason, n in nothing.items())
+        notes.append(
+            f"The relay's text is empty for {nothing.total()} of {len(relayed)} items: {why}."
+        )
     if failed:
         notes.append("Failed, and counted as wrong:\n" + "\n".join(f"- {line}" for line in failed))
     return notes

@@ -291,11 +291,10 @@ class ChatSession:
     def _relay(self, question: str, cost: _Cost) -> Iterator[RelayedText]:
         """The sharer's part of a relay."""
         self._background.append(relay.background_message(question))
-        sampling = replace(
-            self.sampling, max_tokens=min(relay.BACKGROUND_TOKENS, self.sampling.max_tokens)
-        )
-        text = ""
-        for piece in self._plain(self._other, self._background, "relay", sampling, cost):
+        sampling = replace(self.sampling, max_tokens=relay.BACKGROUND_TOKENS)
+        sharer, text = self._other, ""
+        asked, stops = relay.prompt(sharer, self._background), relay.stop_strings(sharer)
+        for piece in self._plain(sharer, asked, "relay", sampling, cost, stops):
             text += piece
             cost.relayed += 1
             yield RelayedText("relay", piece)
@@ -325,6 +324,7 @@ class ChatSession:
         mode: Mode,
         sampling: SamplingConfig,
         cost: _Cost,
+        stops: Sequence[str] | None = None,
     ) -> Iterator[str]:
         """One model reads and writes; pieces of text, one per token."""
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
@@ -341,7 +341,8 @@ class ChatSession:
             cost.sharer_s += seconds
         written: list[int] = []
         try:
-            for token, piece, _ in _decode(lm, prefix.cache, ids[-1:], sampling, cost):
+            decoding = _decode(lm, prefix.cache, ids[-1:], sampling, cost, stops=stops)
+            for token, piece, _ in decoding:
                 written.append(token)
                 yield piece
         finally:
@@ -419,10 +420,15 @@ def _decode(
     sampling: SamplingConfig,
     cost: _Cost,
     model: Any = None,
+    stops: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, str, mx.array]]:
-    """`decode`, with the reason why it ended noted in `cost`; `model` stands for the lm's own."""
+    """`decode`, with the reason why it ended noted in `cost`.
+
+    `model` and `stops`, where they are given, stand for the lm's own.
+    """
     model = lm.model if model is None else model
-    cost.reason = yield from decode(model, lm.tokenizer, cache, last, sampling, lm.stop_strings)
+    stops = lm.stop_strings if stops is None else stops
+    cost.reason = yield from decode(model, lm.tokenizer, cache, last, sampling, stops)
 
 
 def link(receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> C2C:

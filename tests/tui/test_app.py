@@ -297,6 +297,18 @@ async def test_errors_are_notices_and_the_others_answer(shows) -> None:
         assert not chat.is_busy
 
 
+async def test_a_relay_without_a_text_says_why(shows) -> None:
+    chat, stage = staged(loaded())
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        chat.main.prompt.show("Who?")
+        await pilot.press("enter")
+        await until(lambda: stage.asked)
+        said = answer(0, "relay")
+        figures = replace(said.figures, relayed_tokens=1)
+        stage.say(replace(said, relayed_text="", figures=figures), events.TurnOver(1.0))
+        await shows(chat, "the sharer wrote nothing: it ended at once")
+
+
 async def test_again_replaces_the_turn_and_says_when_nothing_can_change(shows) -> None:
     chat = app(FAST)
     async with chat.run_test(size=SIZE, notifications=True) as pilot:

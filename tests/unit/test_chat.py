@@ -20,6 +20,9 @@ from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText
 from c2c_mlx.fusers import store
 from c2c_mlx.models import registry
 from c2c_mlx.models.embedded import install
+from c2c_mlx.talk import relay
+from c2c_mlx.text.rendering import render
+from c2c_mlx.text.tokens import tokenize
 
 SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
 modes = pytest.mark.parametrize("mode", MODES)
@@ -129,6 +132,51 @@ def test_the_relayed_text_is_what_the_receiver_reads(make: MakeSession) -> None:
     assert "Who wrote it?" in background["content"]
     assert relayed == {"role": "assistant", "content": finished.relayed_text}
     assert question == {"role": "user", "content": "Who wrote it?"}
+
+
+def test_the_relayed_text_has_a_budget_of_its_own(
+    make: MakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert relay.BACKGROUND_TOKENS == 256  # as published
+    monkeypatch.setattr(relay, "BACKGROUND_TOKENS", 20)
+    _, finished = ask(make(), "Who wrote it?", "relay")
+    assert finished.figures.relayed_tokens == 20
+    assert finished.figures.generated_tokens == SAMPLING.max_tokens == 7
+
+
+def test_a_base_model_relays_after_a_few_examples(
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser
+) -> None:
+    reads = {}
+    for lm in (sharer, replace(sharer, has_own_template=False)):
+        totals: list[int] = []
+        session = ChatSession(receiver, lm, fuser, sampling=SAMPLING)
+        session.on_prefill = lambda event, totals=totals: totals.append(event.total)
+        _, finished = ask(session, "Who wrote it?", "relay")
+        reads[lm.has_own_template] = totals[0]
+        assert "\n" not in finished.relayed_text or lm.has_own_template
+        assert "chlorophyll" not in str(session.messages("relay"))  # the receiver reads none
+    asked = [relay.background_message("Who wrote it?")]
+    examples = relay.prompt(replace(sharer, has_own_template=False), asked)[:-1]
+    assert [m["role"] for m in examples] == ["user", "assistant"] * 3
+    assert all("\n" not in m["content"] for m in examples[1::2])  # so a line's end ends its own
+    assert reads[False] - reads[True] == len(
+        tokenize(render(examples, sharer.tokenizer, add_generation_prompt=False), sharer.tokenizer)
+    )
+
+
+@pytest.mark.pair
+@pytest.mark.slow
+def test_the_embedded_base_model_has_something_to_relay() -> None:
+    """Without examples its first token was a blank line for each of these."""
+    names = registry.default_pair()
+    if not all(map(install.is_installed, names)):
+        pytest.skip("the embedded pair is not in the cache; `c2c-chat` puts it there")
+    receiver, sharer = map(load_model, names)
+    session = ChatSession(receiver, sharer, sampling=SamplingConfig(max_tokens=1))
+    for question in ("How do I boil an egg?", "Qui a peint la Joconde ?"):
+        session.reset()
+        assert ask(session, question, "relay")[1].relayed_text
 
 
 @modes

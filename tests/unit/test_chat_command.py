@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -81,6 +82,32 @@ def test_json_has_an_object_per_mode_and_nothing_else(call):
     wanted = {"text", "prompt_tokens", "generated_tokens", "first_token_s", "total_s"}
     assert all(wanted <= r.keys() for r in records)
     assert "relayed_text" in records[0] and "relayed_text" not in records[1]
+
+
+@pytest.fixture
+def mute(tmp_path):
+    """A folder of the sharer, of which any token ends a turn."""
+    folder = Path(shutil.copytree(TINY / "sharer", tmp_path / "mute"))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | {"eos_token_id": list(range(512))}))
+    return str(folder)
+
+
+def test_a_relay_without_a_text_says_why(call, mute, tmp_path):
+    pair = ["--sharer", mute, "--receiver", str(TINY / "receiver"), "--mode", "relay"]
+    why = "the sharer wrote nothing: it ended at once"
+    code, out, err = call(*pair, "--max-tokens", "4", "--prompt", "Who?")
+    assert code == 0 and err == f"c2c-chat: relay: {why}\n" and why not in out
+    _, out, err = call(*pair, "--max-tokens", "4", "--json", "--prompt", "Who?")
+    assert json.loads(out)["relayed_text"] == "" and why in err
+    _, out, _ = call("--plain", *pair, "--max-tokens", "4", stdin="Who?")
+    assert f"({why})\n" in out
+    (tmp_path / "task.jsonl").write_text('{"prompt": "Who?"}\n')
+    pair += ["--task", str(tmp_path / "task.jsonl"), "--max-tokens", "4"]
+    code, out, err = call(*pair, main=evaluate.main)
+    assert code == 0, err
+    assert "relay's text is empty for 1 of 1 items: 1 x it ended at once." in out
 
 
 def test_a_conversation_line_by_line(call, tmp_path):

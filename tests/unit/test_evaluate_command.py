@@ -17,6 +17,7 @@ from c2c_mlx.commands import evaluate
 from c2c_mlx.config import FuserConfig
 from c2c_mlx.evaluation import hub_tasks, runner
 from c2c_mlx.evaluation.task import C2C_MODES, MODES
+from c2c_mlx.talk import relay
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
@@ -37,6 +38,12 @@ SCORES = {
     "choice": {"accuracy", "invalid"},
     "agreement": {"kept", "nll"},
 }
+
+
+@pytest.fixture(autouse=True)
+def short_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models never end their turn."""
+    monkeypatch.setattr(relay, "BACKGROUND_TOKENS", 12)
 
 
 @pytest.fixture
@@ -99,6 +106,8 @@ def test_every_mode_answers_the_same_items(
             assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
             assert ("vs_receiver" in score) == (mode != "receiver")
         assert mode in text
+        if mode == "relay":  # its sharer's budget is not that of the answer
+            assert max(r["relayed_tokens"] for r in found["items"]) == 12
     if kind == "chat":
         assert result["groups"] == ["fr", "zh"]
         assert result["modes"]["c2c"]["groups"]["fr"]["scores"]["chrf"]["items"] == 3

@@ -20,6 +20,7 @@ from c2c_mlx.evaluation.modes import Modes, Reading, derangement, nats, write
 from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item
 from c2c_mlx.events import MODES as CHAT_MODES
 from c2c_mlx.events import Finished, Mode
+from c2c_mlx.talk import relay
 from c2c_mlx.text.tokens import response_ids
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.data import Chat, Example, collate, make_example
@@ -30,6 +31,12 @@ ITEMS = [
     for i in range(1, 6)
 ]
 Make = Callable[..., Modes]
+
+
+@pytest.fixture(autouse=True)
+def short_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models never end their turn."""
+    monkeypatch.setattr(relay, "BACKGROUND_TOKENS", 12)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Collapsible, Markdown, Static
 
 from c2c_mlx.events import Mode
+from c2c_mlx.talk import relay
 from c2c_mlx.tui import race
 from c2c_mlx.tui.conversation import NAMES, Answer
 
@@ -76,8 +77,12 @@ class TurnView(Vertical):
     def finish(self, answer: Answer) -> None:
         """Says how it ended and what it cost."""
         if self.mode == "relay" and answer.figures:
-            tokens = f"{answer.figures.relayed_tokens} tokens" if answer.relayed_text else "nothing"
-            self._fold.title, self._fold.display = f"the sharer wrote {tokens}", True
+            n, wrote = answer.figures.relayed_tokens, "nothing"
+            if answer.relayed_text:
+                wrote = f"{n} tokens"
+            elif answer.reason != "stopped":
+                wrote = f"nothing: {relay.why_nothing(n)}"
+            self._fold.title, self._fold.display = f"the sharer wrote {wrote}", True
         ended = {"stopped": "stopped · ", "length": "at the limit of tokens · "}
         if answer.figures:
             said = "" if answer.is_kept else "no answer, so not part of the conversation · "
