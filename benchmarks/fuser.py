@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 
 from c2c_mlx import load_model
-from c2c_mlx.commands.train import PRESETS, RECIPE
 from c2c_mlx.config import FuserConfig
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
@@ -21,6 +20,7 @@ from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.layers import k_nearest
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models import registry
+from c2c_mlx.training.run import PRESETS, RECIPE
 
 TOKENS, RUNS = 256, 5
 

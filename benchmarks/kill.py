@@ -41,7 +41,7 @@ def main() -> None:
         landed = 0
         while landed < kills:
             started = any((cut / "checkpoints").glob("[0-9]*"))
-            if (cut / "config.json").exists():  # it got through: the other kills need a new run
+            if (cut / "checkpoints" / f"{STEPS:07d}").exists():  # the other kills need a new run
                 assert_same(cut, whole)
                 cut, started = Path(folder) / f"cut{landed}", False
             steps, fraction = random.randrange(1, 40), random.random()

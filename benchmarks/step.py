@@ -20,17 +20,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from c2c_mlx import C2C, load_model
-from c2c_mlx.commands.train import RECIPE
 from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fuser import Change
 from c2c_mlx.fusion.layers import k_nearest
 from c2c_mlx.models import registry
 from c2c_mlx.training import loss as step_loss
+from c2c_mlx.training.batch import Padded, collate
 from c2c_mlx.training.caches import training_cache
-from c2c_mlx.training.data import Chat, Dataset, Padded, Source, collate
+from c2c_mlx.training.dataset import Dataset, Source
+from c2c_mlx.training.files import ChatRow
 from c2c_mlx.training.prefills import Prefills
-from c2c_mlx.training.trainer import Trainer, new_fuser
+from c2c_mlx.training.run import RECIPE
+from c2c_mlx.training.start import new_fuser
+from c2c_mlx.training.trainer import Trainer
 
 ROWS, RUNS = 8, 3
 
@@ -42,7 +45,7 @@ def main() -> None:
     fuser = new_fuser(FuserConfig(receiver.shape, sharer.shape, layers, **fields), "open", 0)
     fuser.temperature = None
     rows = [
-        Chat(
+        ChatRow(
             [
                 {"role": "user", "content": f"Translate to English: J'ai {n} chats et un chien."},
                 {"role": "assistant", "content": f"I have {n} cats and a dog."},

@@ -20,16 +20,45 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         C2CError: if the disk won't have it; the old file is then still there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        with overwriting(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise C2CError(f"{path} cannot be written ({e.strerror or e}): make room there") from None
+
+
+@contextmanager
+def overwriting(path: Path) -> Iterator[Path]:
+    """A file to fill that takes the place of `path` when all went well, and is gone otherwise.
+
+    Raises:
+        OSError: if the disk won't have it; callers know what to advise.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
         _flush(partial)
         os.replace(partial, path)
-    except OSError as e:
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise C2CError(f"{path} cannot be written ({e.strerror or e}): make room there") from None
+
+
+def append(path: Path, lines: str) -> None:
+    """Adds whole lines to a file, on a line of their own even behind one that was torn.
+
+    Raises:
+        OSError: if the disk won't have them; callers know what to advise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read(1) == b"\n" else "\n" + lines
+        file.write(lines.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -45,6 +74,8 @@ def appearing(folder: Path) -> Iterator[Path]:
     unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         yield unfinished
+        for path in (*unfinished.rglob("*"), unfinished):
+            _flush(path)
         unfinished.chmod(0o755)  # mkdtemp's 0o700 would keep a shared cache from other users
         os.rename(unfinished, folder)
     finally:

@@ -117,3 +117,10 @@ def describe() -> str:
     name = mx.device_info(device).get("device_name", "")
     text = f"{name} {'CPU' if device.type == mx.cpu else 'GPU'}".strip()
     return f"{text}, rehearsing {wanted}" if (wanted := os.environ.get(REHEARSE)) else text
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is what MLX raises when the memory is full, on Metal, CUDA or a CPU."""
+    text = str(error).lower()
+    signs = ("unable to allocate", "attempting to allocate", "insufficient memory", "out of memory")
+    return isinstance(error, (MemoryError, RuntimeError)) and any(sign in text for sign in signs)

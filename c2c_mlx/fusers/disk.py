@@ -22,7 +22,7 @@ from c2c_mlx import atomic, device
 from c2c_mlx.config import FORMAT_VERSION, FuserConfig, Provenance, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import card
-from c2c_mlx.fusion.fuser import Fuser, parameters, skeleton
+from c2c_mlx.fusion.fuser import FLOAT32, Fuser, parameters, skeleton
 from c2c_mlx.models import untrusted
 
 CONFIG, WEIGHTS, CARD = "config.json", "fuser.safetensors", "README.md"
@@ -36,14 +36,16 @@ def save(fuser: Fuser, folder: str | Path, dtype: mx.Dtype | None = None) -> Non
     Args:
         fuser: the fuser, with its provenance.
         folder: made if it does not exist; other files in it are left alone.
-        dtype: of the weights in the file; None keeps them as they are.
+        dtype: of the weights in the file, but gate logits and statistics, which stay float32 (a
+            channel that hardly moves has a scale that float16 cannot hold); None: as they are.
 
     Raises:
         C2CError: if a weight is NaN or infinite, or the folder can't be written.
     """
     weights = parameters(fuser)
     if dtype is not None:
-        weights = _as(dtype, weights)
+        halved = {n: w for n, w in weights.items() if n not in FLOAT32}
+        weights |= _as(dtype, halved)
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: not saved, '{bad}' holds NaN or infinite numbers")
     with atomic.replacing(folder) as staging:

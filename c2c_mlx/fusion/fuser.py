@@ -24,7 +24,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion.project import GROUP, KV, Slices, message_mean, project, soft_gates
 
 # Statistics and what gates are decided by: float32 whatever the rest is in.
-_FLOAT32 = ("gate_logit", "input_mean", "input_scale", "output_scale")
+FLOAT32 = ("gate_logit", "input_mean", "input_scale", "output_scale")
 
 
 class StackedLinear(nn.Module):
@@ -130,7 +130,7 @@ class Fuser(nn.Module):
         def held(name: str, p: mx.array) -> mx.array:
             if p.dtype == mx.uint32:  # packed
                 return p
-            return p.astype(mx.float32 if name in _FLOAT32 else dtype)
+            return p.astype(mx.float32 if name in FLOAT32 else dtype)
 
         self.update(tree_map_with_path(held, self.parameters()))
 

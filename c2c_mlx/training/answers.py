@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,11 @@ import c2c_mlx.blas  # noqa: F401
 
 from mlx_lm.generate import batch_generate
 
+from c2c_mlx import atomic
 from c2c_mlx.models.load import LanguageModel
-from c2c_mlx.training.data import Chat, Messages
+from c2c_mlx.training.date import on_a_fixed_day
+from c2c_mlx.training.files import ChatRow, Messages
+from c2c_mlx.training.fingerprint import of_weights
 
 BATCH = 32
 
@@ -21,29 +23,37 @@ Answer = tuple[str, bool]  # text, and whether it was cut at the limit
 
 
 def answer_rows(
-    rows: list[Chat],
+    rows: list[ChatRow],
     lm: LanguageModel,
     path: Path,
     max_tokens: int,
     own: bool,
     progress: Callable[[int, int], None],
-) -> list[Chat]:
+) -> list[ChatRow]:
     """Answers the rows that end with the user, greedily; the others come back as they are.
+
+    Where a row says what is to be answered (`answer_to`), that is what the model sees, and the
+    answer is never the receiver's own: it could not give it to what it sees itself.
 
     Args:
         rows: chats.
-        lm: the model that answers.
+        lm: the model that answers; an answer ends at its stop strings, too.
         path: JSON lines of earlier answers; new ones are appended as they come, so an interrupted
             run loses one batch.
         max_tokens: an answer that is longer is cut there.
         own: whether `lm` is the receiver.
         progress: called with answers known and wanted.
     """
+    if not any(map(_is_open, rows)):
+        return rows
+    # Another model, or another limit, has other answers.
+    by = [of_weights(lm.model), max_tokens]
     known = _read(path)
-    wanted = {_key(row.messages): row.messages for row in rows if _is_open(row)}
+    wanted = {_key(by, _asked(row)): _asked(row) for row in rows if _is_open(row)}
     missing = [key for key in wanted if key not in known]
+    tokenizer = on_a_fixed_day(lm.tokenizer)
     prompts = {
-        key: lm.tokenizer.apply_chat_template(
+        key: tokenizer.apply_chat_template(
             wanted[key], add_generation_prompt=True, enable_thinking=False
         )
         for key in missing
@@ -59,30 +69,43 @@ def answer_rows(
             return_token_ids=True,
         )
         assert answers.token_ids is not None
-        fresh: dict[str, Answer] = {
-            key: (text.strip(), len(ids) >= max_tokens)
+        fresh = {
+            key: ended(text, len(ids) >= max_tokens, lm.stop_strings)
             for key, text, ids in zip(keys, answers.texts, answers.token_ids, strict=True)
         }
-        _append(path, fresh)
+        atomic.append(
+            path,
+            "".join(json.dumps([key, *a], ensure_ascii=False) + "\n" for key, a in fresh.items()),
+        )
         known |= fresh
         progress(len(wanted) - len(missing) + at + len(keys), len(wanted))
     return [
-        _answered(row, known[_key(row.messages)], own) if _is_open(row) else row for row in rows
+        _answered(row, known[_key(by, _asked(row))], own) if _is_open(row) else row for row in rows
     ]
 
 
-def _is_open(row: Chat) -> bool:
+def ended(text: str, cut: bool, stop_strings: tuple[str, ...]) -> Answer:
+    """What a model wrote, up to the first stop string; behind one, nothing was cut off."""
+    at = min((at for s in stop_strings if (at := text.find(s)) >= 0), default=-1)
+    return (text.strip(), cut) if at < 0 else (text[:at].strip(), False)
+
+
+def _is_open(row: ChatRow) -> bool:
     return row.messages[-1]["role"] == "user"
 
 
-def _answered(row: Chat, answer: Answer, own: bool) -> Chat:
+def _asked(row: ChatRow) -> Messages:
+    return row.answer_to or row.messages
+
+
+def _answered(row: ChatRow, answer: Answer, own: bool) -> ChatRow:
     text, cut = answer
     messages = [*row.messages, {"role": "assistant", "content": text}]
-    return replace(row, messages=messages, own=own, cut=cut)
+    return replace(row, messages=messages, own=row.own or (own and not row.answer_to), cut=cut)
 
 
-def _key(messages: Messages) -> str:
-    return json.dumps(messages, ensure_ascii=False)
+def _key(by: list[object], messages: Messages) -> str:
+    return json.dumps([*by, messages], ensure_ascii=False)
 
 
 def _read(path: Path) -> dict[str, Answer]:
@@ -96,12 +119,3 @@ def _read(path: Path) -> dict[str, Answer]:
             continue  # the last line of a run that was killed while writing
         known[key] = (text, cut)
     return known
-
-
-def _append(path: Path, answers: dict[str, Answer]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for key, answer in answers.items():
-            file.write(json.dumps([key, *answer], ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.progress import Progress as Loading
+from c2c_mlx.progress import Progress
 
 
 class Display:
@@ -28,20 +28,20 @@ class Display:
         self.console = Console(
             file=sys.stderr, stderr=True, quiet=not is_first, highlight=False, soft_wrap=True
         )
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+        self.bar = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[figures]}"),
+            rich_progress.TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task("loading", total=None, figures="")
+        self.task = self.bar.add_task("loading", total=None, figures="")
         self.figures = ""
 
     def __enter__(self) -> Display:
-        self.progress.start()
+        self.bar.start()
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class Display:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        self.bar.stop()
 
     def say(self, line: str) -> None:
         """One line for the record."""
@@ -58,17 +58,19 @@ class Display:
 
     def count(self, what: str, done: int, total: int) -> None:
         """Something long that is not training."""
-        self.progress.update(self.task, description=what, completed=done, total=total)
+        self.bar.update(self.task, description=what, completed=done, total=total)
         if not self.console.is_terminal:
             self.say(f"{what}: {done} of {total}")
 
-    def fetching(self, p: Loading) -> None:
+    def loading(self, progress: Progress) -> None:
         """Downloads and conversions."""
-        self.progress.update(self.task, description=p.what, completed=p.done, total=p.total)
+        self.bar.update(
+            self.task, description=progress.what, completed=progress.done, total=progress.total
+        )
 
     def step(self, step: int, loss: float) -> None:
         """One step more."""
-        self.progress.update(
+        self.bar.update(
             self.task,
             description="training",
             completed=step,
@@ -76,21 +78,25 @@ class Display:
             figures=f"loss {loss:.3f}  {self.figures}",
         )
 
-    def report(self, report: dict[str, float]) -> None:
+    def report(self, metrics: dict[str, float]) -> None:
         """What goes to metrics.jsonl, for people."""
         self.figures = (
-            f"{report['tokens_per_s']:.0f} tokens/s  {report['peak_memory_gb']:.1f} GB  "
-            f"{report['gates_open']} gates open"
+            f"{metrics['tokens_per_s']:.0f} tokens/s  {metrics['peak_memory_gb']:.1f} GB  "
+            f"{metrics['gates_open']} gates open"
         )
-        if "valid_loss" in report or not self.console.is_terminal:
-            line = f"step {report['step']}/{self.iters}  loss {report['loss']:.3f}  {self.figures}"
-            if "valid_loss" in report:
-                line += (
-                    f"  valid: c2c {report['valid_loss']:.3f}, shuffled sharer "
-                    f"{report['valid_shuffled_loss']:.3f}, receiver alone "
-                    f"{report['valid_receiver_loss']:.3f}"
-                )
-            self.say(line)
+        measured = [
+            f"{what} {metrics[key]:.3f}"
+            for what, key in (
+                ("c2c", "valid_loss"),
+                ("shuffled sharer", "valid_shuffled_loss"),
+                ("receiver alone", "valid_receiver_loss"),
+            )
+            if key in metrics
+        ]
+        if measured or not self.console.is_terminal:
+            valid = f"  valid: {', '.join(measured)}" if measured else ""
+            head = f"step {metrics['step']}/{self.iters}  loss {metrics['loss']:.3f}"
+            self.say(f"{head}  {self.figures}{valid}")
 
 
 def tracker(name: str, run: Path, config: dict[str, Any]) -> Any:

@@ -1,4 +1,7 @@
-"""One training step's tensors: frozen prefills, fusion, and the loss on the response alone."""
+"""One training step's tensors: frozen prefills, fusion, and the loss on the response alone.
+
+The models keep their precision; what the fuser reads and what is scored is float32.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fuser import Change
 from c2c_mlx.fusion.project import KV
+from c2c_mlx.training.batch import Batch, Padded
 from c2c_mlx.training.caches import TrainingCache, training_cache
-from c2c_mlx.training.data import Batch, Padded
 
 PrefixMemo = dict[tuple[int, ...], list[kv.StackedKV]]
 
@@ -57,7 +60,7 @@ def fuse(c2c: C2C, own: kv.Cache, sharer: KV, batch: Batch) -> tuple[kv.Cache, C
     """
     if batch.start == batch.stop:
         return [c.copy() for c in own], None
-    part = kv.read(own, c2c.receiver_layers, batch.start, batch.stop)
+    part = read_receiver(c2c, own, batch)
     change = c2c.change(sharer, part, batch.messages, first_position(batch))
     added = {
         (c2c.receiver_layers[at], kind): delta
@@ -80,18 +83,26 @@ def first_position(batch: Batch) -> Any:
 
 
 def _add(x: mx.array, delta: mx.array | None, start: int) -> mx.array:
-    """Adds delta [B, H, M, D] to x [B, H, N, D] at `start`."""
+    """Adds delta [B, H, M, D] to x [B, H, N, D] at `start`, in x's precision."""
     if delta is None:
         return x
     stop = start + delta.shape[2]
-    parts = [x[:, :, :start], x[:, :, start:stop] + delta, x[:, :, stop:]]
+    parts = [x[:, :, :start], x[:, :, start:stop] + delta.astype(x.dtype), x[:, :, stop:]]
     return mx.concatenate([p for p in parts if p.shape[2]], axis=2)
 
 
+def read_receiver(c2c: C2C, own: kv.Cache, batch: Batch) -> kv.StackedKV:
+    """The receiver's fused layers in the fused columns, [L, B, Hr, stop - start, Dr], float32."""
+    part = kv.read(own, c2c.receiver_layers, batch.start, batch.stop)
+    return kv.StackedKV(*(x.astype(mx.float32) for x in part))
+
+
 def read_sharer(c2c: C2C, cache: kv.Cache, batch: Batch) -> KV:
-    """The sharer's keys and values for the fused columns, [L, B, Hs, stop - start, Ds]."""
+    """What feeds the fused columns, [L, B, Hs, stop - start, Ds], float32."""
     padding = batch.sharer.padding
-    return c2c.read_sharer(cache, batch.index, mx.array(-padding) if padding.any() else 0)
+    offset = mx.array(-padding) if padding.any() else 0
+    keys, values = c2c.read_sharer(cache, batch.index, offset)
+    return keys.astype(mx.float32), values.astype(mx.float32)
 
 
 def zeroed(c2c: C2C, batch: Batch) -> KV:
@@ -117,7 +128,7 @@ def response_loss(
     """
     with _recomputed(receiver) if recompute else nullcontext():
         logits = receiver(mx.array(batch.inputs), cache=cache)
-    losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(batch.targets))
     return (losses * mx.array(batch.mask.astype(np.float32))).sum()
 
 

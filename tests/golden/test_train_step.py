@@ -21,7 +21,8 @@ from mlx.utils import tree_flatten
 from c2c_mlx import C2C, Fuser
 from c2c_mlx.fusers.published import convert, reference_name
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.data import Batch, Example, collate
+from c2c_mlx.training.batch import Batch, collate
+from c2c_mlx.training.dataset import Example
 
 CASE, MODELS = "extras/train_step/qwen3_llama", "e2e/qwen3_llama"
 TOLERANCE = 1e-4

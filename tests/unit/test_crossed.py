@@ -20,8 +20,9 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.talk import crossed
 from c2c_mlx.text.words import token_texts, words
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.data import Chat as Row
-from c2c_mlx.training.data import collate, make_example
+from c2c_mlx.training.batch import collate
+from c2c_mlx.training.dataset import make_example
+from c2c_mlx.training.files import ChatRow
 
 SAMPLING = SamplingConfig(max_tokens=9, temp=1.0, seed=5)
 MakeSession = Callable[..., ChatSession]
@@ -63,7 +64,9 @@ def test_it_is_what_a_zeroed_sharer_of_training_loses(make: MakeSession) -> None
     session = make()
     ask(session, "Who wrote it?")
     ids = list(session._decoded.ids)
-    row = Row([{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "x"}])
+    row = ChatRow(
+        [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "x"}]
+    )
     tokenizers = (session.receiver.tokenizer, session.sharers[0].tokenizer)
     example = replace(make_example(row, *tokenizers, "span"), response_ids=ids)
     c2c = session.links[0]

@@ -23,7 +23,9 @@ from c2c_mlx.events import Finished, Mode
 from c2c_mlx.talk import relay
 from c2c_mlx.text.tokens import response_ids
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.data import Chat, Example, collate, make_example
+from c2c_mlx.training.batch import collate
+from c2c_mlx.training.dataset import Example, make_example
+from c2c_mlx.training.files import ChatRow
 
 TOKENS = 9
 ITEMS = [
@@ -153,7 +155,7 @@ def test_controls_lose_what_training_says_they_lose(make: Make, mode: str) -> No
 
         def example(item: Item) -> Example:
             said = {"role": "assistant", "content": item.reference}
-            return make_example(Chat([*item.messages, said]), *tokenizers, "span")
+            return make_example(ChatRow([*item.messages, said]), *tokenizers, "span")
 
         fed = example(item)
         if mode == "c2c-shuffled":

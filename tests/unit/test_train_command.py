@@ -22,8 +22,8 @@ from rich.console import Console
 
 from c2c_mlx import Fuser
 from c2c_mlx.commands import train
+from c2c_mlx.training.checkpoints import all_of
 from c2c_mlx.training.plot import read_reports
-from c2c_mlx.training.trainer import checkpoints
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
@@ -97,7 +97,8 @@ def test_a_file_describes_a_run_and_flags_override_it(
         ("- iters", "expected keys with values"),
         ("a: [", "not YAML"),
         ("preset: huge", "must be one of tiny, small, paper"),
-        ("data: 3", "'data' cannot be 3"),
+        ("track: paper", "must be one of wandb, swanlab"),
+        ("data: 3", "'data' must be a list"),
         ("fuser_config: {hidden: 3}", "fuser_config: unknown key 'hidden'"),
         ("fuser_config: {bits: 8}", "'bits' is for a trained fuser"),
         ("fuser_config: {fuse_response: true}", "'fuse_response' cannot be trained here"),
@@ -191,14 +192,14 @@ def test_kill_9_loses_nothing_that_a_checkpoint_holds(
     ]
     cut += [*common, "--out", str(tmp_path / "cut")]
     for step in ("step 4/", "step 8/"):
-        resume = ["--resume"] if checkpoints(tmp_path / "cut") else []
+        resume = ["--resume"] if all_of(tmp_path / "cut") else []
         with subprocess.Popen([*cut, *resume], stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             for line in process.stderr:
                 if line.startswith(step):
                     process.kill()
         assert process.returncode == -signal.SIGKILL
-        assert checkpoints(tmp_path / "cut")
+        assert all_of(tmp_path / "cut")
     assert call(*common, "--out", tmp_path / "cut", "--resume")[0] == 0
     assert_same(tmp_path / "cut", tmp_path / "whole")
     reports = [read_reports(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole")]
@@ -219,7 +220,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(
     monkeypatch.setattr(os, "fsync", full)
     code, err = call(*run, "--resume")
     assert code == 2 and "No space left on device" in err.splitlines()[-1]
-    assert [c.name for c in checkpoints(tmp_path / "run")] == ["0000004"]
+    assert [c.name for c in all_of(tmp_path / "run")] == ["0000004"]
     monkeypatch.setattr(os, "fsync", fsync)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     assert call(*run, "--resume")[0] == 0

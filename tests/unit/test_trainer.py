@@ -22,9 +22,14 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.project import inputs
+from c2c_mlx.training import interrupt
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.data import Batch, Chat, Dataset, Example, Source, collate
-from c2c_mlx.training.trainer import Report, Trainer, checkpoints, measure_inputs, new_fuser
+from c2c_mlx.training.batch import Batch, collate
+from c2c_mlx.training.checkpoints import Metrics, all_of
+from c2c_mlx.training.dataset import Dataset, Example, Source
+from c2c_mlx.training.files import ChatRow
+from c2c_mlx.training.start import measure_inputs, new_fuser
+from c2c_mlx.training.trainer import Trainer
 
 POSITIONS = ["all", "from_first_message", "messages"]
 
@@ -32,7 +37,7 @@ POSITIONS = ["all", "from_first_message", "messages"]
 @pytest.fixture(scope="module")
 def dataset(receiver: LanguageModel, sharer: LanguageModel) -> Dataset:
     rows = [
-        Chat(
+        ChatRow(
             [
                 {"role": "user", "content": f"say {i}" + " please" * (i % 4)},
                 {"role": "assistant", "content": f"{i}" + " so" * (i % 3)},
@@ -53,6 +58,7 @@ def examples(dataset: Dataset) -> list[Example]:
 
 
 Make = Callable[..., Trainer]
+Say = Callable[[str], None]
 
 
 @pytest.fixture
@@ -61,7 +67,9 @@ def make(
 ) -> Make:
     """A trainer; fields of both configurations may be given."""
 
-    def make(folder: Path, **options: Any) -> Trainer:
+    def make(
+        folder: Path, say: Callable[[str], None] = lambda line: None, **options: Any
+    ) -> Trainer:
         names = FuserConfig.__dataclass_fields__
         fields = {k: options.pop(k) for k in list(options) if k in names}
         config = TrainConfig(
@@ -74,15 +82,15 @@ def make(
         )
         folder.mkdir(parents=True, exist_ok=True)
         c2c = C2C(receiver.model, sharer.model, fuser)
-        trainer = Trainer(c2c, dataset, examples[:4], config, folder)
+        trainer = Trainer(c2c, dataset, examples[:4], config, folder, say=say)
         fuser.temperature = trainer.temperature  # as `run` does before its first step
         return trainer
 
     return make
 
 
-def run(trainer: Trainer) -> list[Report]:
-    reports: list[Report] = []
+def run(trainer: Trainer) -> list[Metrics]:
+    reports: list[Metrics] = []
     trainer.run(reports.append)
     return reports
 
@@ -212,14 +220,52 @@ def test_prefills_are_kept_up_to_the_limit(
     make: Make, examples: list[Example], tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept"
-    trainer = make(tmp_path, prefill_cache=str(kept), prefill_cache_gb=20e-6)
+    said: list[str] = []
+    trainer = make(tmp_path, prefill_cache=str(kept), prefill_cache_gb=20e-6, say=said.append)
     batch = collate(examples, "all")
     first = loss_of(trainer, batch)
     files = list(kept.rglob("*.safetensors"))
     assert 0 < len(files) < len(examples)
     assert sum(f.stat().st_size for f in files) < 25e3
+    assert len(said) == 1 and "--prefill-cache-gb" in said[0]
     files[0].write_bytes(b"torn")
     assert loss_of(make(tmp_path, prefill_cache=str(kept)), batch) == first
+
+
+def test_a_kept_prefill_depends_on_its_chat_alone(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    """So a run is the same, whatever was kept when, and by whom."""
+    together = make(tmp_path / "a", prefill_cache=str(tmp_path / "kept"))
+    batch = collate(examples[:6], "all")
+    whole = loss_of(together, batch)
+    for path in [*(tmp_path / "kept").rglob("*.safetensors")][:2]:
+        path.unlink()
+    parts = make(tmp_path / "b", prefill_cache=str(tmp_path / "kept"))
+    assert loss_of(parts, batch) == whole
+    alone = make(tmp_path / "c", prefill_cache=str(tmp_path / "alone"))
+    for e in examples[5::-1]:
+        alone.prefills(collate([e], "all"))
+    alone.c2c.sharer = None
+    assert loss_of(alone, batch) == whole
+
+
+def test_other_weights_have_prefills_of_their_own(
+    make: Make, examples: list[Example], tmp_path: Path, receiver: LanguageModel
+) -> None:
+    """Names alone do not say how a model was quantised."""
+    batch, kept = collate(examples[:3], "all"), str(tmp_path / "kept")
+    loss_of(make(tmp_path / "a", prefill_cache=kept), batch)
+    other = make(tmp_path / "b", prefill_cache=kept)
+    norm = other.c2c.receiver.model.norm
+    weight, norm.weight = norm.weight, norm.weight * 1.5
+    try:
+        other = make(tmp_path / "b", prefill_cache=kept)
+        expected = loss_of(make(tmp_path / "c"), batch)
+        assert loss_of(other, batch) == pytest.approx(expected, rel=1e-3)
+    finally:
+        norm.weight = weight
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 NOISY = {"gates": "learned", "dropout": 0.3}
@@ -236,11 +282,11 @@ def test_a_resumed_run_gives_the_same_weights(
     whole = make(tmp_path / "whole", **options)
     before = weights(whole)
     reports = run(whole)
-    assert [c.name for c in checkpoints(tmp_path / "whole")] == ["0000003", "0000006"]
+    assert [c.name for c in all_of(tmp_path / "whole")] == ["0000003", "0000006"]
 
     mx.random.normal((5,))  # whatever else drew numbers in the meantime
     resumed = make(tmp_path / "resumed", **options)
-    resumed.resume(checkpoints(tmp_path / "whole")[0])
+    resumed.resume(all_of(tmp_path / "whole")[0])
     assert resumed.step == 3 and not same(weights(resumed), before)
     again = run(resumed)
     assert same(weights(resumed), weights(whole))
@@ -261,19 +307,133 @@ def test_ctrl_c_saves_a_checkpoint_that_continues_exactly(make: Make, tmp_path: 
         return loss_and_grad(*args)
 
     cut._loss_and_grad = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        cut.run()
+    said: list[str] = []
+    with interrupt.noticed(lambda: said.append("stopping")) as stopped:
+        cut.run(stopped=stopped)
+    assert said == ["stopping"] and not cut.finished
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert Fuser.load(tmp_path / "cut").provenance.steps == 2
     resumed = make(tmp_path / "cut", **NOISY)
-    resumed.resume(checkpoints(tmp_path / "cut")[-1])
+    resumed.resume(all_of(tmp_path / "cut")[-1])
     assert resumed.step == 2
     run(resumed)
     assert same(weights(resumed), weights(whole))
 
 
+def test_a_second_ctrl_c_is_raised_at_once() -> None:
+    with interrupt.noticed(lambda: None) as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning_rate": 0.001}, "learning_rate was 0.003, is 0.001"),
+        ({"batch_size": 2}, "batch_size was 3, is 2"),
+        ({"activation": "silu"}, "fuser_config.activation was gelu, is silu"),
+        ({"hidden_dim": 8}, "fuser_config.hidden_dim was 16, is 8"),
+        ({"prefill_cache": "kept"}, "prefill_cache was False, is True"),
+        ({"seed": 7, "clip": 2.0}, "clip was 1.0, is 2.0, seed was 0, is 7"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_resumed(
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(make(tmp_path, iters=3))
+    other = make(tmp_path, **options)
+    before = weights(other)
+    with pytest.raises(C2CError) as e:
+        other.resume(all_of(tmp_path)[-1])
+    assert words in str(e.value) and "\n" not in str(e.value)
+    assert same(weights(other), before) and other.step == 0
+
+
+def test_other_chats_or_models_are_not_resumed(make: Make, tmp_path: Path) -> None:
+    run(make(tmp_path, iters=3))
+    other = make(tmp_path)
+    rows = other.train.sources[0].rows
+    other.train.sources[0] = Source(rows[:-1], 1.0)
+    chats = other.train.fingerprint()
+    other.train.sources[0] = Source(rows, 1.0)
+    for name, value in (("chats", chats), ("weights of the sharer", "f" * 16)):
+        changed = make(tmp_path)
+        assert changed.settings[name] != value
+        changed.settings[name] = value
+        with pytest.raises(C2CError, match=f"other {name}"):
+            changed.resume(all_of(tmp_path)[-1])
+
+
+def test_what_is_told_and_kept_may_change_and_a_run_may_get_longer(
+    make: Make, tmp_path: Path
+) -> None:
+    run(make(tmp_path, iters=3))
+    said: list[str] = []
+    free = {"report_every": 1, "eval_every": 2, "save_every": 1, "keep_checkpoints": 1}
+    longer = make(tmp_path, iters=4, grad_checkpoint=True, say=said.append, **free)
+    longer.resume(all_of(tmp_path)[-1])
+    assert longer.step == 3 and not longer.finished
+    assert said == [
+        "grad_checkpoint was False, is True from here on",
+        "iters was 3, is 4 from here on",
+    ]
+    run(longer)
+    assert longer.finished and [c.name for c in all_of(tmp_path)] == ["0000004"]
+
+
+def test_a_finished_run_that_is_resumed_is_finished_and_keeps_its_figures(
+    make: Make, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path)
+    reports = run(trainer)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = make(tmp_path)
+    again.resume(all_of(tmp_path)[-1])
+    assert again.finished and again.measured == reports[-1] and again.best == trainer.best
+    assert run(again) == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_damaged_checkpoint_is_named(make: Make, tmp_path: Path) -> None:
+    run(make(tmp_path, iters=3))
+    (tmp_path / "checkpoints" / "0000003" / "state.json").write_text('{"step": 3}')
+    with pytest.raises(C2CError, match=r"0000003: damaged, or of another version"):
+        make(tmp_path).resume(all_of(tmp_path)[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "--resume with --grad-checkpoint, or start again .* --batch-size 1 --accumulate 2"),
+        ({"grad_checkpoint": True, "batch_size": 1}, r"^step 1 .*: start again .*--max-tokens"),
+    ],
+)
+def test_a_step_that_does_not_fit_ends_in_advice(
+    make: Make, tmp_path: Path, options: dict[str, Any], advice: str
+) -> None:
+    trainer = make(tmp_path, **options)
+
+    def full(*_: Any) -> Any:
+        raise RuntimeError("[metal::malloc] Unable to allocate 17179869184 bytes.")
+
+    trainer._loss_and_grad = full
+    with pytest.raises(C2CError, match=advice) as e:
+        run(trainer)
+    assert "\n" not in str(e.value)
+
+
 def test_old_checkpoints_go(make: Make, tmp_path: Path) -> None:
     run(make(tmp_path, iters=5, save_every=1, keep_checkpoints=3))
-    assert [c.name for c in checkpoints(tmp_path)] == ["0000003", "0000004", "0000005"]
+    assert [c.name for c in all_of(tmp_path)] == ["0000003", "0000004", "0000005"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -286,10 +446,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_changes_nothing(
     before = weights(trainer)
     with pytest.raises(C2CError, match="step 1: the loss is nan") as e:
         run(trainer)
-    assert "--resume" in str(e.value) and len(re.findall("chats, line", str(e.value))) == 3
+    assert "--fuser" in str(e.value) and len(re.findall("chats, line", str(e.value))) == 3
     after = weights(trainer)
     assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
-    assert trainer.step == 0 and checkpoints(tmp_path) == []
+    assert trainer.step == 0 and all_of(tmp_path) == []
 
 
 # --- what a run reports and leaves
@@ -302,7 +462,7 @@ def test_reports_and_files(make: Make, tmp_path: Path) -> None:
     assert ["valid_loss" in r for r in reports] == [False, True, True]
     logged = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in logged] == reports
-    assert trainer.final == reports[-1]
+    assert trainer.measured == reports[-1]
     assert trainer.best == min(r["valid_loss"] for r in reports[1:])
     best = Fuser.load(tmp_path / "best")
     assert best.config == trainer.c2c.fuser.config
@@ -310,10 +470,18 @@ def test_reports_and_files(make: Make, tmp_path: Path) -> None:
     assert reports[-1]["tokens"] == trainer.tokens > 0
 
 
-def test_without_validation_there_is_no_best(make: Make, tmp_path: Path) -> None:
-    trainer = make(tmp_path, iters=2)
+def test_without_validation_there_is_a_fuser_and_no_best(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path, iters=5, eval_every=2)
     trainer.valid = []
-    assert "valid_loss" not in run(trainer)[-1]
+    steps = []
+
+    def look(step: int, loss: float) -> None:
+        there = (tmp_path / "config.json").exists()
+        steps.append(Fuser.load(tmp_path).provenance.steps if there else None)
+
+    trainer.run(on_step=look)
+    assert steps == [None, None, 2, 2, 4]  # what was there when each step ended
+    assert Fuser.load(tmp_path).provenance.steps == 5
     assert not (tmp_path / "best").exists()
 
 
@@ -327,6 +495,21 @@ def test_a_fuser_that_is_closed_loses_what_the_receiver_alone_loses(
     opened = make(tmp_path).evaluate()
     assert opened["valid_receiver_loss"] == measured["valid_receiver_loss"]
     assert len(set(opened.values())) == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_sharers_are_shuffled_over_all_chats(make: Make, tmp_path: Path, batch_size: int) -> None:
+    """Not within a batch: of one chat, as the last of four by threes, it would be its own."""
+    measured = make(tmp_path, batch_size=batch_size).evaluate()
+    assert measured["valid_shuffled_loss"] != measured["valid_loss"]
+    expected = make(tmp_path).evaluate()
+    assert measured == {name: pytest.approx(loss, rel=1e-5) for name, loss in expected.items()}
+
+
+def test_a_single_chat_has_no_other_sharer(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.valid = trainer.valid[:1]
+    assert set(run(trainer)[-1]) & {"valid_loss", "valid_shuffled_loss"} == {"valid_loss"}
 
 
 def test_the_control_does_not_read_the_sharer(make: Make, tmp_path: Path) -> None:
@@ -406,5 +589,9 @@ def test_a_chat_with_nothing_to_fuse_can_be_in_a_batch(
     nothing = Example([1, 2, 3], [4], np.zeros(3, np.int32), np.full(3, -1, np.int32), [7])
     trainer = make(tmp_path, positions="messages", message_gate=True)
     alone = [loss_of(trainer, collate([e], "messages")) for e in (nothing, examples[0])]
-    both = loss_of(trainer, collate([nothing, examples[0]], "messages"))
-    assert both == pytest.approx(sum(alone), rel=1e-5)
+    both = collate([nothing, examples[0]], "messages")
+    assert loss_of(trainer, both) == pytest.approx(sum(alone), rel=1e-5)
+    kept = str(tmp_path / "kept")
+    for _ in range(2):  # computed, then read
+        keeping = make(tmp_path, positions="messages", message_gate=True, prefill_cache=kept)
+        assert loss_of(keeping, both) == pytest.approx(sum(alone), rel=1e-3)

@@ -15,8 +15,8 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from c2c_mlx import LanguageModel
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
+from c2c_mlx.training.batch import pad
 from c2c_mlx.training.caches import training_cache
-from c2c_mlx.training.data import pad
 from c2c_mlx.training.loss import prefill
 
 

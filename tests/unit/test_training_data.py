@@ -1,12 +1,10 @@
-"""Chats on disk, batches laid out with padding behind what is shared, and streams that resume."""
+"""Batches laid out with padding behind what is shared, and streams that resume."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -14,19 +12,15 @@ import c2c_mlx.blas  # noqa: F401
 import numpy as np
 import pytest
 
-from c2c_mlx import LanguageModel
+from c2c_mlx import LanguageModel, load_model
 from c2c_mlx.errors import C2CError
-from c2c_mlx.training import data
-from c2c_mlx.training.data import (
-    Chat,
-    Dataset,
-    Example,
-    Source,
-    collate,
-    make_example,
-    pad,
-    read_rows,
-)
+from c2c_mlx.text.alignment import message_groups
+from c2c_mlx.text.rendering import render
+from c2c_mlx.training import dataset as dataset_module
+from c2c_mlx.training.batch import collate, pad
+from c2c_mlx.training.dataset import Dataset, Example, Source, make_example
+from c2c_mlx.training.date import on_a_fixed_day
+from c2c_mlx.training.files import ChatRow
 
 
 def user(content: str) -> dict[str, str]:
@@ -35,85 +29,6 @@ def user(content: str) -> dict[str, str]:
 
 def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
-
-
-# --- reading
-
-
-def write(path: Path, *rows: Any) -> Path:
-    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def test_both_forms_are_read(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "train.jsonl",
-        {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")], "id": 3},
-        "",
-        {"prompt": "2 + 2?", "completion": "4"},
-    )
-    rows = read_rows(path)
-    assert rows == [
-        Chat([{"role": "system", "content": "s"}, user("q"), assistant("a")]),
-        Chat([user("2 + 2?"), assistant("4")]),
-    ]
-    assert [row.where for row in rows] == [f"{path}, line 1", f"{path}, line 3"]
-
-
-@pytest.mark.parametrize("odd", ["\u2028", "\u0085", "\x0c", "\r\n", "a\tb"])
-def test_a_text_may_hold_any_character(tmp_path: Path, odd: str) -> None:
-    row = json.dumps({"prompt": f"a{odd}b", "completion": "c"}, ensure_ascii=False)
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(f"{row}\r\n{row}".encode())
-    assert read_rows(path) == [Chat([user(f"a{odd}b"), assistant("c")])] * 2
-
-
-def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "train.jsonl",
-        {"prompt": "q"},
-        {"messages": [user("q")]},
-        {"messages": [user("q"), assistant("a"), user("r")]},
-        {"prompt": "q", "completion": "a"},
-    )
-    lasts = [row.messages[-1]["role"] for row in read_rows(path, unanswered=True)]
-    assert lasts == ["user", "user", "user", "assistant"]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("{", "not JSON"),
-        ("[1]", "needs 'messages'"),
-        ({}, "needs 'messages'"),
-        ({"messages": "hi"}, "needs 'messages'"),
-        ({"messages": [{"role": "user"}]}, "needs 'messages'"),
-        ({"messages": [{"role": "user", "content": 3}, assistant("a")]}, "needs 'messages'"),
-        ({"messages": []}, "the last message must be the assistant's"),
-        ({"messages": [assistant("a")]}, "after at least one more"),
-        ({"messages": [user("q")]}, "the last message must be the assistant's"),
-        ({"prompt": "q"}, "--answer-with"),
-        ({"prompt": "q", "completion": 4}, "needs a 'completion'"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
-    good = {"prompt": "q", "completion": "a"}
-    path = write(tmp_path / "train.jsonl", good, "", row, good)
-    with pytest.raises(C2CError) as e:
-        read_rows(path)
-    assert str(e.value).startswith(f"{path}, line 3: ")
-    assert message in str(e.value)
-
-
-def test_a_file_that_cannot_be_read_or_is_empty(tmp_path: Path) -> None:
-    with pytest.raises(C2CError, match="cannot read .*missing.jsonl: No such file"):
-        read_rows(tmp_path / "missing.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
-    with pytest.raises(C2CError, match=r"cannot read .*latin\.jsonl"):
-        read_rows(tmp_path / "latin.jsonl")
-    with pytest.raises(C2CError, match=r"empty\.jsonl is empty"):
-        read_rows(write(tmp_path / "empty.jsonl", ""))
 
 
 # --- padding
@@ -177,7 +92,7 @@ def test_collate_feeds_every_position_from_where_it_should(positions: str) -> No
     assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (3, 4)
     assert batch.tokens == 4 + 1 + 3
     for row, e in enumerate(EXAMPLES):
-        fused = data.message_groups(e.message[:-1], positions)
+        fused = message_groups(e.message[:-1], positions)
         own = batch.receiver.columns(np.arange(len(fused)), row)
         assert batch.receiver.ids[row, own].tolist() == e.receiver_ids[:-1]
         expected = {int(c): i for i, c in enumerate(own) if fused[i] >= 0}
@@ -211,7 +126,7 @@ def test_a_batch_with_nothing_to_fuse() -> None:
 
 
 def test_a_chat_becomes_an_example(receiver: LanguageModel, sharer: LanguageModel) -> None:
-    chat = Chat([user("Who wrote it?"), assistant("Ann.")])
+    chat = ChatRow([user("Who wrote it?"), assistant("Ann.")])
     made = make_example(chat, receiver.tokenizer, sharer.tokenizer, "span")
     prompt = receiver.tokenizer.decode(made.receiver_ids)
     assert prompt.startswith("<|im_start|>user\nWho wrote it?<|im_end|>")
@@ -224,7 +139,7 @@ def test_a_chat_becomes_an_example(receiver: LanguageModel, sharer: LanguageMode
 def test_an_answer_that_was_cut_teaches_no_end(
     receiver: LanguageModel, sharer: LanguageModel
 ) -> None:
-    chat = Chat([user("Who wrote it?"), assistant("Ann and")], own=True)
+    chat = ChatRow([user("Who wrote it?"), assistant("Ann and")], own=True)
     whole = make_example(chat, receiver.tokenizer, sharer.tokenizer, "span")
     cut = make_example(replace(chat, cut=True), receiver.tokenizer, sharer.tokenizer, "span")
     assert whole.own and cut.own
@@ -248,9 +163,9 @@ def dataset(
     receiver: LanguageModel, sharer: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> Dataset:
     """Two sources, 23 rows and 4 rows of twice the weight per row; windows of 3 batches."""
-    monkeypatch.setattr(data, "WINDOW", 3)
-    many = [Chat([user(f"n {i} " + "and " * (i % 5)), assistant(f"{i}")]) for i in range(23)]
-    few = [Chat([user(f"m {i}"), assistant(f"{100 + i}")]) for i in range(4)]
+    monkeypatch.setattr(dataset_module, "WINDOW", 3)
+    many = [ChatRow([user(f"n {i} " + "and " * (i % 5)), assistant(f"{i}")]) for i in range(23)]
+    few = [ChatRow([user(f"m {i}"), assistant(f"{100 + i}")]) for i in range(4)]
     sources = [Source(many, 2.0), Source(few, 1.0)]
     return Dataset(sources, receiver.tokenizer, sharer.tokenizer, "span", 64)
 
@@ -290,13 +205,64 @@ def test_batches_are_of_similar_length(dataset: Dataset) -> None:
         assert lengths == sorted(lengths)
 
 
-def test_long_chats_are_left_out_and_counted(
+def test_long_chats_are_left_out_and_counted_once(
     receiver: LanguageModel, sharer: LanguageModel
 ) -> None:
-    rows = [Chat([user("hi"), assistant("a")]), Chat([user("hi " * 99), assistant("a")])]
+    rows = [ChatRow([user("hi"), assistant("a")]), ChatRow([user("hi " * 99), assistant("a")])]
     dataset = Dataset([Source(rows, 1.0)], receiver.tokenizer, sharer.tokenizer, "span", 40)
-    (_, batch), *_ = islice(dataset.batches(8, 0), 1)
-    assert (len(batch), dataset.skipped) == (1, 1)
+    batches = [batch for _, batch in islice(dataset.batches(8, 0), 5)]
+    assert [len(batch) for batch in batches] == [1] * 5
+    assert len(dataset.too_long) == 1
     hopeless = Dataset([Source(rows[1:], 1.0)], receiver.tokenizer, sharer.tokenizer, "span", 40)
     with pytest.raises(C2CError, match=r"longer than 40 tokens"):
         next(hopeless.batches(8, 0))
+
+
+# --- what must not depend on the day
+
+
+# As Llama 3.2, SmolLM3 and Mistral write it.
+DATED = {
+    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+    "{%- endif %}{{ date_string }}": "26 Jul 2024",
+    "{%- set today = strftime_now('%d %B %Y') -%}{{ today }}": "26 July 2024",
+    "{%- macro now(f) %}{{ strftime_now(f) }}{% endmacro %}{{ now('%Y-%m-%d') }}": "2024-07-26",
+}
+
+
+@pytest.mark.parametrize("template", DATED)
+def test_a_template_tells_the_same_date_every_day(
+    receiver: LanguageModel, sharer: LanguageModel, template: str
+) -> None:
+    tokenizer = load_model(receiver.path).tokenizer  # its template is changed
+    tokenizer.chat_template = template + " " + tokenizer.chat_template
+    rows = [ChatRow([user("hi"), assistant("a")])]
+    dataset = Dataset([Source(rows, 1.0)], tokenizer, sharer.tokenizer, "span", 99)
+    example = dataset.example(rows[0])
+    assert example is not None
+    today = render(rows[0].messages[:-1], tokenizer)
+    fixed = tokenizer.decode(example.receiver_ids)
+    assert fixed.startswith(DATED[template]) and not today.startswith(DATED[template])
+    assert fixed[len(DATED[template]) :] in today  # and nothing else is changed
+    assert tokenizer.decode(example.response_ids).startswith("a<|im_end|>")
+
+
+def test_a_template_without_a_date_is_left_alone(receiver: LanguageModel) -> None:
+    assert on_a_fixed_day(receiver.tokenizer) is receiver.tokenizer
+
+
+def test_a_fingerprint_tells_chats_weights_and_templates_apart(
+    receiver: LanguageModel, sharer: LanguageModel
+) -> None:
+    rows = [ChatRow([user("hi"), assistant("a")])]
+    cut = [ChatRow([user("hi"), assistant("a")], cut=True)]
+    other = load_model(receiver.path).tokenizer
+    other.chat_template = "Hello! " + other.chat_template
+
+    def name(rows: list[ChatRow], weight: float = 1.0, tokenizer: Any = receiver.tokenizer) -> str:
+        return Dataset(
+            [Source(rows, weight)], tokenizer, sharer.tokenizer, "span", 40
+        ).fingerprint()
+
+    names = [name(rows), name(cut), name(rows, 2.0), name(rows * 2), name(rows, tokenizer=other)]
+    assert len(set(names)) == 5 and name(rows) == names[0]

@@ -1,0 +1,149 @@
+"""A run's description -> its trainer: models, chats and their answers, fuser, checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+
+from c2c_mlx.config import FuserConfig, Provenance
+from c2c_mlx.errors import C2CError
+from c2c_mlx.fusers import disk, store
+from c2c_mlx.fusion.c2c import C2C
+from c2c_mlx.fusion.fit import check_models
+from c2c_mlx.fusion.fuser import Fuser, parameters
+from c2c_mlx.models import memory
+from c2c_mlx.models.load import LanguageModel, find_folder, load_model
+from c2c_mlx.progress import Progress
+from c2c_mlx.training import checkpoints
+from c2c_mlx.training.answers import answer_rows
+from c2c_mlx.training.dataset import Dataset, Source
+from c2c_mlx.training.files import ChatRow, read_source
+from c2c_mlx.training.run import RunConfig
+from c2c_mlx.training.start import first_examples, fuser_config, measure_inputs, new_fuser
+from c2c_mlx.training.trainer import Trainer
+
+
+class Watcher(Protocol):
+    """Who is told while a run is put together."""
+
+    def say(self, line: str) -> None:
+        """A line that a person should read."""
+
+    def loading(self, progress: Progress) -> None:
+        """Downloads and conversions."""
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Something else that takes long."""
+
+
+def assemble(run: RunConfig, watcher: Watcher, *, resume: bool, source: str) -> Trainer:
+    """Makes everything that a run needs, in the calling thread.
+
+    Args:
+        run: what to train.
+        watcher: told how far this is.
+        resume: whether to continue from the latest checkpoint in `run.out`.
+        source: where the fuser comes from, for its card: a command.
+
+    Raises:
+        C2CError: if something named is not there or does not fit, a run is in `run.out` already, or
+            there is none to resume, or one with other settings.
+    """
+    out, config = Path(run.out), run.train
+    data = [
+        (weight, *read_source(name, bool(run.answer_with)))  # weight, to learn from, to measure on
+        for name, weight in run.sources
+    ]
+    _claim(out, resume)
+    group = mx.distributed.init()
+    receiver, sharer, fuser = _load(run, watcher)
+    fuser.train()
+    c2c = C2C(receiver.model, sharer.model, fuser)
+    for rank in range(group.size()):
+        # One process after the other: the first answers, the others read its answers.
+        if rank == group.rank():
+            answered = partial(_answered, run=run, lms=(receiver, sharer), watcher=watcher)
+            sources = [Source(answered(rows), w or float(len(rows))) for w, rows, _ in data]
+            valid = [row for *_, rows in data for row in answered(rows)]
+        mx.eval(mx.distributed.all_sum(mx.array(0), group=group))
+    alignment = fuser.config.alignment
+    train = Dataset(sources, receiver.tokenizer, sharer.tokenizer, alignment, config.max_tokens)
+    examples = [e for e in map(train.example, valid) if e is not None]
+    provenance = Provenance(source=source, data=tuple(name for name, _ in run.sources))
+    trainer = Trainer(c2c, train, examples, config, out, provenance, watcher.say)
+    if resume:
+        trainer.resume(checkpoints.all_of(out)[-1])
+        watcher.say(f"resumed at step {trainer.step}")
+    elif not run.fuser and fuser.config.normalise:
+        first = first_examples(train, config.batch_size, config.seed)
+        measure_inputs(c2c, first, config.batch_size)
+    size = sum(p.size for p in parameters(fuser).values())
+    watcher.say(
+        f"{sum(len(s.rows) for s in sources)} chats, {len(examples)} for validation, "
+        f"{size / 1e6:.2f} M parameters, {config.iters} steps"
+    )
+    if left_out := len(valid) - len(examples):
+        watcher.say(f"{left_out} of the chats for validation are longer than {config.max_tokens}")
+    return trainer
+
+
+def _claim(out: Path, resume: bool) -> None:
+    """Makes the run's folder; a run that is there is continued or left alone, never overwritten."""
+    has_run = bool(checkpoints.all_of(out))
+    if resume and not has_run:
+        raise C2CError(f"--resume: no checkpoint in {out}; leave --resume out to start a run")
+    if not resume and (has_run or (out / disk.CONFIG).exists()):
+        raise C2CError(f"--out {out}: a run or fuser is there; --resume it, or name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise C2CError(f"--out {out}: cannot make the folder ({e.strerror})") from None
+
+
+def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageModel, Fuser]:
+    """Both models and a fuser, after a look at the memory that all of it will need."""
+    folder: Path | None = None
+    if run.fuser:
+        folder = store.find_folder(run.fuser, watcher.loading, watcher.say)
+    r, s = (find_folder(name, watcher.loading) for name in (run.receiver, run.sharer))
+    wanted: FuserConfig
+    if folder:
+        wanted, _ = disk.read_description(folder)
+    else:
+        wanted = fuser_config(run, memory.shape(r), memory.shape(s))
+    watcher.say(str(memory.training(r, s, wanted, run.train)))
+    receiver, sharer = (
+        load_model(name, progress=watcher.loading) for name in (run.receiver, run.sharer)
+    )
+    if folder is None:
+        wanted = fuser_config(run, receiver.shape, sharer.shape)
+        return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed)
+    fuser = disk.load(folder)
+    fuser.dequantise()
+    fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
+    check_models(fuser.config, receiver.shape, sharer.shape)
+    return receiver, sharer, fuser
+
+
+def _answered(
+    rows: list[ChatRow],
+    run: RunConfig,
+    lms: tuple[LanguageModel, LanguageModel],
+    watcher: Watcher,
+) -> list[ChatRow]:
+    if not run.answer_with:
+        return rows
+    own = run.answer_with == "receiver"
+    return answer_rows(
+        rows,
+        lms[0] if own else lms[1],
+        Path(run.out) / f"answers-{run.answer_with}.jsonl",
+        run.answer_tokens,
+        own,
+        lambda done, total: watcher.count("answering prompts", done, total),
+    )

@@ -1,0 +1,110 @@
+"""Examples laid out as one block: padding behind the shared prefix, and who is fed by what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from c2c_mlx.text.alignment import message_groups
+from c2c_mlx.training.dataset import Example
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Prompts of a batch as one block: a prefix that all share, padding, each row's own rest.
+
+    The padding stands *behind* the shared prefix, so that the prefix (often a template's system
+    prompt, most of a short prompt) is prefilled once and not per row.
+    """
+
+    ids: np.ndarray  # [B, N]
+    prefix: int  # columns that are the same in every row
+    padding: np.ndarray  # [B] columns of padding behind the prefix
+
+    def columns(self, index: np.ndarray, row: int) -> np.ndarray:
+        """Positions of a row's prompt -> columns of the block."""
+        return np.where(index < self.prefix, index, index + self.padding[row])
+
+
+def pad(prompts: Sequence[Sequence[int]], most_prefix: int) -> Padded:
+    """Pads to the longest; the shared prefix ends at `most_prefix` at the latest."""
+    prefix = min(most_prefix, *(len(p) for p in prompts))
+    while any(list(p[:prefix]) != list(prompts[0][:prefix]) for p in prompts):
+        prefix -= 1
+    width = max(len(p) for p in prompts)
+    padding = np.array([width - len(p) for p in prompts], dtype=np.int32)
+    rows = [[*p[:prefix], *[0] * n, *p[prefix:]] for p, n in zip(prompts, padding, strict=True)]
+    return Padded(np.array(rows, dtype=np.int32).reshape(len(prompts), width), prefix, padding)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step needs, B rows.
+
+    Attributes:
+        examples: the rows as they came.
+        receiver: all of the prompts but their last ids, N columns.
+        sharer: the sharer's prompts, as far as they feed anything.
+        start: the first column that is fused in any row.
+        stop: one behind the last.
+        index: [B, stop - start] columns of `sharer` that feed these columns.
+        messages: [B, stop - start] message numbers, -1 where nothing is fused.
+        inputs: [B, R] the last prompt id, then the response but its last id.
+        targets: [B, R] the response, padded on the right.
+        mask: [B, R] True where a target counts.
+    """
+
+    examples: Sequence[Example]
+    receiver: Padded
+    sharer: Padded
+    start: int
+    stop: int
+    index: np.ndarray
+    messages: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+
+    @property
+    def own(self) -> np.ndarray:
+        """[B] True where the response is the receiver's own."""
+        return np.array([e.own for e in self.examples])
+
+    @property
+    def tokens(self) -> int:
+        """Targets that count."""
+        return int(self.mask.sum())
+
+
+def collate(examples: Sequence[Example], positions: str) -> Batch:
+    """Lays the examples out as one batch; `positions` is the fuser's field of that name."""
+    fused = [message_groups(e.message[:-1], positions) for e in examples]
+    feeds = [e.index[:-1][m >= 0] for e, m in zip(examples, fused, strict=True)]
+    starts = [int(np.argmax(m >= 0)) if (m >= 0).any() else len(m) for m in fused]
+    receiver = pad([e.receiver_ids[:-1] for e in examples], min(starts))
+    sharer = pad(
+        [e.sharer_ids[: int(f.max(initial=0)) + 1] for e, f in zip(examples, feeds, strict=True)],
+        min(int(f.min(initial=0)) for f in feeds),
+    )
+    width = receiver.ids.shape[1]
+    messages = np.full((len(examples), width), -1, dtype=np.int32)
+    index = np.zeros((len(examples), width), dtype=np.int32)
+    for row, (e, m) in enumerate(zip(examples, fused, strict=True)):
+        at = receiver.columns(np.arange(len(m)), row)
+        messages[row, at] = m
+        index[row, at] = sharer.columns(e.index[:-1], row)
+    columns = np.flatnonzero((messages >= 0).any(axis=0))
+    start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (width, width)
+    messages, index = messages[:, start:stop], index[:, start:stop]
+    low = index[messages >= 0].min(initial=np.iinfo(np.int32).max)
+    index = np.where(messages >= 0, index, low)
+
+    longest = max(len(e.response_ids) for e in examples)
+    responses = [e.response_ids + [0] * (longest - len(e.response_ids)) for e in examples]
+    targets = np.array(responses, dtype=np.int32)
+    last = np.array([[e.receiver_ids[-1]] for e in examples], dtype=np.int32)
+    mask = np.arange(longest)[None] < np.array([[len(e.response_ids)] for e in examples])
+    inputs = np.concatenate([last, targets[:, :-1]], axis=1)
+    return Batch(examples, receiver, sharer, start, stop, index, messages, inputs, targets, mask)

@@ -1,0 +1,168 @@
+"""A run's checkpoints: whole or not there, and continued by the run that they are of alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from c2c_mlx import atomic
+from c2c_mlx.config import FuserConfig, TrainConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.training.dataset import Position
+
+Metrics = dict[str, float]  # one line of metrics.jsonl
+Settings = dict[str, Any]
+
+FOLDER = "checkpoints"
+_STATE, _ARRAYS = "state.json", "state.safetensors"
+
+# They change when something is told or kept, not what is learned. `iters` does, by the schedule,
+# but to go on for longer is what one resumes for: it is told. `grad_checkpoint` changes rounding.
+_FREE = ("report_every", "eval_every", "save_every", "keep_checkpoints", "prefill_cache_gb")
+_TOLD = ("iters", "grad_checkpoint")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run stood.
+
+    Attributes:
+        step: optimiser steps that are done.
+        tokens: targets that were learned from.
+        position: where the stream of batches stands.
+        best: the lowest validation loss so far; infinity if there is none.
+        metrics: the latest that were measured on the validation chats.
+        settings: from `settings_of`.
+        fuser: its parameters, in float32: rounded ones would not continue exactly.
+        optimizer: AdamW's state, likewise.
+    """
+
+    step: int
+    tokens: int
+    position: Position
+    best: float
+    metrics: Metrics
+    settings: Settings
+    fuser: Any
+    optimizer: Any
+
+
+def all_of(run: Path) -> list[Path]:
+    """A run's complete checkpoints, the oldest first."""
+    return sorted((run / FOLDER).glob("[0-9]*"))
+
+
+def write(run: Path, checkpoint: Checkpoint, keep: int) -> None:
+    """Writes a checkpoint beside the others, and removes all but the latest `keep`.
+
+    Raises:
+        OSError, RuntimeError: if the disk won't have it; the earlier ones stay.
+    """
+    target = run / FOLDER / f"{checkpoint.step:07d}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        with atomic.appearing(target) as folder:
+            parts = {"fuser": checkpoint.fuser, "optimizer": checkpoint.optimizer}
+            arrays: dict[str, mx.array] = tree_flatten(parts, destination={})  # type: ignore[assignment]
+            mx.save_safetensors(str(folder / _ARRAYS), arrays)
+            state = {
+                "step": checkpoint.step,
+                "tokens": checkpoint.tokens,
+                "position": checkpoint.position,
+                "best": checkpoint.best if math.isfinite(checkpoint.best) else None,
+                "metrics": checkpoint.metrics,
+                "settings": checkpoint.settings,
+            }
+            (folder / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for old in all_of(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads one of `all_of`.
+
+    Raises:
+        C2CError: if it is damaged, or another version wrote it.
+    """
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        arrays: dict[str, mx.array] = mx.load(str(folder / _ARRAYS))  # type: ignore[assignment]
+        mx.eval(arrays)  # the file will go when there are newer ones
+        parts = tree_unflatten(list(arrays.items()))
+        return Checkpoint(
+            state["step"],
+            state["tokens"],
+            tuple(state["position"]),
+            math.inf if state["best"] is None else state["best"],
+            state["metrics"],
+            state["settings"],
+            parts["fuser"],
+            parts["optimizer"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise C2CError(
+            f"{folder}: damaged, or of another version of c2c-mlx ({e!r}); remove it to resume the "
+            "one before it, or start the run again in another folder"
+        ) from None
+
+
+def settings_of(
+    config: TrainConfig, fuser: FuserConfig, weights: tuple[str, str], chats: str, processes: int
+) -> Settings:
+    """All that the numbers of a run depend on, and what is told when it changes.
+
+    Args:
+        config: the run's.
+        fuser: the fuser's.
+        weights: the receiver's and the sharer's, by `fingerprint.of_weights`.
+        chats: `Dataset.fingerprint`.
+        processes: how many share the run.
+    """
+    settings: Settings = {
+        "weights of the receiver": weights[0],
+        "weights of the sharer": weights[1],
+        "chats": chats,
+        "processes": processes,
+    }
+    described = asdict(fuser)
+    names = [name for name in described if name not in ("receiver", "sharer")]
+    settings |= {f"fuser_config.{name}": described[name] for name in names}
+    settings |= {k: v for k, v in asdict(config).items() if k not in _FREE}
+    # Kept prefills are rounded to half precision; where they are kept does not matter.
+    settings["prefill_cache"] = bool(config.prefill_cache)
+    as_read: Settings = json.loads(json.dumps(settings))
+    return as_read
+
+
+def check_same(there: Settings, here: Settings) -> list[str]:
+    """Compares a checkpoint's settings with those of the run that is to continue it.
+
+    Returns:
+        Changes that are allowed, for people.
+
+    Raises:
+        C2CError: naming all that differs and may not.
+    """
+    changed = {k for k in there.keys() | here.keys() if there.get(k) != here.get(k)}
+    if refused := sorted(changed - {*_TOLD}):
+        parts = ", ".join(_difference(name, there, here) for name in refused)
+        raise C2CError(
+            f"--resume: this is not the run that stopped there ({parts}): give it what it had, or "
+            "start another with another --out"
+        )
+    return [_difference(name, there, here) for name in sorted(changed)]
+
+
+def _difference(name: str, there: Settings, here: Settings) -> str:
+    if name == "chats" or name.startswith("weights"):
+        return f"other {name}"
+    return f"{name} was {there.get(name)}, is {here.get(name)}"

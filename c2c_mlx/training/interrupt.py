@@ -1,0 +1,32 @@
+"""Ctrl-C in a long job: the first one ends it at the next good moment, a second one at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def noticed(say: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only noted, and `say` called; the next is raised as ever.
+
+    Works in the main thread, where Python hears of signals.
+
+    Yields:
+        Whether there was one.
+    """
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        noted.append(number)
+        say()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,85 @@
+"""What a run is made of, as a user describes it; the sizes and the recipe of a new fuser.
+
+No MLX here: `--help` and the app's forms need this alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from c2c_mlx.config import TrainConfig
+from c2c_mlx.errors import C2CError
+
+# What a preset changes of FuserConfig; 'small' is the recipe that won on the embedded pair.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_dim": 64, "intermediate_dim": 64},
+    "small": {"hidden_dim": 128, "intermediate_dim": 128},
+    "paper": {},
+}
+RECIPE: dict[str, Any] = {
+    "activation": "relu",
+    "rotated_keys": False,
+    "normalise": True,
+    "positions": "messages",
+    "message_gate": True,
+    "dropout": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: between whom, on what, from which start, and how.
+
+    Attributes:
+        sharer: alias, folder or hub id.
+        receiver: likewise.
+        data: folders or hub data sets, each perhaps with `=WEIGHT`.
+        out: the run's folder, and the fuser's.
+        answer_with: which model answers rows that have no answer; empty: none.
+        answer_tokens: at most, of such an answer.
+        preset: size of a new fuser.
+        fuser: the fuser to start from; empty: a new one.
+        fuser_config: fields of a new fuser that the preset does not fix.
+        train: the training itself.
+    """
+
+    sharer: str
+    receiver: str
+    data: tuple[str, ...]
+    out: str
+    answer_with: Literal["", "receiver", "sharer"] = ""
+    answer_tokens: int = 40
+    preset: Literal["tiny", "small", "paper"] = "small"
+    fuser: str = ""
+    fuser_config: dict[str, Any] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data: at least one folder or data set is needed")
+        if self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens must be at least 1, not {self.answer_tokens}")
+        if self.fuser and self.fuser_config:
+            raise ValueError("fuser_config is for a new fuser: leave it out, or fuser")
+
+    @property
+    def sources(self) -> list[tuple[str, float | None]]:
+        """Each source's name, and its weight if one was given.
+
+        Raises:
+            C2CError: for a weight that is not above zero.
+        """
+        return [_named(text) for text in self.data]
+
+
+def _named(text: str) -> tuple[str, float | None]:
+    """DATA or DATA=WEIGHT."""
+    name, _, number = text.rpartition("=")
+    try:
+        name, weight = (name, float(number)) if name else (text, None)
+    except ValueError:
+        name, weight = text, None
+    if weight is not None and not weight > 0:
+        raise C2CError(f"--data {text}: the weight must be above zero")
+    return name, weight
