@@ -138,6 +138,30 @@ class FusedCache:
         """Forgets what was fused from `start` on, when a fuser has changed; what was read stays."""
         self._fused_from, self.fusions = self._fused_from[:, :start], []
 
+    def fork(self, n: int) -> FusedCache | None:
+        """Another conversation that begins with the receiver's first `n` ids, read and fused.
+
+        None if the state of one of the models can't go back to where they end.
+        """
+        other = FusedCache(*self.links, order=self.order)
+        other._fused_from = self._fused_from[:, :n]
+        length = {self.own: n}
+        for sharer, fed_by in zip(self.sharers, other._fused_from[1::2], strict=True):
+            length[sharer] = max(length.get(sharer, 0), int(fed_by.max(initial=-1)) + 1)
+        forks = {reader: reader.fork(length[reader]) for reader in length}
+        own, *sharers = (forks[reader] for reader in (self.own, *self.sharers))
+        if own is None or None in sharers:
+            return None
+        other.own, other.cache = own, kv.first(self.cache, other._fused_from.shape[1])
+        other.sharers = [sharer for sharer in sharers if sharer]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all the caches take."""
+        readers = {self.own, *self.sharers}
+        return kv.nbytes(self.cache) + sum(reader.nbytes for reader in readers)
+
     def _advance(self, texts: Sequence[TokenAlignment], ids: mx.array) -> mx.array:
         """The receiver's pass over `ids`, which go on in the texts where the caches end."""
         stop = kv.length(self.cache) + ids.shape[1]

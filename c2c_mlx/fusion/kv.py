@@ -8,6 +8,7 @@ rolled back.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,6 +112,30 @@ def trim(cache: Cache, n: int) -> None:
     """
     for c in _pick(cache, attention_layers(cache)):
         c.trim(max(c.offset - n, 0))
+
+
+def first(cache: Cache, n: int) -> Cache:
+    """Another cache of the first `n` positions; arrays are shared until one of the two writes."""
+    other = copy.deepcopy(cache)
+    trim(other, n)
+    for layer in _pick(other, attention_layers(other)):
+        if isinstance(layer, KVCache) and layer.keys is not None:
+            layer.keys, layer.values = (
+                layer.keys_and_values()
+            )  # no room that others made for theirs
+    return other
+
+
+def nbytes(cache: Cache) -> int:
+    """Bytes that a cache takes, room for coming positions included."""
+    return sum(c.nbytes for c in cache)
+
+
+def position_nbytes(model: nn.Module) -> int:
+    """Bytes of one position's keys and values; as `model_shape`, without a pass."""
+    cache = _one_position(model)
+    pairs = ((c.keys, c.values) for c in _pick(cache, attention_layers(cache)))
+    return sum(x.nbytes // x.shape[2] for pair in pairs for x in pair)
 
 
 def read(cache: Cache, layers: Sequence[int], start: int, stop: int) -> StackedKV:

@@ -78,3 +78,16 @@ class Reader:
         self._is_ahead = held > len(ids) or not kv.attention_layers(self.cache)
         self.ids = list(ids[:held])
         kv.trim(self.cache, len(self.ids))
+
+    def fork(self, n: int) -> Reader | None:
+        """Another reader that has read the first `n` of these ids; None if state can't go back."""
+        if kv.has_state(self.cache) and (self._is_ahead or n < len(self.ids)):
+            return None
+        other = Reader(self.model)
+        other.cache, other.ids = kv.first(self.cache, n), self.ids[:n]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes."""
+        return kv.nbytes(self.cache)
