@@ -67,6 +67,11 @@ def prefill_chunk() -> int:
     return 512 if is_dense() else 2048  # the latter is mlx-lm's own
 
 
+def prefill_slice() -> int:
+    """Positions of a prompt that are read between two tokens of other people's answers."""
+    return prefill_chunk() // 4
+
+
 def fuser_pass() -> int:
     """Bytes that a pass of a fuser may hold at once, beside its weights."""
     return 1 << 30 if is_dense() else 1 << 28

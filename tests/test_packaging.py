@@ -53,7 +53,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["c2c-chat", "c2c-eval", "c2c-train", "c2c-weights", "c2c-doctor"]
+    "command", ["c2c-chat", "c2c-eval", "c2c-serve", "c2c-train", "c2c-weights", "c2c-doctor"]
 )
 def test_an_installed_command_explains_itself(installed: Path, command: str) -> None:
     shown = run(str(installed / "bin" / command), "--help", PYTHONPATH=str(installed))

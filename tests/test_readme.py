@@ -12,6 +12,7 @@ MODULES = {
     "c2c-chat": "chat",
     "c2c-train": "train",
     "c2c-eval": "evaluate",
+    "c2c-serve": "serve",
     "c2c-weights": "weights",
     "c2c-doctor": "doctor",
 }

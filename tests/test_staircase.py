@@ -23,6 +23,7 @@ STAIRCASE = (
     "talk",
     "evaluation",
     "doctor",
+    "serving",
     "commands",
     "tui",
 )

@@ -1,0 +1,145 @@
+"""One answer while it is written: tokens in, text that is certain out."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import TextStateMachine
+from mlx_lm.sample_utils import Sampler, apply_top_p
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from c2c_mlx.config import SamplingConfig
+from c2c_mlx.events import Reason
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.serving.job import Piece, Token
+
+_BYTES: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
+_LEAST_LOGPROB = -9999.0  # stands for -inf, which JSON has not
+_GREEDY_BELOW = 1e-5  # a temperature that float32 could not divide by
+
+
+class Answer:
+    """Text and tokens of one answer.
+
+    Args:
+        lm: who writes.
+        choice: which one, of several answers to one prompt.
+        stop: text that ends the answer; it and all behind it are dropped.
+        top_logprobs: how many of the likeliest tokens to tell beside each one; None: tell nothing.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        choice: int = 0,
+        stop: Sequence[str] = (),
+        top_logprobs: int | None = None,
+    ) -> None:
+        self.choice = choice
+        self.ids: list[int] = []  # the end of the turn included
+        self.text = ""  # that is certain
+        self.reason: Reason | None = None  # of the end
+        self.error: Exception | None = None  # why there is no end
+        self.reader: Reader | None = None  # what has read the prompt and the answer
+        self._top = top_logprobs
+        self._tokenizer = lm.tokenizer
+        self._detokenizer = lm.tokenizer.detokenizer
+        edges = [(text, None) for text in stop]
+        self._stops = TextStateMachine({"normal": edges} if edges else None).make_state()
+        self._written = 0  # characters, those included that might become a stop string
+        self._untold: deque[tuple[int, Token]] = deque()  # where the token's text begins
+
+    def add(self, token: int, logprobs: mx.array, finish: Reason | None) -> Piece:
+        """Takes the next token.
+
+        Args:
+            token: its id.
+            logprobs: [V] over the vocabulary.
+            finish: why it is the last one, if it is: "stop" for the end of the turn, which is no
+                text.
+
+        Returns:
+            What is certain now and was not before.
+        """
+        self.ids.append(token)
+        if finish != "stop":
+            self._detokenizer.add_token(token)
+            if self._top is not None:
+                self._untold.append(
+                    (self._written, weigh(self._tokenizer, token, logprobs, self._top))
+                )
+        if finish:
+            self._detokenizer.finalize()
+        segment = self._detokenizer.last_segment
+        self._written += len(segment)
+        self._stops, segments = TextStateMachine.split(self._stops, segment)
+        text = "".join(part for _, part in segments)
+        if self._stops[0] is None:
+            self.reason = "stop"
+        elif finish:
+            self._stops, rest, _ = TextStateMachine.flush(self._stops)
+            text, self.reason = text + rest, finish
+        self.text += text
+        return Piece(self.choice, text, tuple(self._told()))
+
+    def _told(self) -> list[Token]:
+        """The tokens whose text has begun to be certain, each once."""
+        is_whole = self.reason is not None and self._stops[0] is not None
+        told = []
+        while self._untold and (is_whole or self._untold[0][0] < len(self.text)):
+            told.append(self._untold.popleft()[1])
+        return told
+
+
+def sampler(sampling: SamplingConfig, choice: int = 0) -> Sampler | None:
+    """A sampler with random numbers of its own, so that it does not matter who else is sampled.
+
+    Returns:
+        A function logprobs [1, V] -> ids [1]; None: greedy.
+    """
+    if sampling.temp < _GREEDY_BELOW:
+        return None
+    numbers = np.random.default_rng((sampling.seed, choice))
+
+    def sample(logprobs: mx.array) -> mx.array:
+        if sampling.top_p < 1:
+            logprobs = apply_top_p(logprobs, sampling.top_p)
+        key = mx.random.key(int(numbers.integers(2**63)))
+        return mx.random.categorical(logprobs.astype(mx.float32) / sampling.temp, key=key)
+
+    return sample
+
+
+def weigh(tokenizer: Any, token: int, logprobs: mx.array, top: int) -> Token:
+    """How likely a token was, with so many of the likeliest ones; logprobs are [V]."""
+    values = np.array(logprobs.astype(mx.float32))
+    likeliest = np.argpartition(values, -top)[-top:] if top else np.zeros(0, int)
+    likeliest = likeliest[np.argsort(-values[likeliest], kind="stable")]
+
+    def tell(token: int, top: tuple[Token, ...] = ()) -> Token:
+        data = token_bytes(tokenizer, token)
+        value = max(float(values[token]), _LEAST_LOGPROB)
+        return Token(data.decode("utf-8", "replace"), tuple(data), value, top)
+
+    return tell(token, tuple(map(tell, likeliest.tolist())))
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What a token adds to the text; a piece of a character is not UTF-8 by itself."""
+    word = tokenizer.convert_ids_to_tokens(token) or ""  # a model may know more ids than it does
+    detokenizer = tokenizer.detokenizer
+    if isinstance(detokenizer, SPMStreamingDetokenizer):
+        piece = re.fullmatch("<0x([0-9A-F]{2})>", word)
+        return bytes.fromhex(piece[1]) if piece else word.replace("\u2581", " ").encode()
+    if isinstance(detokenizer, BPEStreamingDetokenizer) and _BYTES.keys() >= set(word):
+        return bytes(_BYTES[character] for character in word)
+    return str(tokenizer.decode([token])).encode()

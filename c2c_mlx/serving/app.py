@@ -1,0 +1,118 @@
+"""The whole endpoint: every dialect's routes, health, and who is let in at all."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from c2c_mlx.errors import C2CError
+from c2c_mlx.serving import openai
+from c2c_mlx.serving.engine import Engine
+from c2c_mlx.serving.job import Served
+from c2c_mlx.serving.refusal import Refusal
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+SEND_S = 60.0  # that a client may take to read what waits for it
+
+
+def make_app(
+    engine: Engine, served: Served, hosts: Sequence[str], api_key: str | None
+) -> Starlette:
+    """The endpoint over an engine that has loaded.
+
+    Args:
+        engine: does the jobs.
+        served: what it has.
+        hosts: names under which a request may come here; none: any.
+        api_key: that every request but for health must bring; None: no request must.
+    """
+    app = Starlette(
+        routes=[Route("/health", health, methods=["GET"]), *openai.ROUTES],
+        middleware=[Middleware(Guard, hosts=hosts, api_key=api_key)],
+        exception_handlers={
+            Refusal: _refuse,
+            C2CError: _refuse,
+            HTTPException: _refuse_route,
+            ClientDisconnect: _nobody_listens,
+            Exception: _refuse,
+        },
+    )
+    app.state.engine, app.state.served = engine, served
+    return app
+
+
+async def health(request: Request) -> Response:
+    """GET /health: whether somebody answers here, and how much there is to do."""
+    engine: Engine = request.app.state.engine
+    if not engine.is_alive():
+        return JSONResponse({"status": "the inference thread has ended"}, 503)
+    return JSONResponse({"status": "ok"} | engine.status())
+
+
+class Guard:
+    """Refuses who may not ask, and gives up on who does not listen.
+
+    A page of another site can have a browser send a request to any address: such a request names
+    its origin. One whose name was made to lead here (DNS rebinding) names that as its host.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], api_key: str | None) -> None:
+        self.app, self.hosts, self.api_key = app, hosts, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets in or refuses; see ASGI."""
+        if scope["type"] != "http":
+            return
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_S):
+                await send(message)
+
+        try:
+            self._check(scope["path"], Headers(scope=scope))
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send_in_time)
+        except TimeoutError:
+            pass  # uvicorn hangs up
+
+    def _check(self, path: str, headers: Headers) -> None:
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            raise Refusal(403, "requests of other sites' pages are refused")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if self.hosts and name.strip("[]") not in self.hosts:
+            raise Refusal(403, f"nobody is called {name[:80]!r} here")
+        if self.api_key is not None and path != "/health":
+            given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+            if not hmac.compare_digest(given, self.api_key.encode()):
+                raise Refusal(401, "send the server's key: Authorization: Bearer KEY")
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    return Refusal.of(error).response()
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:80]}: {error.detail}"
+    response = Refusal(error.status_code, message).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _nobody_listens(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # which nobody reads

@@ -1,0 +1,101 @@
+"""The socket: an app served until a signal comes, with bounds on connections and on patience."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from c2c_mlx.errors import C2CError
+
+CONNECTIONS = 256
+HEADER_BYTES = 1 << 14
+HEADER_S = 10.0  # from the first byte of a request, or the connection, to its last header
+IDLE_S = 30  # between two requests
+DRAIN_S = 120  # for answers that are being written when the server is told to end
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which alone would wait for headers for ever."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """The clock begins to run."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """It stops with the last header, and runs again from the first byte of the next ones."""
+        super().data_received(data)
+        is_over = self.cycle is None or self.cycle.response_complete
+        if not is_over and self._patience:
+            self._patience.cancel()
+            self._patience = None
+        elif is_over and not self._patience:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing to wait for."""
+        if self._patience:
+            self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._patience = self.loop.call_later(HEADER_S, self.transport.close)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, on which nobody listens yet.
+
+    Raises:
+        C2CError: if it can't be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as e:
+        bound.close()
+        reason = getattr(e, "strerror", None) or e
+        raise C2CError(f"{host}:{port}: {reason}; take another --port") from None
+    return bound
+
+
+def make_server(app: Starlette) -> uvicorn.Server:
+    """A server for the app; `run` serves until SIGINT or SIGTERM, or `should_exit` is set."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=DRAIN_S,
+        )
+    )
+
+
+def serve(app: Starlette, bound: socket.socket) -> None:
+    """Serves until SIGINT or SIGTERM; answers that are being written then are written first.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT.
+    """
+    # uvicorn raises the signals again that it was ended by; a SIGTERM has had its way then.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        make_server(app).run(sockets=[bound])
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,92 @@
+"""Engines over the tiny pair, jobs whose events are gathered, and servers in a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+from c2c_mlx.config import Pair, SamplingConfig
+from c2c_mlx.fusers import disk
+from c2c_mlx.models.load import load_model
+from c2c_mlx.serving.app import LOOPBACK, make_app
+from c2c_mlx.serving.engine import Engine, Limits
+from c2c_mlx.serving.job import Done, Ended, Event, Failed, Job, Piece
+from c2c_mlx.serving.reading import Team
+from c2c_mlx.serving.server import bind, make_server
+from c2c_mlx.talk.session import link
+
+SAMPLING = SamplingConfig(max_tokens=24)
+
+
+def load_team(pair: Pair, **options: Any) -> Team:
+    """The pair as a server has it; on the thread that will use it."""
+    receiver, sharer = load_model(pair.receiver), load_model(pair.sharers[0])
+    fuser = disk.load(pair.fusers[0])
+    return Team(receiver, [sharer], [link(receiver, sharer, fuser)], **options)
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+class Heard:
+    """A job's events, in order."""
+
+    def __init__(self, engine: Engine, mode: Any, messages: Any, **options: Any) -> None:
+        self.events: SimpleQueue[Event] = SimpleQueue()
+        self.job = Job(mode, messages, self.events.put, **options)
+        engine.submit(self.job)
+
+    def until(self, *kinds: type) -> Event:
+        """The first event of one of these kinds."""
+        while not isinstance(event := self.events.get(timeout=60), kinds):
+            pass
+        return event
+
+    def answers(self) -> tuple[list[str], list[str], Done]:
+        """Texts and reasons of the choices, and what they cost."""
+        texts, reasons = [""] * self.job.n, [""] * self.job.n
+        while True:
+            match event := self.events.get(timeout=60):
+                case Piece():
+                    texts[event.choice] += event.text
+                case Ended():
+                    reasons[event.choice] = event.reason
+                case Failed():
+                    raise event.error
+                case Done():
+                    return texts, reasons, event
+
+
+@contextmanager
+def running(pair: Pair, limits: Limits | None = None, **options: Any) -> Iterator[Engine]:
+    """An engine that has loaded the pair, and ends with the block."""
+    engine = Engine(lambda: load_team(pair, **options), SAMPLING, limits)
+    engine.start()
+    try:
+        engine.served.result(timeout=60)
+        yield engine
+    finally:
+        engine.close()
+        engine.join(timeout=60)
+        assert not engine.is_alive()
+
+
+@contextmanager
+def serving(engine: Engine, api_key: str | None = None, hosts: Any = LOOPBACK) -> Iterator[int]:
+    """The engine behind a socket of this machine; gives the port."""
+    bound = bind("127.0.0.1", 0)
+    server = make_server(make_app(engine, engine.served.result(), hosts, api_key))
+    bound.listen()  # whoever comes before the server does waits
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(timeout=60)
+        bound.close()
+        assert not thread.is_alive()

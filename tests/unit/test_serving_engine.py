@@ -1,0 +1,225 @@
+"""Many jobs on one inference thread, over two tiny models: each as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from serving_jobs import SAMPLING, Heard, asked, load_team, running
+
+from c2c_mlx import ChatSession, Fuser, LanguageModel, device
+from c2c_mlx.config import FuserConfig, Pair
+from c2c_mlx.errors import C2CError
+from c2c_mlx.serving.engine import Engine, Limits
+from c2c_mlx.serving.job import (
+    Accepted,
+    Done,
+    Event,
+    Failed,
+    Full,
+    Job,
+    Piece,
+    Sampling,
+    TooLong,
+    Unavailable,
+)
+
+WORDS = ["the sea", "who wrote it", "Hello!", "and what else", "x", "one more thing, please"]
+CHATS = [asked(" ".join(WORDS[i % 6 :] * (1 + i % 3))) for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair: Pair) -> Iterator[Engine]:
+    with running(tiny_pair) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def session(receiver: LanguageModel, sharer: LanguageModel, tiny_pair: Pair) -> ChatSession:
+    return ChatSession(receiver, sharer, Fuser.load(tiny_pair.fusers[0]), sampling=SAMPLING)
+
+
+def alone(session: ChatSession, messages: list[dict[str, str]], mode: str) -> str:
+    session.reset()
+    *_, finished = session.ask(messages[-1]["content"], mode)
+    return finished.text
+
+
+@pytest.mark.parametrize("mode", ["c2c", "receiver", "sharer"])
+def test_sixteen_at_once_are_each_as_in_c2c_chat(engine, session, mode) -> None:
+    heard = [Heard(engine, mode, messages) for messages in CHATS]
+    together = [h.answers() for h in heard]
+    for messages, (texts, reasons, done) in zip(CHATS, together, strict=True):
+        assert texts[0].strip() == alone(session, messages, mode)
+        assert reasons == ["length"] or done.completion_tokens < SAMPLING.max_tokens
+        assert done.gates_open == (8 if mode == "c2c" else 0)
+
+
+def test_padding_stays_padding_in_a_batch(receiver, sharer, tiny_pair, tmp_path) -> None:
+    import mlx.core as mx
+
+    mx.random.seed(5)
+    config = FuserConfig(
+        receiver.shape, sharer.shape, ((1, 2), (2, 3)), 24, 20, alignment="longest"
+    )
+    fuser = Fuser(config)
+    fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+    fuser.save(tmp_path / "fuser")
+    session = ChatSession(receiver, sharer, Fuser.load(tmp_path / "fuser"), sampling=SAMPLING)
+    with running(replace(tiny_pair, fusers=(str(tmp_path / "fuser"),))) as engine:
+        heard = [Heard(engine, "c2c", messages) for messages in CHATS[:6]]
+        texts = [h.answers()[0][0].strip() for h in heard]
+    assert texts == [alone(session, messages, "c2c") for messages in CHATS[:6]]
+
+
+def test_a_relay_reads_what_was_written(engine) -> None:
+    (text,), _, done = Heard(engine, "relay", asked("Who wrote it?")).answers()
+    assert text and done.relayed_text and done.relayed_tokens > 1
+    # What the receiver read is the conversation that the relayed text stands in.
+    from c2c_mlx.talk.relay import with_background
+
+    again = with_background("Who wrote it?", done.relayed_text)
+    assert Heard(engine, "receiver", again).answers()[0] == [text]
+
+
+def test_sampling_is_the_jobs_own(engine) -> None:
+    hot = Sampling(temp=1.0, top_p=0.9, seed=3)
+    first, _, _ = Heard(engine, "c2c", CHATS[1], sampling=hot, n=3).answers()
+    assert len(set(first)) == 3
+    heard = [Heard(engine, "c2c", messages, sampling=hot, n=3) for messages in CHATS[:4]]
+    assert [h.answers()[0] for h in heard][1] == first
+    other = Sampling(temp=1.0, top_p=0.9, seed=4)
+    assert Heard(engine, "c2c", CHATS[1], sampling=other).answers()[0][0] not in first
+
+
+def test_a_fused_answer_is_that_of_c2c_chat(receiver, sharer, tiny_pair) -> None:
+    fuser = Fuser.load(tiny_pair.fusers[0])
+    session = ChatSession(receiver, sharer, fuser, sampling=SAMPLING, fuse_response=True)
+    with running(tiny_pair, fuse_response=True) as engine:
+        heard = [Heard(engine, "c2c", messages, n=n) for n, messages in enumerate(CHATS[:2], 1)]
+        answers = [h.answers() for h in heard]
+    for messages, (texts, _, _) in zip(CHATS, answers, strict=False):
+        assert {text.strip() for text in texts} == {alone(session, messages, "c2c")}
+
+
+@pytest.mark.parametrize("mode", ["c2c", "receiver"])
+def test_a_turn_reads_as_few_tokens_as_in_c2c_chat(tiny_pair, receiver, sharer, mode) -> None:
+    sampling = replace(SAMPLING, max_tokens=4)
+    fuser = Fuser.load(tiny_pair.fusers[0])
+    session = ChatSession(receiver, sharer, fuser, sampling=sampling)
+    told, new = [], []
+    with running(tiny_pair) as engine:
+        for turn in range(6):
+            question = WORDS[turn]
+            messages = [*session.messages(mode), *asked(question)]
+            job = Heard(engine, mode, messages, sampling=Sampling(max_tokens=4))
+            Heard(engine, mode, asked(f"somebody else {turn}")).answers()
+            (text,), _, done = job.answers()
+            *_, finished = session.ask(question, mode)
+            assert text.strip() == finished.text
+            told.append(done.prompt_tokens - done.cached_tokens)
+            new.append(finished.figures.new_prompt_tokens)
+    assert told[1:] == new[1:]  # before the first one, somebody may have had the same template
+    assert max(told[1:]) < done.prompt_tokens / 2
+
+
+def test_a_long_prompt_does_not_stall_an_answer(engine, monkeypatch) -> None:
+    monkeypatch.setattr(device, "prefill_slice", lambda: 16)
+    order: list[tuple[str, Event]] = []
+    writing = Job("receiver", CHATS[0], lambda event: order.append(("short", event)))
+    reading = Job(
+        "c2c", asked("the sea is deep and wide " * 12), lambda e: order.append(("long", e))
+    )
+    writing.sampling = Sampling(max_tokens=300)
+    engine.submit(writing)
+    engine.submit(reading)
+    Heard(engine, "c2c", CHATS[1]).answers()
+    writing.gone = reading.gone = True
+    of_long = [at for at, (name, _) in enumerate(order) if name == "long"]
+    meanwhile = order[of_long[0] : of_long[1]]  # from its acceptance to its first token
+    # Some tokens have no text of their own, so there are fewer pieces than slices of two prompts.
+    assert len(meanwhile) > 10 and all(isinstance(event, Piece) for _, event in meanwhile[1:])
+
+
+def test_who_has_gone_leaves_within_a_token(engine) -> None:
+    jobs = [Heard(engine, "c2c", messages) for messages in CHATS[:8]]
+    jobs[0].until(Piece)
+    for heard in jobs:
+        heard.job.gone = True
+    text = Heard(engine, "c2c", CHATS[9]).answers()[0][0]
+    assert engine.status() == {"waiting": 0, "working": 0}
+    assert all(not batch.rows for batch in engine._batches.values())
+    assert text == Heard(engine, "c2c", CHATS[9]).answers()[0][0]
+
+
+def test_a_full_queue_says_when_to_come_back(tiny_pair) -> None:
+    with running(tiny_pair, Limits(slots=1, queue=2)) as engine:
+        first = Heard(engine, "receiver", CHATS[0], sampling=Sampling(max_tokens=300))
+        first.until(Accepted)
+        heard = [first]
+        with pytest.raises(Full) as refused:
+            for _ in range(4):  # one may have been taken up already
+                heard.append(Heard(engine, "receiver", CHATS[1]))
+        assert 1 <= refused.value.wait_s <= 600
+        for waiting in heard:
+            waiting.job.gone = True
+        assert Heard(engine, "receiver", CHATS[1]).answers()[0][0]
+
+
+def test_caches_stay_within_their_budget(tiny_pair) -> None:
+    with running(tiny_pair, Limits(cache_gb=0.002)) as engine:
+        short = Sampling(max_tokens=4)
+        for messages in CHATS:
+            Heard(engine, "c2c", messages, sampling=short).answers()
+            assert engine._caches.nbytes <= 2e6
+        assert engine._caches.nbytes > 0
+        with pytest.raises(TooLong, match="GB of caches"):
+            Heard(engine, "c2c", asked("sea " * 80), sampling=Sampling(max_tokens=250)).answers()
+        # Sixteen that fit one by one but not together wait for each other.
+        heard = [Heard(engine, "c2c", messages) for messages in CHATS]
+        assert all(h.answers()[0][0] for h in heard)
+
+
+def test_what_cannot_be_done_is_refused_alone(engine) -> None:
+    good = Heard(engine, "c2c", CHATS[0])
+    with pytest.raises(TooLong, match="reads at most 512"):
+        Heard(engine, "c2c", asked("sea " * 600)).answers()
+    with pytest.raises(C2CError, match="at most 16 answers"):
+        Heard(engine, "c2c", CHATS[0], n=17)
+    assert good.answers()[0][0]
+
+
+def test_a_thread_that_dies_tells_everybody(tiny_pair) -> None:
+    def die(event: Event) -> None:
+        if isinstance(event, Accepted):
+            raise SystemExit
+
+    with running(tiny_pair) as engine:
+        waiting = Heard(engine, "c2c", CHATS[0], sampling=Sampling(max_tokens=300))
+        waiting.until(Piece)
+        deadly = Heard(engine, "receiver", CHATS[1])
+        deadly.job.emit = die
+        failed = waiting.until(Failed, Done)
+        assert isinstance(failed, Failed) and isinstance(failed.error, Unavailable)
+        engine.join(timeout=60)
+        with pytest.raises(Unavailable):
+            Heard(engine, "c2c", CHATS[0])
+
+
+def test_a_team_says_what_it_lacks(tiny_pair) -> None:
+    team = load_team(tiny_pair)
+    assert team.modes == ("c2c", "relay", "receiver", "sharer")
+    assert replace(team, links=()).modes == ("relay", "receiver", "sharer")
+    assert replace(team, links=(), sharers=()).modes == ("receiver",)
+    with pytest.raises(C2CError, match="no fuser is known"):
+        replace(team, links=()).answering("c2c")
+
+
+def test_closed_gates_are_another_conversation(tiny_pair) -> None:
+    team = load_team(tiny_pair)
+    before = team.key
+    team.links[0].fuser.set_gate(0, 0, False)
+    assert team.key != before
+    team.links[0].fuser.set_gate(0, 0, True)
+    assert team.key == before

@@ -1,0 +1,431 @@
+"""The endpoint over a socket of this machine, as its clients and its enemies use it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import socket
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from typing import Any
+
+import mlx.core as mx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving_jobs import SAMPLING, Heard, asked, running, serving
+
+from c2c_mlx import ChatSession, Fuser, LanguageModel
+from c2c_mlx.config import Pair
+from c2c_mlx.serving import exchange, server
+from c2c_mlx.serving.engine import Engine, Limits
+from c2c_mlx.serving.job import Accepted, Job, Sampling
+
+QUESTION = asked("Who wrote it?")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair: Pair) -> Iterator[Engine]:
+    with running(tiny_pair, Limits(slots=4, queue=64)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def port(engine: Engine) -> Iterator[int]:
+    with serving(engine) as port:
+        yield port
+
+
+@pytest.fixture
+def client(port: int) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def c2c_chat(receiver: LanguageModel, sharer: LanguageModel, tiny_pair: Pair) -> Callable[..., str]:
+    session = ChatSession(receiver, sharer, Fuser.load(tiny_pair.fusers[0]), sampling=SAMPLING)
+
+    def answer(question: str, mode: str = "c2c", system: str | None = None) -> str:
+        session.reset()
+        session.system = system
+        *_, finished = session.ask(question, mode)
+        return finished.text
+
+    return answer
+
+
+def send(
+    port: int, body: Any, method: str = "POST", path: str = "/v1/chat/completions", **headers: str
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, JSON and headers of one request."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    with contextlib.closing(connection):
+        given = {"Content-Type": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        connection.request(method, path, data, given)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read() or b"{}"), dict(answer.headers)
+
+
+def chat(**options: Any) -> dict[str, Any]:
+    return {"model": "c2c", "messages": QUESTION, "max_tokens": 4} | options
+
+
+# --- what clients do ----------------------------------------------------------------------------
+
+
+def test_a_completion_is_the_answer_of_c2c_chat(client, c2c_chat) -> None:
+    told = client.chat.completions.create(model="c2c", messages=QUESTION)
+    (choice,) = told.choices
+    assert choice.message.content.strip() == c2c_chat("Who wrote it?")
+    assert choice.message.role == "assistant" and choice.finish_reason == "length"
+    assert told.usage.completion_tokens == SAMPLING.max_tokens
+    assert told.usage.total_tokens == told.usage.prompt_tokens + SAMPLING.max_tokens
+    again = client.chat.completions.create(model="c2c", messages=QUESTION, max_tokens=None)
+    assert again.usage.prompt_tokens_details.cached_tokens == told.usage.prompt_tokens - 1
+    assert again.choices[0].message.content == choice.message.content
+    assert again.c2c["gates_open"] == 8 and 0 < again.c2c["first_token_s"] < again.c2c["total_s"]
+
+
+def test_a_stream_is_the_completion_in_pieces(client) -> None:
+    options: dict[str, Any] = {"model": "c2c", "messages": QUESTION, "n": 2, "seed": 3}
+    options |= {"temperature": 1.0, "top_p": 0.95}
+    whole = client.chat.completions.create(**options)
+    texts, reasons, roles, last = ["", ""], ["", ""], [[], []], None
+    for chunk in client.chat.completions.create(
+        stream=True, stream_options={"include_usage": True}, **options
+    ):
+        assert chunk.id.startswith("chatcmpl-") and chunk.model == "c2c"
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+            roles[choice.index].append(choice.delta.role)
+        last = chunk if not chunk.choices else last
+    assert texts == [choice.message.content for choice in whole.choices] and texts[0] != texts[1]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert all(said[0] == "assistant" and not any(said[1:]) for said in roles)
+    assert last and last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {}}])
+def test_a_stream_ends_with_done(port, options) -> None:
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        body = json.dumps(chat(stream=True) | options)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        answer = connection.getresponse()
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        *lines, last, end = answer.read().decode().split("\n\n")
+    assert (last, end) == ("data: [DONE]", "")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks)
+    assert "c2c" in chunks[-1]
+
+
+def test_logprobs_are_those_of_the_text(client) -> None:
+    told = client.chat.completions.create(
+        model="receiver", messages=QUESTION, logprobs=True, top_logprobs=3, max_tokens=16
+    )
+    content = told.choices[0].logprobs.content
+    data = bytes(byte for token in content for byte in token.bytes)
+    assert data.decode("utf-8", "replace").lstrip() == told.choices[0].message.content.lstrip()
+    assert len(content) == 16
+    for token in content:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == token.top_logprobs[0].logprob < 0  # greedy
+    without = client.chat.completions.create(model="receiver", messages=QUESTION)
+    assert without.choices[0].logprobs is None
+
+
+def test_a_stop_text_ends_an_answer(client, c2c_chat) -> None:
+    text = client.chat.completions.create(model="receiver", messages=QUESTION)
+    text = text.choices[0].message.content
+    stop = text[10:13]
+    told = client.chat.completions.create(model="receiver", messages=QUESTION, stop=stop)
+    assert told.choices[0].message.content == text[: text.index(stop)]
+    assert told.choices[0].finish_reason == "stop"
+    chunks = client.chat.completions.create(
+        model="receiver", messages=QUESTION, stop=["never said", stop], stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(pieces) == text[: text.index(stop)]
+
+
+def test_parts_are_lines_and_developers_give_the_system_prompt(client, c2c_chat) -> None:
+    parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "wrote it?"}]
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    told = client.chat.completions.create(
+        model="receiver", messages=messages, response_format={"type": "text"}, user="me"
+    )
+    assert told.choices[0].message.content.strip() == c2c_chat(
+        "Who\nwrote it?", "receiver", "Be brief."
+    )
+
+
+def test_models_are_the_modes(client) -> None:
+    assert [m.id for m in client.models.list()] == ["c2c", "relay", "receiver", "sharer"]
+    assert client.models.retrieve("relay").owned_by == "c2c-mlx"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+        client.models.retrieve("gpt")
+    for model in ("relay", "sharer"):
+        told = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=4)
+        assert told.model == model and told.usage.completion_tokens <= 4
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"", 400, "no JSON"),
+        (b'{"model": "c2c", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "no JSON"),
+        ({}, 400, "model: Field required"),
+        (chat(messages=[]), 400, "at least 1"),
+        (chat(messages=asked("x") * 1025), 400, "at most 1024"),
+        (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages.0.role"),
+        (chat(messages=[{"role": "user", "content": 3}]), 400, "messages.0.content"),
+        (
+            chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+            400,
+            "only parts of type text are read, not image_url",
+        ),
+        (chat(max_tokens=0), 400, "max_tokens"),
+        (chat(max_tokens="4"), 400, "max_tokens"),
+        (chat(temperature=3), 400, "temperature"),
+        (chat(top_p=0), 400, "top_p"),
+        (chat(n=5), 400, "at most 4 answers"),
+        (chat(stop=["a"] * 5), 400, "stop"),
+        (chat(stop=""), 400, "1 to 256 characters"),
+        (chat(seed=2**63), 400, "seed"),
+        (chat(top_logprobs=2), 400, "needs logprobs"),
+        (chat(response_format={"type": "json_object"}), 400, "only text is written"),
+        (chat(tools=[{"type": "function"}]), 400, "tools is not supported"),
+        (chat(frequency_penalty=0.5), 400, "frequency_penalty is not supported"),
+        (chat(model="gpt"), 404, "there are c2c, relay, receiver, sharer"),
+        (chat(model="relay", messages=[{"role": "assistant", "content": "x"}]), 400, "user's"),
+        (chat(messages=asked("sea " * 600)), 400, "reads at most 512: shorten it"),
+        (chat(model="relay", messages=asked("sea " * 600)), 400, "reads at most 512: shorten it"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_mistake_is_an_object_that_says_so(port, body, status, says, stream) -> None:
+    if stream and isinstance(body, dict):
+        body = body | {"stream": True}
+    got, told, _ = send(port, body)
+    error = told["error"]
+    assert got == status and says in error["message"]
+    assert error["type"] == "invalid_request_error" and {"param", "code"} <= error.keys()
+
+
+def test_errors_have_codes_for_programs(client, port) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="c2c", messages=asked("sea " * 600))
+    assert refused.value.code == "context_length_exceeded"
+    status, told, headers = send(port, None, "PUT", "/v1/models")
+    assert status == 405 and "Method Not Allowed" in told["error"]["message"]
+    assert "GET" in headers["allow"]
+    assert send(port, None, "GET", "/v1/files")[0] == 404
+    assert send(port, chat(), Content_Type="text/plain")[0] == 415
+
+
+def test_other_sites_are_refused(port) -> None:
+    for origin in ("https://example.com", "http://localhost:3000", "null", ""):
+        status, told, headers = send(port, chat(), Origin=origin)
+        assert status == 403 and "other sites" in told["error"]["message"]
+        assert not [name for name in headers if name.lower().startswith("access-control")]
+    assert send(port, None, "OPTIONS", Origin="https://example.com")[0] == 403
+    assert send(port, chat(), Origin=f"http://127.0.0.1:{port}")[0] == 200
+    for host in ("example.com", f"example.com:{port}", "127.0.0.1.example.com", "[::2]:80", ""):
+        assert send(port, chat(), Host=host)[0] == 403
+    for host in ("localhost", f"localhost:{port}", f"[::1]:{port}", "127.0.0.1"):
+        assert send(port, None, "GET", "/v1/models", Host=host)[0] == 200
+
+
+def test_the_key_opens(engine) -> None:
+    with serving(engine, api_key="secret", hosts=()) as port:
+        url = f"http://127.0.0.1:{port}/v1"
+        for wrong in ("", "Bearer", "Bearer secre", "Bearer sécret", "Basic secret"):
+            assert send(port, chat(), Authorization=wrong)[0] == 401
+        with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+        with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as client:
+            assert len(client.models.list().data) == 4
+        assert send(port, None, "GET", "/health", Host="any.name")[0] == 200
+
+
+def test_a_full_queue_is_429_with_a_wait(tiny_pair) -> None:
+    with running(tiny_pair, Limits(slots=1, queue=1)) as engine, serving(engine) as port:
+        busy = Heard(engine, "receiver", QUESTION, sampling=Sampling(max_tokens=400))
+        busy.until(Accepted)
+        # Of two more, the first may be taken up to wait for the slot, not for the queue.
+        waiting = [Heard(engine, "receiver", QUESTION)]
+        with contextlib.suppress(Exception):
+            waiting.append(Heard(engine, "receiver", QUESTION))
+            waiting.append(Heard(engine, "receiver", QUESTION))
+        status, told, headers = send(port, chat())
+        assert status == 429 and told["error"]["code"] == "rate_limit_exceeded"
+        assert int(headers["retry-after"]) >= 1
+        for heard in (busy, *waiting):
+            heard.job.gone = True
+
+
+def test_health_says_that_the_thread_is_dead(tiny_pair) -> None:
+    def die(event: Any) -> None:
+        if isinstance(event, Accepted):
+            raise SystemExit
+
+    with running(tiny_pair) as engine, serving(engine) as port:
+        status, told, _ = send(port, None, "GET", "/health")
+        assert (status, told) == (200, {"status": "ok", "waiting": 0, "working": 0})
+        engine.submit(Job("c2c", QUESTION, die))
+        engine.join(timeout=60)
+        status, told, _ = send(port, None, "GET", "/health")
+        assert status == 503 and "has ended" in told["status"]
+        status, told, _ = send(port, chat())
+        assert status == 503 and told["error"]["code"] == "unavailable"
+
+
+def test_bodies_and_patience_have_bounds(port, monkeypatch) -> None:
+    assert send(port, b" " * (exchange.BODY_BYTES + 1))[0] == 413
+    monkeypatch.setattr(exchange, "BODY_S", 0.05)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
+        slow.sendall(head + b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+        assert slow.recv(1 << 16).startswith(b"HTTP/1.1 408")
+    monkeypatch.setattr(server, "HEADER_S", 0.05)
+    for before in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
+            slow.sendall(before)
+            answer = b""
+            while before and b"}" not in answer:
+                answer += slow.recv(1 << 16)
+            slow.sendall(head)
+            assert slow.recv(1 << 16) == b""  # it is hung up
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as long:
+        long.sendall(head + b"X: " + b"x" * (2 * server.HEADER_BYTES))
+        assert long.recv(1 << 16).startswith(b"HTTP/1.1 400")
+
+
+# --- who goes away, and who means no good --------------------------------------------------------
+
+
+def test_clients_that_go_away_leave_nothing_behind(engine, port) -> None:
+    rng = random.Random(0)
+    right = send(port, chat(max_tokens=16))[1]["choices"]
+    before = mx.get_active_memory()
+    for number in range(100):
+        body = chat(
+            model=rng.choice(["c2c", "relay", "receiver"]),
+            messages=asked(f"{number} " * rng.randint(1, 60)),
+            stream=rng.random() < 0.7,
+            max_tokens=200,
+            n=rng.choice([1, 1, 2]),
+        )
+        data = json.dumps(body).encode()
+        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        whole = f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + data
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            sent = len(whole) if rng.random() < 0.8 else rng.randint(1, len(whole))
+            connection.sendall(whole[:sent])
+            if body["stream"] and sent == len(whole):
+                for _ in range(rng.randint(0, 2)):
+                    connection.recv(rng.choice([1, 4096]))
+    assert send(port, chat(max_tokens=16))[1]["choices"] == right
+    while engine.status() != {"waiting": 0, "working": 0}:  # the last ones leave within a token
+        Heard(engine, "receiver", QUESTION, sampling=Sampling(max_tokens=1)).answers()
+    assert all(not batch.rows for batch in engine._batches.values())
+    assert mx.get_active_memory() <= before + engine._caches.nbytes + (8 << 20)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+field_names = st.sampled_from(
+    "model messages stream stream_options max_tokens max_completion_tokens temperature top_p n "
+    "seed stop logprobs top_logprobs response_format tools frequency_penalty user c2c".split()
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "developer", "tool", ""])},
+        optional={"content": st.text(max_size=30) | json_values, "name": json_values},
+    ),
+    max_size=4,
+)
+valid = st.fixed_dictionaries(
+    {"model": st.sampled_from(["c2c", "relay", "receiver", "sharer"]), "messages": messages},
+    optional={
+        "max_tokens": st.none() | st.integers(-1, 3),
+        "n": st.integers(0, 5),
+        "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=5),
+        "temperature": st.floats(-1, 3),
+        "seed": st.integers(),
+        "stream": st.booleans() | st.none(),
+    },
+)
+broken = st.tuples(valid, st.dictionaries(field_names, json_values, max_size=3)).map(
+    lambda pair: pair[0] | pair[1]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
+@given(body=st.one_of(broken, json_values, st.binary(max_size=50)), data=st.data())
+def test_nothing_that_is_sent_is_an_error_of_ours(port, body, data) -> None:
+    if isinstance(body, dict) and body.get("max_tokens") is None:
+        body = body | {"max_tokens": 2}
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    if data.draw(st.integers(0, 4)) == 0 and sent:
+        at = data.draw(st.integers(0, len(sent) - 1))
+        sent = sent[:at] + data.draw(st.binary(max_size=2)) + sent[at + 1 :]
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request(
+            "POST", "/v1/chat/completions", sent, {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse()
+        text = answer.read().decode()
+    assert answer.status < 500, text
+    if answer.status != 200:
+        assert {"message", "type", "param", "code"} == json.loads(text)["error"].keys()
+    elif text.startswith("data:"):
+        assert text.endswith("data: [DONE]\n\n")
+    else:
+        assert json.loads(text)["choices"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
+@given(
+    method=st.sampled_from(["GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "\x00"]),
+    path=st.text(st.characters(max_codepoint=255), max_size=30),
+    headers=st.dictionaries(
+        st.sampled_from(["Host", "Origin", "Content-Type", "Content-Length", "Transfer-Encoding",
+                         "Expect", "Upgrade", "Connection", "Authorization"]),
+        st.text(st.characters(max_codepoint=255, blacklist_characters="\r\n"), max_size=20),
+        max_size=3,
+    ),
+    rest=st.binary(max_size=40),
+)  # fmt: skip
+def test_whatever_comes_down_the_wire_is_no_error_of_ours(port, method, path, headers, rest):
+    lines = [f"{method} /{path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items()), "", ""]
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall("\r\n".join(lines).encode("latin-1") + rest)
+            connection.shutdown(socket.SHUT_WR)
+            assert not connection.recv(1 << 16).startswith(b"HTTP/1.1 5")
+
+
+def test_it_is_still_right_afterwards(client, engine, c2c_chat) -> None:
+    told = client.chat.completions.create(model="c2c", messages=QUESTION)
+    assert told.choices[0].message.content.strip() == c2c_chat("Who wrote it?")
+    assert engine.status() == {"waiting": 0, "working": 0}
