@@ -77,6 +77,8 @@ def appearing(folder: Path) -> Iterator[Path]:
         for path in (*unfinished.rglob("*"), unfinished):
             _flush(path)
         unfinished.chmod(0o755)  # mkdtemp's 0o700 would keep a shared cache from other users
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _flush(path)  # or a loss of power leaves the name with empty files behind it
         os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from c2c_mlx.errors import C2CError
+from c2c_mlx.errors import C2CError, NoFuserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +37,8 @@ def run(body: Callable[[], int | None], program: str) -> int:
         sys.stdout.flush()
         return code
     except C2CError as e:
-        print(f"{program}: {one_line(str(e))}", file=sys.stderr)
+        advice = without_fuser(e) if isinstance(e, NoFuserError) else ""
+        print(f"{program}: {one_line(str(e) + advice)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -45,6 +46,14 @@ def run(body: Callable[[], int | None], program: str) -> int:
         # The reader has gone (`| head`); Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def without_fuser(error: NoFuserError) -> str:
+    """What can be done about it on the command line."""
+    return (
+        f": name one with --fuser, train one with 'c2c-train --sharer {error.sharer} --receiver "
+        f"{error.receiver} --data DIR --out DIR', or take --mode relay"
+    )
 
 
 def one_line(text: str) -> str:

@@ -102,7 +102,7 @@ def _load(who: Pair, status: Status) -> Team:
     """On the inference thread: the pair; without a fuser, the modes that need none."""
     from c2c_mlx import blas
     from c2c_mlx.serving.reading import Team
-    from c2c_mlx.talk.session import link
+    from c2c_mlx.talk.links import link
 
     if blas.notice:
         _say(blas.notice)

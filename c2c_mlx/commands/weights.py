@@ -18,7 +18,7 @@ from c2c_mlx.progress import Progress
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from c2c_mlx.config import ModelShape
+    from c2c_mlx.config import FuserConfig, ModelShape, Provenance
     from c2c_mlx.fusion.fuser import Fuser
 
 PROGRAM = "c2c-weights"
@@ -93,7 +93,7 @@ def _list(args: argparse.Namespace) -> None:
         if model := registry.find_model(alias):
             cached = hub.cached_size(model.hub) if model.hub else size(model_folder(alias))
             mark = "*" if alias in default else " "
-            _print(f"{mark} {alias:14} {_size(cached):>8}  {model.description} [{model.licence}]")
+            _print(f"{mark} {alias:17} {_size(cached):>8}  {model.description} [{model.licence}]")
     print("\nfusers (for --fuser, by receiver+sharer)")
     kept = dict(store.cached())
     for entry in registry.fusers():
@@ -102,6 +102,7 @@ def _list(args: argparse.Namespace) -> None:
         _print(f"  {entry.name:26} {_size(size(folder)) if folder else '':>8}  {origin}")
     for name, folder in kept.items():
         _print(f"  {name:26} {_size(size(folder)):>8}  from the hub")
+    _print("  Those of the hub were trained on models that are not quantised: ...-bf16 above.")
     for unfinished in sorted(downloads("").glob("*")):
         _print(f"\nunfinished download: {unfinished.name}, {_size(size(unfinished))}")
 
@@ -127,6 +128,7 @@ def _show(args: argparse.Namespace) -> None:
         + (f", {config.bits} bits" if config.bits else ""),
         "tokens": f"alignment {config.alignment}, positions {config.positions}",
         "source": provenance.source,
+        "trained": _trained_on(config, provenance),
         "steps": str(provenance.steps or ""),
         "data": ", ".join(provenance.data),
         "licence": provenance.licence,
@@ -137,6 +139,16 @@ def _show(args: argparse.Namespace) -> None:
         if text:
             _print(f"{name:9} {text}")
     _print_gates(fuser)
+
+
+def _trained_on(config: FuserConfig, provenance: Provenance) -> str:
+    """Which aliases give the models as a published fuser knows them."""
+    from c2c_mlx.models import registry
+
+    names = [registry.unquantised(m.name) for m in (config.receiver, config.sharer)]
+    if not provenance.source.startswith("converted from") or None in names:
+        return ""
+    return f"on models that are not quantised, --receiver {names[0]} --sharer {names[1]}"
 
 
 def _print_gates(fuser: Fuser) -> None:

@@ -16,9 +16,8 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from c2c_mlx.config import Order
-from c2c_mlx.errors import C2CError
+from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages
-from c2c_mlx.fusers.store import no_fuser
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
@@ -27,7 +26,7 @@ from c2c_mlx.fusion.project import KV
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import relay
-from c2c_mlx.talk.session import align_to_each, link
+from c2c_mlx.talk.links import align_to_each, link
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
@@ -147,7 +146,7 @@ class Modes:
 
     def _read_fused(self, mode: str, item: Item) -> Reading:
         if not self.links:
-            raise C2CError(no_fuser(self.receiver.name, self._sharer.name))
+            raise NoFuserError(self.receiver.name, self._sharer.name)
         lm, prompts = self.receiver, self._aligned(item)
         ids = prompts[0].receiver_ids
         if mode == "c2c-shuffled":

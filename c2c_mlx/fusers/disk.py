@@ -16,7 +16,6 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
-from safetensors import SafetensorError, safe_open
 
 from c2c_mlx import atomic, device
 from c2c_mlx.config import FORMAT_VERSION, FuserConfig, Provenance, from_dict
@@ -67,7 +66,7 @@ def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
     folder = Path(folder)
     config, provenance = read_description(folder)
     path = locate(folder, WEIGHTS)
-    found = _header(folder, path)
+    found = untrusted.read_header(path)
     fuser = skeleton(config, len(found), str(folder))
     _compare(folder, found, parameters(fuser))
     weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
@@ -148,9 +147,8 @@ def _write_weights(path: Path, weights: dict[str, mx.array]) -> None:
     try:
         mx.save_safetensors(str(path), weights)
         # MLX may say nothing of a write that failed; a file that is too short does not open.
-        with safe_open(path, framework="numpy"):
-            pass
-    except (RuntimeError, SafetensorError) as e:
+        untrusted.read_header(path)
+    except (RuntimeError, C2CError) as e:
         raise OSError(f"{path.name}: {e}") from None
 
 
@@ -166,22 +164,7 @@ def locate(folder: Path, name: str) -> Path:
     return untrusted.find_file(path.parent, name)
 
 
-def _header(folder: Path, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape per tensor, read by the package that refuses crafted offsets."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            found = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-        with path.open("rb") as raw:  # MLX will read this once more, and must read the same
-            untrusted.parse_json(raw.read(int.from_bytes(raw.read(8), "little")))
-        return found
-    except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise C2CError(f"{folder}: {WEIGHTS} is damaged ({e})") from None
-
-
-def _compare(
-    folder: Path, found: dict[str, tuple[str, tuple[int, ...]]], wanted: dict[str, mx.array]
-) -> None:
+def _compare(folder: Path, found: untrusted.Header, wanted: dict[str, mx.array]) -> None:
     def refuse(what: str) -> NoReturn:
         raise C2CError(f"{folder}: {what} in {WEIGHTS}")
 

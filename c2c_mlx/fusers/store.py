@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from c2c_mlx.atomic import appearing
-from c2c_mlx.errors import C2CError
+from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.models import hub, registry
 from c2c_mlx.models.paths import cache_home, downloads, installing, size
 from c2c_mlx.progress import Progress, Report, silent
@@ -89,17 +89,8 @@ def find_for_pair(
 
         for model in (sharer, receiver):  # a model that can't be had is the first thing to say
             check_name(model)
-        raise C2CError(no_fuser(receiver, sharer))
+        raise NoFuserError(receiver, sharer)
     return find_folder(name, report, note)
-
-
-def no_fuser(receiver: str, sharer: str) -> str:
-    """What to do when a pair has no fuser."""
-    return (
-        f"no fuser is known for sharer {sharer} and receiver {receiver}: name one with --fuser, "
-        f"train one with 'c2c-train --sharer {sharer} --receiver {receiver} --data DIR --out DIR', "
-        f"or take --mode relay"
-    )
 
 
 def find_entry(name: str) -> registry.FuserEntry | None:

@@ -83,14 +83,25 @@ def find_model(alias: str) -> ModelEntry | None:
 def alias_of(model: str) -> str | None:
     """The alias that a model argument stands for; None if it is some other model.
 
-    Besides the alias itself, that is any folder or hub id that is called like the original or one
-    of its quantised copies: a fuser fits them all.
+    Besides the alias itself, that is any alias, folder or hub id of the same original or one of its
+    copies in another precision: a fuser fits them all.
     """
-    if model in aliases():
-        return model
-    called = _original(model)
-    entries = (entry for alias in aliases() if (entry := find_model(alias)))
-    return next((e.alias for e in entries if called in map(_original, (e.base, e.hub or ""))), None)
+    copies = copies_of(model)
+    return copies[0].alias if copies else None
+
+
+def copies_of(model: str) -> list[ModelEntry]:
+    """Every entry of the model that an argument stands for, in whatever precision."""
+    entry = find_model(model)
+    called = _original(entry.base if entry else model)
+    entries = [e for alias in aliases() if (e := find_model(alias))]
+    return [e for e in entries if called in map(_original, (e.base, e.hub or ""))]
+
+
+def unquantised(model: str) -> str | None:
+    """The alias of a model as published fusers were trained on it; None if there is none."""
+    hubs = ((e.alias, e.hub) for e in copies_of(model) if e.hub)
+    return next((alias for alias, hub in hubs if not re.search(r"-\d+bit$", hub)), None)
 
 
 def _original(model: str) -> str:

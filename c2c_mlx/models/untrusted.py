@@ -1,4 +1,4 @@
-"""Files of folders that anybody may have made: strict JSON, and no way out of the folder."""
+"""Reads files that anybody may have made: strict JSON, sound headers, no way out of a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError, safe_open
+
 from c2c_mlx.errors import C2CError
+
+Header = dict[str, tuple[str, tuple[int, ...]]]  # dtype, as safetensors spells it, and shape
 
 _MAX_JSON = 1 << 20  # bytes; a real description has a few thousand
 
@@ -36,6 +40,27 @@ def parse_json(text: str | bytes) -> Any:
         RecursionError: if it is nested too deeply.
     """
     return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+
+
+def read_header(path: Path) -> Header:
+    """What a safetensors file says that it holds.
+
+    `mx.load` believes offsets, and so maps what lies outside of the file; the safetensors package
+    checks them, and is asked first.
+
+    Raises:
+        C2CError: if the file is damaged, or MLX might read another header than that package.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            found = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+        with path.open("rb") as raw:
+            parse_json(raw.read(int.from_bytes(raw.read(8), "little")))
+        return found
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise C2CError(f"{path} is no valid safetensors file ({why}); fetch it again") from None
 
 
 def find_file(folder: Path, name: str) -> Path:

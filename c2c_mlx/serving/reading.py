@@ -10,9 +10,8 @@ import c2c_mlx.blas  # noqa: F401
 
 from c2c_mlx import device
 from c2c_mlx.config import Order
-from c2c_mlx.errors import C2CError
+from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.events import Mode
-from c2c_mlx.fusers.store import no_fuser
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
@@ -20,7 +19,7 @@ from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.serving.caches import Caches, State
 from c2c_mlx.serving.job import Messages, TooLong, Wait
-from c2c_mlx.talk.session import align_to_each
+from c2c_mlx.talk.links import align_to_each
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
@@ -50,9 +49,9 @@ class Team:
         """
         if mode not in self.modes:
             name = self.receiver.name
-            raise C2CError(
-                no_fuser(name, self.sharers[0].name) if self.sharers else f"{name} has no sharer"
-            )
+            if self.sharers:
+                raise NoFuserError(name, self.sharers[0].name)
+            raise C2CError(f"{name} has no sharer")
         return self.sharers[0] if mode == "sharer" else self.receiver
 
     @property

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import TextStateMachine, stream_generate
 from mlx_lm.sample_utils import make_sampler
 
 from c2c_mlx import device
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.events import Reason
 from c2c_mlx.fusion import kv
+
+THINKING_TOKENS = 2048  # of a model that thinks whether it is asked to or not, before its answer
+
+
+class Piece(NamedTuple):
+    """One token of an answer, or of the thoughts before it."""
+
+    token: int  # the last one may be the end-of-turn token
+    text: str  # what is now certain; empty while it might become a stop string
+    log_prob: mx.array
+    is_thought: bool = False
 
 
 def decode(
@@ -24,7 +35,8 @@ def decode(
     last_ids: Sequence[int],
     sampling: SamplingConfig,
     stop_strings: Sequence[str] = (),
-) -> Generator[tuple[int, str, mx.array], None, Reason]:
+    thinking: bool = False,
+) -> Generator[Piece, None, Reason]:
     """mlx-lm's own decoding from a prefilled cache, the same for every mode.
 
     Args:
@@ -34,39 +46,51 @@ def decode(
         last_ids: what of the prompt is not in the cache, at least one id.
         sampling: temperature, nucleus, seed, and the most tokens to generate.
         stop_strings: text that ends an answer; it and all behind it are dropped.
+        thinking: whether the prompt ends within thoughts, see `begins_thinking`. They have a budget
+            of their own.
 
     Yields:
-        (token id, text that is now certain, log-probability of the token). The text is empty while
-        it might become a stop string. The last id that is yielded may be the end-of-turn token.
+        A piece per token; thoughts have no text.
 
     Returns:
         "stop" if the answer ended by itself or at a stop string, "length" if it was cut.
     """
     mx.random.seed(sampling.seed)
-    text, shown = "", 0
+    # Thoughts end in the answer, and so does whatever a stop string ends.
+    ends = [(text, None) for text in stop_strings]
+    state = TextStateMachine(
+        {"normal": ends, "thoughts": [(tokenizer.think_end, "normal")] if thinking else []}
+    ).make_state("thoughts" if thinking else "normal")
+    answered = 0
     for response in stream_generate(
         model,
         tokenizer,
         mx.array(list(last_ids)),
-        max_tokens=sampling.max_tokens,
+        max_tokens=sampling.max_tokens + (THINKING_TOKENS if thinking else 0),
         sampler=make_sampler(temp=sampling.temp, top_p=sampling.top_p),
         prompt_cache=cache,
         prefill_step_size=device.prefill_chunk(),
     ):
-        text += response.text
-        stop = min((at for s in stop_strings if (at := text.find(s)) >= 0), default=-1)
-        certain = stop if stop >= 0 else len(text) - _held_back(text, stop_strings)
-        if response.finish_reason and stop < 0:
-            certain = len(text)
-        yield response.token, text[shown:certain], response.logprobs[response.token]
-        shown = max(shown, certain)
-        if stop >= 0:
+        is_thought = state[0] == "thoughts"
+        state, segments = TextStateMachine.split(state, response.text)
+        text = "".join(part for name, part in segments if name == "normal")
+        is_stopped = state[0] is None
+        answered += not is_thought
+        is_cut = answered == sampling.max_tokens
+        if (response.finish_reason or is_cut) and state[0] == "normal":
+            state, rest, _ = TextStateMachine.flush(state)
+            text += rest
+        yield Piece(response.token, text, response.logprobs[response.token], is_thought)
+        if is_stopped:
             return "stop"
+        if is_cut and not response.finish_reason:
+            return "length"
     return "stop" if response.finish_reason == "stop" else "length"
 
 
-def _held_back(text: str, stop_strings: Sequence[str]) -> int:
-    """Length of the longest tail of `text` that a stop string begins with."""
-    return max(
-        (n for s in stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0
-    )
+def begins_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends within thoughts: the model was made to think, asked to or not."""
+    if not getattr(tokenizer, "has_thinking", False):
+        return False
+    text = tokenizer.decode(list(prompt_ids[-16:]))
+    return bool(text.rfind(tokenizer.think_start) > text.rfind(tokenizer.think_end))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -12,34 +12,30 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx.config import ModelShape, Order, SamplingConfig
-from c2c_mlx.errors import C2CError
+from c2c_mlx.config import Order, SamplingConfig
+from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.events import (
     Crossed,
     Event,
-    Figures,
     Finished,
     GateReport,
     Gates,
     Mode,
     Prefilling,
-    Reason,
     RelayedText,
     Text,
 )
-from c2c_mlx.fusers.store import no_fuser
-from c2c_mlx.fusion import gates, kv
-from c2c_mlx.fusion.c2c import C2C
-from c2c_mlx.fusion.fit import check_models
+from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.gates import GateStats
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
-from c2c_mlx.talk import relay
+from c2c_mlx.talk import gate_report, links, relay
+from c2c_mlx.talk.cost import Cost
 from c2c_mlx.talk.crossed import Crossing, Decoded
-from c2c_mlx.talk.decode import decode
-from c2c_mlx.text.alignment import TokenAlignment, align_chat
+from c2c_mlx.talk.decode import Piece, begins_thinking, decode
+from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.answer import AnswerAlignment
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
@@ -49,43 +45,6 @@ Messages = list[dict[str, str]]
 
 class _Stopped(Exception):
     """Leaves the reading of a prompt when the user wants no answer any more."""
-
-
-@dataclass
-class _Cost:
-    """Figures of a turn while it runs."""
-
-    began: float = field(default_factory=time.perf_counter)
-    first: float | None = None
-    prompt_tokens: int = 0
-    new_prompt_tokens: int = 0
-    generated: int = 0
-    reason: Reason = "stop"
-    relayed: int = 0
-    align_s: float = 0.0
-    sharer_s: float = 0.0
-    receiver_s: float = 0.0
-    fuse_s: float = 0.0
-
-    def figures(self, gates_open: int) -> Figures:
-        now = time.perf_counter()
-        first = self.first or now
-        decoding = now - first
-        return Figures(
-            prompt_tokens=self.prompt_tokens,
-            new_prompt_tokens=self.new_prompt_tokens,
-            generated_tokens=self.generated,
-            relayed_tokens=self.relayed,
-            align_s=self.align_s,
-            sharer_s=self.sharer_s,
-            receiver_s=self.receiver_s,
-            fuse_s=self.fuse_s,
-            first_token_s=first - self.began,
-            total_s=now - self.began,
-            tokens_per_s=(self.generated - 1) / decoding if self.generated > 1 else 0.0,
-            peak_memory_gb=mx.get_peak_memory() / 1e9,
-            gates_open=gates_open,
-        )
 
 
 class ChatSession:
@@ -128,11 +87,11 @@ class ChatSession:
         self.system = system
         self.on_prefill = on_prefill
         pairs = [(sharer, fuser), *others] if sharer is not None and fuser is not None else []
-        self.links = [link(receiver, *pair) for pair in pairs]
+        self.links = [links.link(receiver, lm, of_pair) for lm, of_pair in pairs]
         made_for_it = any(link.fuser.config.fuse_response for link in self.links)
         self.fuse_response = fuse_response or made_for_it
         self.sharers = [lm for lm, _ in pairs] or [lm for lm in (sharer,) if lm]
-        self._prefixes: dict[str, Reader] = {}
+        self._readers: dict[str, Reader] = {}  # of the modes that fuse nothing
         self._fused = FusedCache(*self.links, order=order) if self.links else None
         self._crossing: Crossing | None = None  # made when somebody asks what crossed
         self.reset()
@@ -216,7 +175,9 @@ class ChatSession:
         texts, since = self._fused.last.texts, self._fused.last.stop - 1 if of_last_token else 0
         found = ((at, self._fused.stats(at, since)) for at in range(len(texts)))
         return [
-            gates.report(stats, texts[at], self.receiver.tokenizer, self.sharers[at].tokenizer, at)
+            gate_report.report(
+                stats, texts[at], self.receiver.tokenizer, self.sharers[at].tokenizer, at
+            )
             for at, stats in found
             if stats
         ]
@@ -257,7 +218,7 @@ class ChatSession:
             raise C2CError("the message is empty: type a question")
         mx.reset_peak_memory()
         self._stopping = False
-        cost, said, relayed = _Cost(), "", ""
+        cost, said, relayed = Cost(), "", ""
         turn = [{"role": "user", "content": question}]
         background = list(self._background)
         try:
@@ -288,21 +249,21 @@ class ChatSession:
             cost.figures(n_open),
         )
 
-    def _relay(self, question: str, cost: _Cost) -> Iterator[RelayedText]:
+    def _relay(self, question: str, cost: Cost) -> Iterator[RelayedText]:
         """The sharer's part of a relay."""
         self._background.append(relay.background_message(question))
         sampling = replace(self.sampling, max_tokens=relay.BACKGROUND_TOKENS)
         sharer, text = self._other, ""
         asked, stops = relay.prompt(sharer, self._background), relay.stop_strings(sharer)
         for piece in self._plain(sharer, asked, "relay", sampling, cost, stops):
-            text += piece
+            text += piece.text
             cost.relayed += 1
-            yield RelayedText("relay", piece)
+            yield RelayedText("relay", piece.text)
             if self._stopping:
                 break
         self._background.append({"role": "assistant", "content": text.strip()})
 
-    def _answer(self, messages: Messages, mode: Mode, cost: _Cost) -> Iterator[Text]:
+    def _answer(self, messages: Messages, mode: Mode, cost: Cost) -> Iterator[Text]:
         """The answering model's part of any mode."""
         lm = self._other if mode == "sharer" else self.receiver
         pieces = (
@@ -313,9 +274,10 @@ class ChatSession:
         for piece in pieces:
             if self._stopping:
                 break
-            cost.first = cost.first or time.perf_counter()
+            if not piece.is_thought:
+                cost.first = cost.first or time.perf_counter()
             cost.generated += 1
-            yield Text(mode, piece)
+            yield Text(mode, piece.text)
 
     def _plain(
         self,
@@ -323,73 +285,91 @@ class ChatSession:
         messages: Messages,
         mode: Mode,
         sampling: SamplingConfig,
-        cost: _Cost,
+        cost: Cost,
         stops: Sequence[str] | None = None,
-    ) -> Iterator[str]:
-        """One model reads and writes; pieces of text, one per token."""
+    ) -> Iterator[Piece]:
+        """One model reads and writes; `stops`, where they are given, stand for its own."""
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
-        sampling = _fitting(lm, ids, sampling)
-        prefix = self._prefixes.setdefault(f"{mode} {lm.name}", Reader(lm.model))
+        sampling = links.fitting(lm, ids, sampling)
+        reader = self._readers.setdefault(f"{mode} {lm.name}", Reader(lm.model))
         cost.prompt_tokens = len(ids)
-        cost.new_prompt_tokens = len(ids) - common_prefix(prefix.ids, ids)
+        cost.new_prompt_tokens = len(ids) - common_prefix(reader.ids, ids)
         tic = time.perf_counter()
-        prefix.extend(ids[:-1], self._report(mode))
+        reader.extend(ids[:-1], self._report(mode))
         seconds = time.perf_counter() - tic
         if lm is self.receiver:
             cost.receiver_s += seconds
         else:
             cost.sharer_s += seconds
+        stops = lm.stop_strings if stops is None else stops
         written: list[int] = []
         try:
-            decoding = _decode(lm, prefix.cache, ids[-1:], sampling, cost, stops=stops)
-            for token, piece, _ in decoding:
-                written.append(token)
+            for piece in self._decode(lm, lm.model, reader.cache, ids, sampling, stops, cost):
+                written.append(piece.token)
                 yield piece
         finally:
-            prefix.settle([*ids, *written])
+            reader.settle([*ids, *written])
 
-    def _from_fused(self, messages: Messages, cost: _Cost) -> Iterator[str]:
-        """Both models read, the receiver writes; pieces of text, one per token."""
+    def _from_fused(self, messages: Messages, cost: Cost) -> Iterator[Piece]:
+        """Both models read, the receiver writes."""
         if self._fused is None:
-            raise C2CError(no_fuser(self.receiver.name, self._other.name))
-        tic = time.perf_counter()
-        prompts = align_to_each(messages, self.receiver, self.links, self.sharers)
+            raise NoFuserError(self.receiver.name, self._other.name)
+        lm, tic = self.receiver, time.perf_counter()
+        prompts = links.align_to_each(messages, lm, self.links, self.sharers)
         cost.align_s = time.perf_counter() - tic
         ids = prompts[0].receiver_ids
-        sampling = _fitting(self.receiver, ids, self.sampling)
-        for lm, prompt in zip(self.sharers, prompts, strict=True):
-            fitting = _fitting(lm, prompt.sharer_ids, sampling)
-            sampling = fitting if self.fuse_response else sampling  # it reads the answer, too
+        sampling = links.fitting(lm, ids, self.sampling)
+        for sharer, prompt in zip(self.sharers, prompts, strict=True):
+            with_answer = links.fitting(sharer, prompt.sharer_ids, sampling)
+            sampling = with_answer if self.fuse_response else sampling  # it reads the answer, too
         cache = self._fused.extend(prompts, self._report("c2c"))
         fusion = self._fused.last
         assert fusion is not None
         cost.prompt_tokens = len(ids)
         cost.new_prompt_tokens = fusion.stop - fusion.start + 1
-        cost.sharer_s, cost.receiver_s, cost.fuse_s = (
-            fusion.sharer_s,
-            fusion.receiver_s,
-            fusion.fuse_s,
-        )
-        model: Any = self.receiver.model
+        cost.sharer_s, cost.receiver_s = fusion.sharer_s, fusion.receiver_s
+        cost.fuse_s = fusion.fuse_s
+        model: Any = lm.model
         if self.fuse_response:
-            model = self._fused.answering(
-                [
-                    AnswerAlignment(
-                        *(messages, prompt, self.receiver.tokenizer, lm.tokenizer),
-                        strategy=link.fuser.config.alignment,
-                    )
-                    for lm, prompt, link in zip(self.sharers, prompts, self.links, strict=True)
-                ]
-            )
+            model = self._fused.answering(self._alignments(messages, prompts))
         self._decoded = decoded = Decoded(ids, self.fuse_response)
         try:
-            for token, piece, log_prob in _decode(
-                self.receiver, cache, ids[-1:], sampling, cost, model
-            ):
-                decoded.add(token, piece, log_prob)
+            for piece in self._decode(lm, model, cache, ids, sampling, lm.stop_strings, cost):
+                decoded.add(piece.token, piece.text, piece.log_prob)
                 yield piece
         finally:
             decoded.cut(cost.generated)
+
+    def _alignments(
+        self, messages: Messages, prompts: Sequence[TokenAlignment]
+    ) -> list[AnswerAlignment]:
+        """How each sharer will read along what is answered to the prompts."""
+        return [
+            AnswerAlignment(
+                messages,
+                prompt,
+                self.receiver.tokenizer,
+                sharer.tokenizer,
+                strategy=link.fuser.config.alignment,
+            )
+            for sharer, prompt, link in zip(self.sharers, prompts, self.links, strict=True)
+        ]
+
+    def _decode(
+        self,
+        lm: LanguageModel,
+        model: Any,
+        cache: kv.Cache,
+        ids: Sequence[int],
+        sampling: SamplingConfig,
+        stops: Sequence[str],
+        cost: Cost,
+    ) -> Iterator[Piece]:
+        """`decode` from a cache that holds all of `ids` but the last; notes why it ended."""
+        thinking = begins_thinking(lm.tokenizer, ids)
+        cost.reason = yield from decode(
+            model, lm.tokenizer, cache, ids[-1:], sampling, stops, thinking
+        )
 
     @property
     def _other(self) -> LanguageModel:
@@ -411,64 +391,3 @@ class ChatSession:
 
 def _messages_per_turn(mode: Mode) -> int:
     return 4 if mode == "relay" else 2
-
-
-def _decode(
-    lm: LanguageModel,
-    cache: kv.Cache,
-    last: Sequence[int],
-    sampling: SamplingConfig,
-    cost: _Cost,
-    model: Any = None,
-    stops: Sequence[str] | None = None,
-) -> Iterator[tuple[int, str, mx.array]]:
-    """`decode`, with the reason why it ended noted in `cost`.
-
-    `model` and `stops`, where they are given, stand for the lm's own.
-    """
-    model = lm.model if model is None else model
-    stops = lm.stop_strings if stops is None else stops
-    cost.reason = yield from decode(model, lm.tokenizer, cache, last, sampling, stops)
-
-
-def link(receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> C2C:
-    """A sharer's way into the receiver.
-
-    Raises:
-        C2CError: if the fuser was not made for these models.
-    """
-    config = fuser.config
-    check_models(config, _shape(receiver, config.receiver), _shape(sharer, config.sharer))
-    return C2C(receiver.model, sharer.model, fuser)
-
-
-def align_to_each(
-    messages: Messages,
-    receiver: LanguageModel,
-    links: Sequence[C2C],
-    sharers: Sequence[LanguageModel],
-) -> list[TokenAlignment]:
-    """The receiver's prompt, aligned to the one of each link's sharer."""
-    known: dict[tuple[int, str], TokenAlignment] = {}
-    for link, lm in zip(links, sharers, strict=True):
-        if link.reader_key not in known:
-            known[link.reader_key] = align_chat(
-                *(messages, receiver.tokenizer, lm.tokenizer), strategy=link.fuser.config.alignment
-            )
-    return [known[link.reader_key] for link in links]
-
-
-def _shape(lm: LanguageModel, wanted: ModelShape) -> ModelShape:
-    """The shape; the vocabulary is only looked through if the fuser knows whose it wants."""
-    return kv.model_shape(lm.model, lm.name, lm.fingerprint if wanted.tokenizer else "")
-
-
-def _fitting(lm: LanguageModel, ids: Sequence[int], sampling: SamplingConfig) -> SamplingConfig:
-    """The sampling with a limit of tokens that still fits; refuses before anything is read."""
-    room = lm.context_length - len(ids)
-    if room < 1:
-        raise C2CError(
-            f"the conversation is {len(ids)} tokens long, but {lm.name} reads at most "
-            f"{lm.context_length}: shorten the message, or start a new conversation"
-        )
-    return replace(sampling, max_tokens=min(sampling.max_tokens, room))

@@ -199,6 +199,17 @@ raw_pickle(
     "id-of-2-to-the-60", lambda c: b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"h\x00Q."
 )
 raw_pickle("marks-without-end", lambda c: b"\x80\x02" + b"(" * 60_000 + b".")
+# These two are why no pickle.Unpickler reads: its C code makes room for the index of a memo (4 GB),
+# and hashes whatever a dict gets for a key.
+raw_pickle("memo-of-2-to-the-28", lambda c: b"\x80\x02}r\xff\xff\xff\x0f.")
+raw_pickle(
+    "key-of-2-to-the-30-tuples",
+    lambda c: (
+        b"\x80\x02)q\0"
+        + b"".join(bytes((104, i, 104, i, 134, 113, i + 1)) for i in range(30))
+        + b"}h\x1eK\1s."
+    ),
+)
 raw_pickle("nested-50000-deep", lambda c: b"\x80\x02)" + b"\x85" * 50_000 + b".")
 raw_pickle("a-pickle-of-9-mb", lambda c: b"\x80\x02" + b")" * (9 << 20) + b".")
 raw_pickle("a-list-that-holds-itself", lambda c: b"\x80\x02]q\x00h\x00a.")

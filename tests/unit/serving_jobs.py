@@ -16,7 +16,7 @@ from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.serving.job import Done, Ended, Event, Failed, Job, Piece
 from c2c_mlx.serving.reading import Team
 from c2c_mlx.serving.server import bind, make_server
-from c2c_mlx.talk.session import link
+from c2c_mlx.talk.links import link
 
 SAMPLING = SamplingConfig(max_tokens=24)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Sequence
 
 import c2c_mlx.blas  # noqa: F401
 
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from prompts import (
     assert_same,
 )
@@ -15,12 +17,12 @@ from c2c_mlx import LanguageModel
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
-from c2c_mlx.talk.decode import decode
+from c2c_mlx.talk.decode import Piece, begins_thinking, decode
 
 
 def pieces_of(
     lm: LanguageModel, stop_strings: Sequence[str], n: int
-) -> Generator[tuple[int, str], None, str]:
+) -> Generator[Piece, None, str]:
     reader = Reader(lm.model)
     reader.extend([10, 11, 12])
     sampling = SamplingConfig(max_tokens=n, temp=1.5, seed=4)
@@ -28,7 +30,7 @@ def pieces_of(
 
 
 def written(lm: LanguageModel, stop_strings: Sequence[str] = ()) -> list[str]:
-    return [piece for _, piece in pieces_of(lm, stop_strings, 24)]
+    return [piece.text for piece in pieces_of(lm, stop_strings, 24)]
 
 
 def ended(
@@ -38,7 +40,7 @@ def ended(
     tokens, pieces = [], pieces_of(lm, stop_strings, n)
     while True:
         try:
-            tokens.append(next(pieces)[0])
+            tokens.append(next(pieces).token)
         except StopIteration as end:
             return tokens, end.value
 
@@ -91,7 +93,7 @@ def test_settle_keeps_what_was_written_for_the_next_turn(receiver: LanguageModel
     reader.extend(ids[:-1])
     sampling = SamplingConfig(max_tokens=9)
     tokens = []
-    for token, _ in decode(receiver.model, receiver.tokenizer, reader.cache, ids[-1:], sampling):
+    for token, *_ in decode(receiver.model, receiver.tokenizer, reader.cache, ids[-1:], sampling):
         tokens.append(token)
         if len(tokens) == 4:
             break
@@ -103,3 +105,37 @@ def test_settle_keeps_what_was_written_for_the_next_turn(receiver: LanguageModel
     again.extend(longer)
     reader.extend(longer)
     assert_same(reader.cache, again.cache, 1e-5)
+
+
+def thinker(lm: LanguageModel, start: str, end: str) -> TokenizerWrapper:
+    """The tokenizer of a model that thinks between two marks, as mlx-lm would find it."""
+    tokenizer = copy.copy(lm.tokenizer)
+    tokenizer._think_start, tokenizer._think_end = start, end
+    return tokenizer
+
+
+def test_thoughts_are_no_part_of_an_answer_nor_of_its_budget(receiver: LanguageModel) -> None:
+    """As of a model whose template begins them, asked to or not."""
+    whole = list(pieces_of(receiver, [], 24))
+    text = "".join(piece.text for piece in whole)
+    end = text[9:12]
+    cut = text.index(end) + len(end)
+    tokenizer = thinker(receiver, "<never>", end)
+    reader = Reader(receiver.model)
+    reader.extend([10, 11, 12])
+    sampling = SamplingConfig(max_tokens=4, temp=1.5, seed=4)
+    model, cache = receiver.model, reader.cache
+    pieces = list(decode(model, tokenizer, cache, [13], sampling, thinking=True))
+    thoughts = [piece for piece in pieces if piece.is_thought]
+    assert len(thoughts) >= 3 and len(pieces) - len(thoughts) == 4
+    answer = "".join(piece.text for piece in pieces)
+    assert answer and text[cut:].startswith(answer)
+    assert [p.token for p in pieces] == [p.token for p in whole][: len(pieces)]
+
+
+def test_a_prompt_that_ends_within_thoughts(receiver: LanguageModel) -> None:
+    ids = receiver.tokenizer.encode("ab cd ef", add_special_tokens=False)
+    assert begins_thinking(thinker(receiver, "cd", "xx"), ids)
+    assert not begins_thinking(thinker(receiver, "ab", "cd"), ids)
+    assert not begins_thinking(thinker(receiver, "xx", "yy"), ids)
+    assert not begins_thinking(receiver.tokenizer, ids)

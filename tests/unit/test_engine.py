@@ -173,7 +173,7 @@ def test_without_a_fuser_the_other_modes_answer(open_engine: Open, tiny_pair: Pa
     engine = open_engine(Pair(tiny_pair.receiver, tiny_pair.sharers))
     seen = until(engine, Loaded)
     failed = [e for e in seen if isinstance(e, Failed)]
-    assert len(failed) == 1 and "c2c-train" in failed[0].message
+    assert len(failed) == 1 and "no fuser is known" in failed[0].message
     engine.ask("Who wrote it?", ALL)
     seen = until(engine, TurnOver)
     assert set(answers(seen)) == {"relay", "receiver"}

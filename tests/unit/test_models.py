@@ -126,6 +126,18 @@ def test_context_length(tiny: LanguageModel, config: dict[str, Any], length: int
     assert lm.context_length == length
 
 
+def test_published_fusers_find_their_models_unquantised() -> None:
+    published = [entry for entry in registry.fusers() if entry.hub]
+    assert published
+    for entry in published:
+        for alias in (entry.receiver, entry.sharer):
+            copy = registry.find_model(registry.unquantised(alias) or "")
+            original = registry.find_model(alias)
+            assert copy and original and copy.base == original.base
+            assert copy.hub and not copy.hub.endswith("bit")
+    assert registry.unquantised("smollm2-135m") is None
+
+
 # --- base models
 
 
@@ -198,6 +210,7 @@ def test_fusers_are_found_by_their_pair(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "qwen+llama"),
         ("mlx-community/Qwen3-0.6B-8bit", "~/models/Qwen3-4B-bf16/", "qwen+qwen3-4b"),
         ("qwen", "Qwen/Qwen3-4B-Base", "qwen+qwen3-4b-base"),
+        ("qwen-bf16", "llama-bf16", "qwen+llama"),
         ("qwen3-8b", "mlx-community/Qwen2.5-7B-Instruct-4bit", "qwen3-8b+qwen2.5-7b"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -49,6 +50,20 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "* smollm2-135m" in out
     assert "\nfusers" in out
+    assert "  qwen-bf16 " in out and "not quantised" in out
+
+
+def test_show_names_the_models_that_a_published_fuser_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    description = json.loads((source / "config.json").read_text())
+    description["model"]["base_model"] = "Qwen/Qwen3-0.6B"
+    description["model"]["teacher_model"] = "meta-llama/Llama-3.2-1B-Instruct"
+    (source / "config.json").write_text(json.dumps(description))
+    assert weights.main(["convert", str(source), str(tmp_path / "fuser")]) == 0
+    assert weights.main(["show", str(tmp_path / "fuser")]) == 0
+    assert "not quantised, --receiver qwen-bf16 --sharer llama-bf16" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
