@@ -80,7 +80,7 @@ class ModelShape:
     """The part of a model that a fuser depends on."""
 
     name: str  # for people only: an alias, a hub id or a folder name
-    layers: int  # layers that hold keys and values
+    layers: int  # all of them, those without keys and values as well: a layer map counts so
     kv_heads: int
     head_dim: int
     tokenizer: str = ""  # sha256 over the vocabulary; empty: unknown, not checked

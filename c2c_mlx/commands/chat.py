@@ -134,20 +134,17 @@ def _session(
     status = Status(sys.stderr)
 
     from c2c_mlx import blas
-    from c2c_mlx.talk.session import ChatSession
+    from c2c_mlx.talk.session import open_session
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
     with closing(status):
         loaded = pair.load(who, folders, len(folders) or int(modes != ["receiver"]), status)
-        pairs = list(zip(loaded.sharers, loaded.fusers, strict=False))
-        session = ChatSession(
+        session = open_session(
+            who,
             loaded.receiver,
-            next(iter(loaded.sharers), None),
-            next(iter(loaded.fusers), None),
-            others=pairs[1:],
-            order=who.order,
-            fuse_response=who.fuse_response,
+            loaded.sharers,
+            loaded.fusers,
             sampling=sampling,
             system=system,
             on_prefill=status.reading,

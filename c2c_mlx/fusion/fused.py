@@ -302,12 +302,8 @@ class FusedCache:
                 before = {
                     i: kv.read_layer(self.own.cache, i, at, end) for i in link.receiver_layers
                 }
-            own = kv.StackedKV(
-                *(
-                    mx.stack([before[layer][kind] for layer in link.receiver_layers])
-                    for kind in (0, 1)
-                )
-            )
+            rows = [before[layer] for layer in link.receiver_layers]
+            own = kv.StackedKV(mx.stack([k for k, _ in rows]), mx.stack([v for _, v in rows]))
             read = link.read_sharer(reader.cache, text.index[None, at:end])
             waiting.append((at, layers, link.propose(read, own, at)))
             if not link.fuser.config.message_gate:

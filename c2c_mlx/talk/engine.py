@@ -173,7 +173,7 @@ class InferenceThread(threading.Thread):
         from c2c_mlx.fusion.fuser import Fuser
         from c2c_mlx.models import memory
         from c2c_mlx.models.load import LanguageModel, find_folder, load_model
-        from c2c_mlx.talk.session import ChatSession
+        from c2c_mlx.talk.session import open_session
 
         pair = self.pair
         self._report(Progress(f"loading {pair.receiver}", 0, 0))
@@ -184,15 +184,13 @@ class InferenceThread(threading.Thread):
         receiver = load_model(pair.receiver, progress=self._report)
         known: dict[str, LanguageModel] = {}
         sharers: list[LanguageModel] = []
-        links: list[tuple[LanguageModel, Fuser]] = []
 
-        def session() -> ChatSession:
-            sharer, fuser = links[0] if links else (next(iter(sharers), None), None)
-            return ChatSession(
-                *(receiver, sharer, fuser),
-                others=links[1:],
-                order=pair.order,
-                fuse_response=pair.fuse_response,
+        def session(*fusers: Fuser) -> ChatSession:
+            return open_session(
+                pair,
+                receiver,
+                sharers,
+                fusers,
                 sampling=self.sampling,
                 system=self.system,
                 on_prefill=self._prefilled,
@@ -207,14 +205,11 @@ class InferenceThread(threading.Thread):
                     known[wanted] = load_model(wanted, progress=self._report)
                 sharers.append(known[wanted])
             folders = self._find_fusers()
-            fusers = [disk.measure(folder) for folder in folders]
-            need = memory.preflight(answering, reading, fusers, bits=pair.fuser_bits)
-            loaded = (disk.load(folder, pair.fuser_bits) for folder in folders)
-            links = list(zip(sharers, loaded, strict=True))
-            self._session = session()
+            sizes = [disk.measure(folder) for folder in folders]
+            need = memory.preflight(answering, reading, sizes, bits=pair.fuser_bits)
+            self._session = session(*(disk.load(f, pair.fuser_bits) for f in folders))
         except C2CError as e:
             self.events.put(Failed(str(e)))
-            links = []
             self._session = session()
         self.events.put(self._loaded(self._session, need))
 

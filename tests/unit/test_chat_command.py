@@ -175,7 +175,7 @@ def test_training_ends_with_a_fuser_that_chat_uses_and_resumes(call, tmp_path):
     [
         ("", "is empty"),
         ("{", "line 1: not JSON"),
-        ('{"prompt": "a"}', "needs a 'completion'"),
+        ('{"prompt": "a"}', "--answer-with has rows"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "the last message must be"),
     ],
 )
