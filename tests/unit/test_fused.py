@@ -29,10 +29,11 @@ from prompts import (
 )
 
 from c2c_mlx import LanguageModel, device
-from c2c_mlx.fusion import gates, kv
+from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import pass_width
 from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.talk import gate_report
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -241,7 +242,7 @@ def test_means_are_over_the_positions_that_are_fused(
     np.testing.assert_allclose(stats.mean_weight, weight, rtol=1e-5)
     moved, own = (np.linalg.norm(x[..., inside], axis=-1) for x in (stats.change, stats.own))
     np.testing.assert_allclose(stats.relative_change, moved / own, rtol=1e-5)
-    told = gates.report(stats, aligned(chat), receiver.tokenizer, sharer.tokenizer)
+    told = gate_report.report(stats, aligned(chat), receiver.tokenizer, sharer.tokenizer)
     np.testing.assert_allclose(told.weights, stats.mean_weight, atol=1e-4)
 
 
