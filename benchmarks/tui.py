@@ -77,7 +77,7 @@ async def gate_panel() -> None:
 
     chat = replayed(speed=float("inf"))
     async with chat.run_test(size=(140, 60)) as pilot:
-        await until(lambda: chat.loaded is not None)
+        await until(lambda: chat.state.loaded is not None)
         view = chat.main.gate_panel.view
         diagonal, is_open = tuple((i, i) for i in range(layers)), ((True,) * layers,) * 2
         link = events.Link("sharer", "fuser", diagonal, is_open)
@@ -105,29 +105,31 @@ async def gate_panel() -> None:
 async def typing_and_stopping(pair: Pair, rounds: int) -> None:
     """While a model writes: from a key to its letter on the screen, from Esc to the end."""
     engine = InferenceThread(pair, LONG)
-    chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"], is_kept=False)
+    chat = ChatApp(engine, Conversation(pair, LONG), ["receiver"])
     echoes: list[tuple[float, float]] = []
     stops: list[tuple[float, float]] = []
     try:
         async with chat.run_test(size=SIZE) as pilot:
-            await until(lambda: chat.loaded is not None, seconds=120)
+            await until(lambda: chat.state.loaded is not None, seconds=120)
             for _ in range(rounds):
                 chat.main.prompt.show("Who wrote it?")
                 await pilot.press("enter")
-                await until(lambda: chat.turn is not None and bool(chat.turn.answers), 60)
+                await until(
+                    lambda: chat.state.turn is not None and bool(chat.state.turn.answers), 60
+                )
                 for letter in "abc":
                     await asyncio.sleep(random.uniform(0, 0.05))
-                    if chat.is_busy:
+                    if chat.state.is_busy:
                         echoes.append(await echo(chat, letter))
                 await asyncio.sleep(random.uniform(0, 0.2))
-                if chat.is_busy:
+                if chat.state.is_busy:
                     tic, computed = time.perf_counter(), time.process_time()
                     chat.simulate_key("escape")
-                    while chat.is_busy:
+                    while chat.state.is_busy:
                         await asyncio.sleep(0.001)
                     spent = time.process_time() - computed
                     stops.append((1e3 * (time.perf_counter() - tic), 1e3 * spent))
-                await until(lambda: not chat.is_busy, 60)
+                await until(lambda: not chat.state.is_busy, 60)
                 await chat.action_new()
     finally:
         engine.close()

@@ -141,6 +141,7 @@ class Loaded:
     context_length: int  # of the receiver
     receiver_layers: int
     needs: str = ""  # what a long conversation will take of the device's memory, in words
+    missing: str = ""  # why there are no links, in a sentence
 
     @property
     def gates(self) -> tuple[Gates, ...]:

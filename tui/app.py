@@ -1,174 +1,294 @@
-"""c2c-chat in a terminal: two answers side by side, and the gates between the models."""
+"""c2c-chat in a terminal: what a user can do, and who does it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TypeVar
 
-from textual.app import SystemCommand
-from textual.binding import Binding, BindingType
+from textual.app import App, SystemCommand
 from textual.screen import Screen
 
+from c2c_mlx import atomic
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Mode
-from c2c_mlx.tui import clipboard, conversation, history, storage, votes
-from c2c_mlx.tui.conversation import NAMES, Conversation
-from c2c_mlx.tui.listener import RIVALS, Listener
+from c2c_mlx.tui import clipboard, export, history, keys, session_file, themes, votes
+from c2c_mlx.tui.backend import Backend
+from c2c_mlx.tui.conversation import NAMES, RIVALS, Answer, Conversation, Turn
+from c2c_mlx.tui.follower import Follower
+from c2c_mlx.tui.screens.ballot import Ballot
 from c2c_mlx.tui.screens.help import Help
+from c2c_mlx.tui.screens.main import MainScreen
+from c2c_mlx.tui.screens.menu import Menu
 from c2c_mlx.tui.screens.sessions import Sessions
 from c2c_mlx.tui.screens.settings import Settings
+from c2c_mlx.tui.session_file import SessionFile
+from c2c_mlx.tui.state import State
 from c2c_mlx.tui.widgets.gate_view import GateView
-from c2c_mlx.tui.widgets.prompt import Prompt
+
+Kept = TypeVar("Kept")
 
 
-class ChatApp(Listener):
-    """The conversation and what a user can do with it."""
+class ChatApp(App[None]):
+    """The conversation, and what is done with it by keys.
+
+    Args:
+        backend: answers; started after the first paint.
+        conversation: empty, or one that is taken up again.
+        modes: who answers, one after the other.
+        file: where the conversation is saved; None: neither it nor its questions, votes and the
+            theme outlive the app.
+    """
 
     CSS_PATH = "app.tcss"
     TITLE = "c2c-chat"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-columns"), (160, "-wide")]
     VERTICAL_BREAKPOINTS = [(0, "-short"), (30, "-tall")]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "stop", "Stop"),
-        Binding("ctrl+r", "again", "Again", priority=True),
-        Binding("ctrl+n", "new", "New", priority=True),
-        Binding("ctrl+g", "gates", "Gates", priority=True),
-        Binding("ctrl+o", "pane('receiver')", "Receiver", priority=True),
-        Binding("ctrl+t", "next_tab", "Next tab", priority=True, show=False),
-        Binding("f1", "help", "Help", priority=True),
-        Binding("f2", "settings", "Settings", priority=True, show=False),
-        Binding("f3", "edit", "Edit last", priority=True, show=False),
-        Binding("f4", "copy('c2c')", "Copy C2C's answer", priority=True, show=False),
-        Binding("f5", "export", "Export", priority=True, show=False),
-        Binding("f6", "sessions", "Sessions", priority=True, show=False),
-        Binding("f7", "blind", "Blind", priority=True, show=False),
-        Binding("f8", "hide_gates", "Show/hide gates", priority=True, show=False),
-        Binding("ctrl+q", "quit", "Quit", priority=True),
-    ]
-    is_editing = False  # the last question
-    attempt = 0  # at the last question
+    BINDINGS = keys.bindings(keys.APP, is_priority=True)
+    _OF_THE_APP = keys.actions()
+
+    def __init__(
+        self,
+        backend: Backend,
+        conversation: Conversation,
+        modes: Sequence[Mode],
+        file: SessionFile | None = None,
+    ) -> None:
+        super().__init__()
+        self.backend, self.file = backend, file
+        self.state = State(conversation, list(modes))
+        self.main = MainScreen(modes)
+        self.follower = Follower(
+            backend,
+            self.state,
+            self.main,
+            save=self.save,
+            complain=self.complain,
+            ask_for_vote=self._ask_for_vote,
+        )
+        self._draft: str | None = None  # what was being typed when the last question was brought up
+        self._unvoted: Turn | None = None  # its ballot waits until other dialogs are closed
+        for theme in (themes.DARK, themes.LIGHT):
+            self.register_theme(theme)
+        chosen = themes.chosen() if file else themes.DARK.name
+        self.theme = chosen if chosen in self.available_themes else themes.DARK.name
+
+    def get_default_screen(self) -> MainScreen:
+        """The conversation."""
+        return self.main
+
+    async def on_ready(self) -> None:
+        """The first frame has been painted: shows what there is, then lets the models load."""
+        sys.setswitchinterval(0.001)  # a key must not wait 5 ms for each turn of the interpreter
+        self.main.show_pair(self.state.conversation.pair)
+        self.main.prompt.focus()
+        if self.file:
+            self.main.prompt.remember(*history.load())
+            self.theme_changed_signal.subscribe(
+                self, lambda theme: self._keep(themes.choose, theme.name)
+            )
+        if self.state.conversation.turns:
+            await self.main.show_conversation(self.state.conversation)
+        self.backend.start()
+        self.run_worker(self.follower.follow())
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Below a dialog the app's keys do nothing; it has keys of its own."""
+        return len(self.screen_stack) < 2 or action not in self._OF_THE_APP
+
+    def complain(self, message: str) -> None:
+        """An error as a notice: what is wrong and what to do."""
+        if self.is_running:
+            self.notify(message, severity="error", timeout=12, markup=False)
+        else:
+            print(f"c2c-chat: {message}", file=sys.stderr)
+
+    def save(self) -> None:
+        """Writes the conversation, if it is to outlive the app; a full disk is a notice."""
+        if self.file and self.state.conversation.turns:
+            self._keep(self.file.save, self.state.conversation)
+
+    def _keep(self, write: Callable[[Kept], None], what: Kept) -> None:
+        if self.file:
+            try:
+                write(what)
+            except C2CError as e:
+                self.complain(str(e))
 
     def can_act(self) -> bool:
         """Whether the conversation may be changed; says why if not."""
-        if self.is_busy:
+        if self.state.is_busy:
             self.notify("an answer is being given: Esc stops it", severity="warning")
-        return not self.is_busy
+        return not self.state.is_busy
 
-    # --- the conversation -------------------------------------------------------------------
+    # --- asking -----------------------------------------------------------------------------
 
-    async def on_prompt_submitted(self, event: Prompt.Submitted) -> None:
-        """A question."""
-        question = event.text.strip("\n")
+    async def action_send(self) -> None:
+        """Asks what stands in the prompt; by an action, so that a quit waits its turn behind it."""
+        question, state = self.main.prompt.text.strip("\n"), self.state
         if not question.strip() or not self.can_act():
             return
-        if self.is_editing:
+        modes = state.in_order(state.modes)
+        if not modes:
+            self.notify("nobody here can answer: Ctrl+O has the receiver answer", severity="error")
+            return
+        if self._draft is not None:
             await self._take_back()
-        self.attempt = 0
-        self.main.prompt.clear()
+        self.main.prompt.show(self._draft or "")
+        self._draft = None
         self.main.prompt.remember(question)
-        self.keep(history.add, question)
-        await self._ask(question)
+        self._keep(history.add, question)
+        state.attempt = 0
+        modes = state.in_order(state.modes)
+        await self._ask(state.conversation.begin(question, modes, state.gates), modes)
 
-    async def _ask(self, question: str) -> None:
-        self.is_busy, self.is_editing = True, False
-        self.conversation.add(question, self.gates)
-        self.main.say("asking" if self.loaded else "asking as soon as the models are loaded")
-        await self.main.begin(question, self.modes)
-        self.backend.ask(question, tuple(self.modes), self.attempt)
+    async def _ask(self, turn: Turn, modes: Sequence[Mode]) -> None:
+        """Has the modes answer a turn's latest take."""
+        self.state.is_busy = True
+        self.save()
+        self.main.say("asking" if self.state.loaded else "asking as soon as the models are loaded")
+        await self.main.begin(turn, modes)
+        self.backend.ask(turn.question, tuple(modes), self.state.attempt)
 
     async def _take_back(self) -> None:
         """Forgets the last turn, where it was remembered and where it was only shown."""
-        turn = self.conversation.turns.pop()
+        turn = self.state.conversation.turns.pop()
         self.backend.undo([mode for mode, answer in turn.answers.items() if answer.is_kept])
-        await self.main.drop_turn(turn.question)
+        await self.main.drop_turn(turn)
+
+    async def action_again(self) -> None:
+        """Asks the last question again; the answers that there were stay in the conversation."""
+        state, turn = self.state, self.state.turn
+        if turn is None or not self.can_act():
+            return
+        self._leave_editing()
+        talk, answers = state.conversation, turn.answers
+        modes, last = state.in_order(state.modes), turn.latest
+        if last.gates != state.gates and "c2c" in modes:
+            # Gates are all that shall differ: the same seed, and nobody whom they do not concern.
+            # With other settings there is nothing to be kept alike.
+            now = talk.take((), state.gates, state.attempt)
+            if (now.sampling, now.system) == (last.sampling, last.system):
+                modes = [m for m in modes if m == "c2c" or not answers.get(m, Answer()).is_whole]
+        else:
+            state.attempt += 1
+            if talk.sampling.temp == 0:
+                self.notify("greedy decoding says the same again; F2 sets a temperature")
+        self.backend.undo([m for m in modes if answers.get(m, Answer()).is_kept])
+        turn.takes.append(talk.take(modes, state.gates, state.attempt))
+        await self._ask(turn, modes)
 
     def action_stop(self) -> None:
         """Stops the answer; else leaves the editing; else goes back to the prompt."""
-        if self.is_busy:
+        if self.state.is_busy:
             self.backend.stop()
             self.main.say("stopping")
-        elif self.is_editing:
-            self.is_editing = False
-            self.main.prompt.clear()
+        elif self._draft is not None:
+            self._leave_editing()
             self.main.say("ready")
         self.main.prompt.focus()
 
-    async def action_again(self) -> None:
-        """Asks the last question again."""
-        if self.turn is None or not self.can_act():
-            return
-        if self.turn.gates == self.gates and self.conversation.sampling.temp == 0:
-            self.notify("greedy decoding says the same again; F2 sets a temperature")
-        question = self.turn.question
-        await self._take_back()
-        self.attempt += 1
-        await self._ask(question)
-
     def action_edit(self) -> None:
         """Brings the last question back to be changed; sending it replaces its turn."""
-        if self.turn is None or not self.can_act():
+        if self.state.turn is None or not self.can_act():
             return
-        self.is_editing = True
-        self.main.prompt.show(self.turn.question)
+        if self._draft is None:
+            self._draft = self.main.prompt.text
+        self.main.prompt.show(self.state.turn.question)
         self.main.prompt.focus()
         self.main.say("editing the last message: Enter asks it anew, Esc leaves it as it was")
+
+    def _leave_editing(self) -> None:
+        """Puts back what was being typed before."""
+        if self._draft is not None:
+            self.main.prompt.show(self._draft)
+            self._draft = None
+
+    # --- conversations ----------------------------------------------------------------------
 
     async def action_new(self) -> None:
         """Begins another conversation; the last one is saved already."""
         if not self.can_act():
             return
-        old = self.conversation
+        old = self.state.conversation
+        if self.file:
+            self.file.close()
         await self._take_up(Conversation(old.pair, old.sampling, old.system))
         self.main.prompt.focus()
         self.main.say("ready")
 
     async def _take_up(self, talk: Conversation) -> None:
-        """Goes on with a conversation, with its pair and its settings."""
-        self.conversation = talk
-        self.is_editing = False
+        """Goes on with a conversation, with its pair, its settings and its gates."""
+        self._leave_editing()
+        self.state.conversation, self.state.attempt = talk, 0
         await self.main.show_conversation(talk)
-        self._show_context()
+        self.follower.show_context()
         if talk.pair != self.backend.pair:
             self.main.show_pair(talk.pair)
+            self.state.loaded = None
             self.backend.reload(talk.pair)
         self._tell_backend()
 
     def _tell_backend(self) -> None:
-        talk = self.conversation
+        talk = self.state.conversation
         self.backend.configure(talk.sampling, talk.system)
         self.backend.restore({mode: talk.history(mode) for mode in MODES})
+        self.follower.restore_gates()
 
     def action_sessions(self) -> None:
         """Saved conversations to choose from."""
         if self.can_act():
-            self.push_screen(Sessions(conversation.names()), self._chosen)
+            screen = Sessions(self.file or SessionFile(), self.state.conversation)
+            self.push_screen(screen, self._chosen)
 
     async def _chosen(self, name: str | None) -> None:
-        if name is not None:
-            try:
-                await self._take_up(conversation.load(name))
-            except C2CError as e:
-                self.complain(str(e))
+        if name is None or (self.file and name == self.file.name):
+            return
+        try:
+            talk = self.file.load(name) if self.file else session_file.read(name)
+        except C2CError as e:
+            self.complain(str(e))
+            return
+        await self._take_up(talk)
 
     def action_reload(self) -> None:
         """Loads the models again, after a download that failed."""
         if self.can_act():
-            self.backend.reload(self.conversation.pair)
+            self.state.loaded = None
+            self.backend.reload(self.state.conversation.pair)
             self._tell_backend()
+
+    def action_export(self) -> None:
+        """Writes the conversation into the current folder, for people and for programs."""
+        talk = self.state.conversation
+        if not talk.turns:
+            self.notify("there is nothing to export yet", severity="warning")
+            return
+        texts = {"md": export.to_markdown(talk), "json": session_file.to_json(talk)}
+        paths = {end: Path.cwd() / f"{talk.name}.{end}" for end in texts}
+        try:
+            for end, text in texts.items():
+                atomic.write_text(paths[end], text)
+        except C2CError as e:
+            self.complain(str(e))
+            return
+        self.notify("\n".join(map(str, paths.values())), title="Exported", markup=False)
 
     # --- panes, gates, screens --------------------------------------------------------------
 
     def action_pane(self, mode: Mode) -> None:
         """Adds or takes away a pane, and the mode with it."""
-        if mode in self.modes:
-            self.modes.remove(mode)
+        modes = self.state.modes
+        if mode in modes:
+            modes.remove(mode)
         else:
-            self.modes.append(mode)
-        self.main.show_pane(mode, mode in self.modes)
-        self.main.go_to(mode if mode in self.modes else "c2c")
+            modes.append(mode)
+        self.main.show_pane(mode, mode in modes)
+        self.main.go_to(mode if mode in modes else "c2c")
 
     def action_gates(self) -> None:
         """Goes to the gates, and back."""
@@ -187,9 +307,10 @@ class ChatApp(Listener):
 
     def on_gate_view_surgery(self, event: GateView.Surgery) -> None:
         """Closes or opens gates; an answer that is being given keeps the old ones."""
-        if self.loaded is not None and self.loaded.links:
-            self.backend.set_gates(self.loaded.gates if event.gates is None else event.gates)
-            if self.is_busy:
+        loaded = self.state.loaded
+        if loaded is not None and loaded.links:
+            self.follower.set_gates(loaded.gates if event.gates is None else event.gates)
+            if self.state.is_busy:
                 self.notify("from the next answer on")
 
     def action_next_tab(self) -> None:
@@ -198,81 +319,81 @@ class ChatApp(Listener):
 
     def action_help(self) -> None:
         """Keys, and what the numbers mean."""
-        if not isinstance(self.screen, Help):
-            self.push_screen(Help())
+        self.push_screen(Help())
+
+    def action_menu(self) -> None:
+        """What F1 to F8 do, for keyboards on which they need Fn."""
+
+        async def chosen(action: str | None) -> None:
+            if action is not None:
+                await self.run_action(action)
+
+        self.push_screen(Menu(), chosen)
 
     def action_settings(self) -> None:
         """System prompt and sampling."""
-        talk = self.conversation
+        talk = self.state.conversation
         self.push_screen(Settings(talk.sampling, talk.system), self._set)
 
     def _set(self, settings: tuple[SamplingConfig, str | None] | None) -> None:
         if settings is not None:
-            self.conversation.sampling, self.conversation.system = settings
+            self.state.conversation.sampling, self.state.conversation.system = settings
             self.backend.configure(*settings)
-
-    def action_blind(self) -> None:
-        """Hides which answer is whose until there is a vote."""
-        if self.can_act():
-            self.is_blind = not self.is_blind
-            for mode in RIVALS:
-                self.main.panes[mode].say("blind" if self.is_blind else "")
-            if self.is_blind:
-                self.notify("blind: you vote before you see whose answer is whose; F7 ends it")
-
-    def action_votes(self) -> None:
-        """What the blind votes come to."""
-        if self.loaded is not None:
-            self.notify(votes.summary(*votes.pair(self.loaded)), title="Votes", markup=False)
 
     def action_copy(self, mode: Mode) -> None:
         """Copies a mode's latest answer."""
-        answers = [t.answers[mode] for t in self.conversation.turns if mode in t.answers]
+        answers = [t.answers[mode] for t in self.state.conversation.turns if mode in t.answers]
         if not answers or not answers[-1].is_kept:
             self.notify(f"{NAMES[mode]} has said nothing yet", severity="warning")
             return
         how = clipboard.copy(answers[-1].text, self)
         self.notify(f"copied {NAMES[mode]}'s answer ({how})")
 
-    def action_export(self) -> None:
-        """Writes the conversation into the current folder, for people and for programs."""
-        talk = self.conversation
-        if not talk.turns:
-            self.notify("there is nothing to export yet", severity="warning")
-            return
-        texts = {"md": talk.to_markdown(), "json": talk.to_json()}
-        paths = {end: Path.cwd() / f"{talk.name}.{end}" for end in texts}
-        try:
-            for end, text in texts.items():
-                storage.write(paths[end], text)
-        except C2CError as e:
-            self.complain(str(e))
-            return
-        self.notify("\n".join(map(str, paths.values())), title="Exported", markup=False)
-
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The command palette: everything that has no key, and most that has."""
+        """The command palette: Textual's own, and everything in the list of keys."""
         yield from super().get_system_commands(screen)
-        for title, help_text, action in _COMMANDS:
-            yield SystemCommand(title, help_text, partial(self.run_action, action))
+        for key in keys.APP:
+            if key.action not in ("quit", "command_palette"):  # Textual has these
+                yield SystemCommand(key.name, key.help, partial(self.run_action, key.action))
 
+    # --- votes ------------------------------------------------------------------------------
 
-_COMMANDS = (
-    ("Ask again", "The last question once more", "again"),
-    ("Edit the last message", "Sending it replaces its turn", "edit"),
-    ("New conversation", "The last one stays saved", "new"),
-    ("Sessions", "Take up a saved conversation", "sessions"),
-    ("Export", "Markdown and JSON into the current folder", "export"),
-    ("Copy C2C's answer", "The latest one", "copy('c2c')"),
-    ("Copy the relay's answer", "The latest one", "copy('relay')"),
-    ("Copy the receiver's answer", "The latest one", "copy('receiver')"),
-    ("Settings", "System prompt, temperature, limit of tokens, seed", "settings"),
-    ("Blind mode", "Vote before you see whose answer is whose", "blind"),
-    ("Votes", "What the blind votes come to", "votes"),
-    ("Receiver pane", "The receiver alone as a third answer", "pane('receiver')"),
-    ("Sharer pane", "The sharer alone as another answer", "pane('sharer')"),
-    ("Gates", "Go to the gate panel", "gates"),
-    ("Hide the gates", "Or show them again", "hide_gates"),
-    ("Load again", "After a download that failed", "reload"),
-    ("Help", "Keys, and what the numbers mean", "help"),
-)
+    def action_blind(self) -> None:
+        """Hides which answer is whose until there is a vote."""
+        if self.can_act():
+            self.state.is_blind = not self.state.is_blind
+            for mode in RIVALS:
+                self.main.panes[mode].say("blind" if self.state.is_blind else "")
+            if self.state.is_blind:
+                self.notify("blind: you vote before you see whose answer is whose; F7 ends it")
+
+    def action_votes(self) -> None:
+        """What the blind votes come to."""
+        if self.state.loaded is not None:
+            said = votes.summary(*votes.pair(self.state.loaded))
+            self.notify(said, title="Votes", markup=False)
+
+    def _ask_for_vote(self, turn: Turn) -> None:
+        self._unvoted = turn
+        self.on_main_screen_uncovered()
+
+    def on_main_screen_uncovered(self) -> None:
+        """Opens the ballot that waited until no other dialog was open: a key is not a vote."""
+        turn = self._unvoted
+        both = turn.latest.rivals() if turn else None
+        if turn and both and self.screen is self.main:
+            self._unvoted = None
+            c2c, relay = (answer.text for answer in both)
+            voted = partial(self._voted, turn)
+            self.push_screen(Ballot(c2c, relay, random.random() < 0.5), voted)
+
+    async def _voted(self, turn: Turn, choice: votes.Choice | None) -> None:
+        await self.follower.reveal(turn)
+        loaded = self.state.loaded
+        if choice is None or loaded is None:
+            return
+        pair = votes.pair(loaded)
+        modified = turn.latest.gates != loaded.gates
+        self._keep(votes.cast, votes.Vote(choice, *pair, modified=modified))
+        said = "a tie" if choice == "tie" else f"you preferred {NAMES[choice]}"
+        self.notify(f"{said}\n{votes.summary(*pair)}", title="Vote", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from c2c_mlx import atomic
 from c2c_mlx.errors import C2CError
 from c2c_mlx.models import paths
 from c2c_mlx.tui import storage
@@ -37,4 +38,4 @@ def add(question: str) -> None:
     """
     if len(question) <= LONGEST:
         kept = [q for q in load() if q != question]
-        storage.write(path(), json.dumps([*kept, question][-LIMIT:], indent=0))
+        atomic.write_text(path(), json.dumps([*kept, question][-LIMIT:], indent=0))

@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from c2c_mlx import events, progress
+from c2c_mlx import atomic, events, progress
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.events import EngineEvent, Gates, GatesSet, Mode
 from c2c_mlx.models import registry
 from c2c_mlx.talk.engine import ANSWERED_TURN, InferenceThread
-from c2c_mlx.tui import storage
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 
@@ -178,7 +177,7 @@ def _note(engine: InferenceThread, last: type[EngineEvent]) -> list[Timed]:
 def app(speed: float = 1.0, modes: Sequence[Mode] = MODES[:2]) -> ChatApp:
     """The app on the recording that comes with it."""
     recording = Recording.read(RECORDING)
-    return ChatApp(Replay(recording, speed), Conversation(recording.pair), modes, is_kept=False)
+    return ChatApp(Replay(recording, speed), Conversation(recording.pair), modes)
 
 
 async def take_pictures(folder: Path) -> None:
@@ -192,7 +191,7 @@ async def take_pictures(folder: Path) -> None:
             for question in questions[:2]:
                 chat.main.prompt.show(question)
                 await pilot.press("enter")
-                await until(lambda chat=chat: not chat.is_busy)
+                await until(lambda chat=chat: not chat.state.is_busy)
             await pilot.press(*keys)
             await pilot.pause()
             path = folder / f"{name}.svg"
@@ -235,7 +234,7 @@ def main() -> None:
     if args.record:
         receiver, sharer = registry.default_pair()
         recording = record(Pair(receiver, (sharer,)), QUESTIONS, SamplingConfig(max_tokens=60))
-        storage.write(args.record, recording.to_json())
+        atomic.write_text(args.record, recording.to_json())
     elif args.svg:
         asyncio.run(take_pictures(args.svg))
     else:

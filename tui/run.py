@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from c2c_mlx.config import Pair, SamplingConfig
+from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.events import MODES, Mode
 from c2c_mlx.talk.engine import InferenceThread
-from c2c_mlx.tui import conversation
 from c2c_mlx.tui.app import ChatApp
-from c2c_mlx.tui.conversation import Conversation
-from c2c_mlx.tui.listener import RIVALS
+from c2c_mlx.tui.conversation import RIVALS, Conversation
+from c2c_mlx.tui.session_file import SessionFile
 
 
 def run(
     pair: Pair,
-    sampling: SamplingConfig,
+    given: dict[str, Any],
     system: str | None,
     modes: Sequence[Mode] = (),
     resume: str | None = None,
@@ -25,29 +26,41 @@ def run(
 
     Args:
         pair: who talks.
-        sampling: the same for every mode.
-        system: a system prompt, or None.
+        given: fields of the sampling that the user named; a session's own count for the others.
+        system: a system prompt, or None: the session's own, should there be one.
         modes: who answers; none: those that answered last, or both rivals.
-        resume: a saved session to go on with, "" for the latest; its pair and settings count.
+        resume: a saved session to go on with, "" for the latest; its pair counts.
 
     Raises:
-        C2CError: if there is no such session.
+        C2CError: if there is no such session, or it is open in another app.
     """
-    talk = Conversation(pair, sampling, system)
-    if resume is not None:
-        talk = conversation.load(resume)
-    last = talk.turns[-1].answers if talk.turns else ()
+    file = SessionFile()
+    talk = Conversation(pair) if resume is None else file.load(resume)
+    talk.sampling = from_dict(SamplingConfig, asdict(talk.sampling) | given, "arguments")
+    talk.system = talk.system if system is None else system
+    answered = talk.turns[-1].answers if talk.turns else ()
     engine = InferenceThread(talk.pair, talk.sampling, talk.system)
     if talk.turns:
         engine.restore({mode: talk.history(mode) for mode in MODES})
-    app = ChatApp(engine, talk, modes or tuple(last) or RIVALS)
+    app = ChatApp(engine, talk, modes or tuple(answered) or RIVALS, file)
     try:
         app.run()
     finally:
-        engine.close()
-        if engine.is_alive():
-            engine.join(timeout=1)
-            if engine.is_alive():
-                print("c2c-chat: ending what the models were doing", file=sys.stderr)
-            engine.join()
+        leave(app, engine)
     return app.return_code or 0
+
+
+def leave(app: ChatApp, engine: InferenceThread) -> None:
+    """Ends the models' thread, and keeps what it has said up to its last word."""
+    engine.close()
+    app.follower.take_in()
+    app.save()
+    if engine.is_alive():
+        engine.join(timeout=1)
+        if engine.is_alive():
+            print("c2c-chat: ending what the models were doing", file=sys.stderr)
+        engine.join()
+    app.follower.take_in()
+    app.save()
+    if app.file:
+        app.file.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from textual.theme import Theme
 
+from c2c_mlx import atomic
 from c2c_mlx.errors import C2CError
 from c2c_mlx.models import paths
 from c2c_mlx.tui import storage
@@ -60,4 +61,4 @@ def choose(name: str) -> None:
     Raises:
         C2CError: if the disk won't have it.
     """
-    storage.write(path(), json.dumps(name))
+    atomic.write_text(path(), json.dumps(name))

@@ -65,10 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--mode", metavar="M[,M]", help=f"of {', '.join(MODES)} (default: c2c)")
     add("--prompt", metavar="TEXT", help="answer once; - reads standard input")
     add("--system", metavar="TEXT", help="system prompt")
-    add("--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="(%(default)s)")
-    add("--temp", type=float, default=defaults.temp, metavar="T", help="0 is greedy (%(default)s)")
-    add("--top-p", type=float, default=defaults.top_p, metavar="P", help="(%(default)s)")
-    add("--seed", type=int, default=defaults.seed, metavar="N", help="(%(default)s)")
+    # Without defaults: what is not given is a resumed session's own.
+    add("--max-tokens", type=int, metavar="N", help=f"({defaults.max_tokens})")
+    add("--temp", type=float, metavar="T", help=f"0 is greedy ({defaults.temp})")
+    add("--top-p", type=float, metavar="P", help=f"({defaults.top_p})")
+    add("--seed", type=int, metavar="N", help=f"({defaults.seed})")
     add("--json", action="store_true", help="one object per mode and line, with figures")
     add("--crossed", action="store_true", help="say what each word of c2c owes to the sharer, nats")
     add("--plain", action="store_true", help="a conversation line by line, through a pipe, too")
@@ -79,14 +80,17 @@ def _parser() -> argparse.ArgumentParser:
 def _chat(args: argparse.Namespace) -> int | None:
     modes = parse_modes(args.mode or "c2c")
     who = pair.parse(args, args.fuse_response)
-    fields = ("max_tokens", "temp", "top_p", "seed")
-    sampling = from_dict(SamplingConfig, {f: getattr(args, f) for f in fields}, "arguments")
+    fields = {f: getattr(args, f) for f in ("max_tokens", "temp", "top_p", "seed")}
+    given = {f: value for f, value in fields.items() if value is not None}
+    sampling = from_dict(SamplingConfig, given, "arguments")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     interactive = args.prompt is None and (args.plain or on_terminal)
     if interactive and not args.plain:
         from c2c_mlx.tui.run import run as open_app
 
-        return open_app(who, sampling, args.system, modes if args.mode else (), args.resume)
+        if args.resume is not None and who != pair.parse(_parser().parse_args([])):
+            raise C2CError("--resume goes on with the session's own models: leave out others")
+        return open_app(who, given, args.system, modes if args.mode else (), args.resume)
     if args.resume is not None:
         raise C2CError("--resume needs a terminal, and neither --prompt nor --plain")
     prompt = None if interactive else _prompt(args.prompt)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -197,6 +198,7 @@ class InferenceThread(threading.Thread):
             )
 
         # What is missing costs the modes that need it, not the conversation.
+        missing = ""
         try:
             reading = [find_folder(sharer, self._report) for sharer in pair.sharers]
             need = memory.preflight(answering, reading)
@@ -209,11 +211,26 @@ class InferenceThread(threading.Thread):
             need = memory.preflight(answering, reading, sizes, bits=pair.fuser_bits)
             self._session = session(*(disk.load(f, pair.fuser_bits) for f in folders))
         except C2CError as e:
-            self.events.put(Failed(str(e)))
+            missing = str(e)
             self._session = session()
-        self.events.put(self._loaded(self._session, need))
+        self._warm_up(self._session)
+        self.events.put(self._loaded(self._session, need, missing))
 
-    def _loaded(self, session: ChatSession, need: Need) -> Loaded:
+    def _warm_up(self, session: ChatSession) -> None:
+        """Pages weights in and compiles kernels, which the first to answer would pay for all."""
+        self._report(Progress("warming up", 0, 0))
+        session.sampling = replace(self.sampling, max_tokens=2)
+        session.on_prefill = lambda event: None
+        modes: dict[Mode, Sequence[object]] = {"c2c": session.links, "relay": session.sharers}
+        for mode, needed in modes.items():
+            with suppress(Exception):  # what fails here is said when a user asks for it
+                for _ in session.ask("Hello", mode) if needed else ():
+                    if self._closing:
+                        session.stop()
+        session.reset()
+        session.sampling, session.on_prefill = self.sampling, self._prefilled
+
+    def _loaded(self, session: ChatSession, need: Need, missing: str) -> Loaded:
         from c2c_mlx import device
 
         named = [given or f"{self.pair.receiver}+{sharer}" for sharer, given in self.pair.links]
@@ -230,6 +247,7 @@ class InferenceThread(threading.Thread):
             context_length=session.receiver.context_length,
             receiver_layers=len(session.receiver.model.layers),
             needs=str(need),
+            missing=missing,
         )
 
     def _find_fusers(self) -> list[Path]:
@@ -262,7 +280,9 @@ class InferenceThread(threading.Thread):
                         session.stop()
                     answered = answered or isinstance(event, Text)
                     self.events.put(event)
-                    if session.fuse_response and mode == "c2c" and isinstance(event, Text):
+                    # Figures of the gates take time: in a race, not before the answer has ended.
+                    is_live = session.fuse_response and mode == "c2c" and len(modes) == 1
+                    if is_live and isinstance(event, Text):
                         for report in session.gate_reports(of_last_token=True):
                             self.events.put(LiveGates(report))
                 if mode == "c2c" and answered:

@@ -12,10 +12,11 @@ from textual.pilot import Pilot
 from c2c_mlx import events
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.progress import Progress
-from c2c_mlx.tui import conversation, themes, votes
+from c2c_mlx.tui import session_file, themes, votes
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Answer, Conversation
 from c2c_mlx.tui.preview import RECORDING, Recording, Replay, app, until
+from c2c_mlx.tui.session_file import SessionFile
 from c2c_mlx.tui.widgets.pane import AnswerPane
 
 FAST = float("inf")
@@ -28,7 +29,7 @@ async def ask(pilot: Pilot[None], question: str) -> None:
     assert isinstance(chat, ChatApp)
     chat.main.prompt.show(question)
     await pilot.press("enter")
-    await until(lambda: not chat.is_busy)
+    await until(lambda: not chat.state.is_busy)
     await pilot.pause()
 
 
@@ -40,10 +41,15 @@ def answer(number: int, mode: str) -> events.Finished:
     )
 
 
-def kept(speed: float = FAST, talk: Conversation | None = None) -> ChatApp:
+def kept(speed: float = FAST, name: str = "") -> ChatApp:
     """As users have it: what outlives the app is kept."""
     recording = Recording.read(RECORDING)
-    return ChatApp(Replay(recording, speed), talk or Conversation(recording.pair), ["c2c", "relay"])
+    file = SessionFile()
+    if name:
+        talk = file.load(name)
+    else:
+        talk = Conversation(recording.pair)
+    return ChatApp(Replay(recording, speed), talk, ["c2c", "relay"], file)
 
 
 class Stage(Replay):
@@ -66,7 +72,7 @@ class Stage(Replay):
 
 def staged(*said: events.EngineEvent) -> tuple[ChatApp, Stage]:
     stage = Stage(*said)
-    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"], is_kept=False), stage
+    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"]), stage
 
 
 def loaded(**other: object) -> events.Loaded:
@@ -82,7 +88,7 @@ async def test_everything_stands_there_before_a_model_is_loaded(shows) -> None:
         stage.say(Progress("downloading gemma3-270m", 30, 120))
         await shows(chat, "downloading gemma3-270m", "25%")
         await pilot.press("h", "i", "ctrl+j", "y", "o")
-        assert chat.main.prompt.text == "hi\nyo" and chat.loaded is None
+        assert chat.main.prompt.text == "hi\nyo" and chat.state.loaded is None
         stage.say(loaded())
         await shows(chat, "ready", "gemma3-270m · ", without="25%")
         assert chat.main.prompt.text == "hi\nyo"
@@ -132,7 +138,7 @@ async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
     chat = app(FAST)
     async with chat.run_test(size=SIZE, notifications=True) as pilot:
         await ask(pilot, QUESTIONS[1])
-        (report,) = chat.turn.reports
+        (report,) = chat.state.turn.reports
         (receiver_layer, sharer_layer), weight = report.layers[0], report.weights[1][0]
         await pilot.press("ctrl+g")
         await shows(
@@ -156,7 +162,7 @@ async def test_empty_bars_say_why(shows) -> None:
     chat = app(FAST)
     async with chat.run_test(size=SIZE) as pilot:
         await ask(pilot, QUESTIONS[1])
-        (report,) = chat.turn.reports
+        (report,) = chat.state.turn.reports
         zeros = ((0.0,) * len(report.layers),) * 2
         chat.main.show_reports([[replace(report, weights=zeros, changes=zeros)]])
         await shows(chat, "nothing was let in this time")
@@ -172,11 +178,11 @@ async def test_surgery_is_said_and_undone(shows) -> None:
         await ask(pilot, QUESTIONS[0])
         await pilot.press("ctrl+g", "v", "down", "k")
         await shows(chat, "C2C (modified: 2 gates)", "○", "Ctrl+R asks again")
-        assert [sum(kind) for kind in chat.gates[0]] == [14, 14]
+        assert [sum(kind) for kind in chat.state.gates[0]] == [14, 14]
         await pilot.press("a")
-        await until(lambda: not any(map(any, chat.gates[0])))
+        await until(lambda: not any(map(any, chat.state.gates[0])))
         await pilot.press("r")
-        await until(lambda: chat.gates == chat.loaded.gates)
+        await until(lambda: chat.state.gates == chat.state.loaded.gates)
         await shows(chat, "C2C", without="modified")
         await pilot.press("home", "space")
         await shows(chat, "layer 0 is not fused")
@@ -188,18 +194,17 @@ async def test_what_is_said_while_the_app_ends_brings_nothing_down() -> None:
     """Widgets leave the screen before the models fall silent."""
     chat = app(FAST)
     async with chat.run_test(size=SIZE):
-        await until(lambda: chat.loaded is not None)
-        await chat.main.begin("Who?", ["c2c", "relay"])
+        await until(lambda: chat.state.loaded is not None)
+        who, when = (chat.state.conversation.begin(q, [], ()) for q in ("Who?", "And when?"))
+        await chat.main.begin(who, ["c2c", "relay"])
         panes, panel = chat.main.panes, chat.main.gate_panel
         for widget in (panes["relay"].turn, panes["relay"], panel):
             await widget.remove()
         await chat.main.write("relay", "some", is_relayed=True)
         await chat.main.write("relay", "text", is_relayed=False)
         finished = answer(0, "relay")
-        chat.main.finish(
-            "relay", Answer("text", "some", "stop", finished.figures), finished.figures
-        )
-        await chat.main.begin("And when?", ["relay"])
+        chat.main.finish("relay", Answer("text", "some", "stop", finished.figures))
+        await chat.main.begin(when, ["relay"])
         panel.on_gate_view_moved()
 
 
@@ -213,9 +218,9 @@ async def test_several_sharers_have_gates_of_their_own(shows) -> None:
         await shows(chat, f"← gemma3-270m's layer {link.layers[0][1]}")
         await pilot.press("s", "k")
         await shows(chat, "sharer 2 of 2", "← other's layer", "C2C (modified: 1 gate)")
-        assert chat.gates == (link.gates, ((False, True), (False, True)))
+        assert chat.state.gates == (link.gates, ((False, True), (False, True)))
         await pilot.press("r")
-        await until(lambda: chat.gates == (link.gates, other.gates))
+        await until(lambda: chat.state.gates == (link.gates, other.gates))
 
 
 async def test_gates_live_while_an_answer_is_fused(shows) -> None:
@@ -257,7 +262,7 @@ async def test_a_stop_keeps_what_was_said_and_the_conversation_goes_on(shows) ->
         await shows(chat, "It was some", "writing", "waiting")
         await pilot.press("escape")
         await shows(chat, "stopped before it was asked", "It was some")
-        assert not chat.is_busy and chat.conversation.history("c2c") == [
+        assert not chat.state.is_busy and chat.state.conversation.history("c2c") == [
             ("Who?", "", "It was some")
         ]
 
@@ -294,7 +299,7 @@ async def test_errors_are_notices_and_the_others_answer(shows) -> None:
         stage.say(events.Failed("the conversation is too long: start anew", "c2c"))
         stage.say(events.Text("relay", "She did."), events.TurnOver(1.0))
         await shows(chat, "the conversation is too", "She did.")
-        assert not chat.is_busy
+        assert not chat.state.is_busy
 
 
 async def test_a_relay_without_a_text_says_why(shows) -> None:
@@ -315,9 +320,9 @@ async def test_again_replaces_the_turn_and_says_when_nothing_can_change(shows) -
         await ask(pilot, QUESTIONS[0])
         await ask(pilot, QUESTIONS[1])
         await pilot.press("ctrl+r")
-        await until(lambda: chat.attempt == 1 and not chat.is_busy)
+        await until(lambda: chat.state.attempt == 1 and not chat.state.is_busy)
         await shows(chat, "greedy decoding says the same again", answer(1, "c2c").text)
-        assert [t.question for t in chat.conversation.turns] == QUESTIONS[:2]
+        assert [t.question for t in chat.state.conversation.turns] == QUESTIONS[:2]
         assert len(chat.main.panes["c2c"].query(".turn")) == 2
 
 
@@ -328,16 +333,16 @@ async def test_editing_replaces_the_turn_and_escape_leaves_it(shows) -> None:
         await pilot.press("f3")
         assert chat.main.prompt.text == QUESTIONS[0]
         await pilot.press("escape")
-        assert chat.main.prompt.text == "" and len(chat.conversation.turns) == 1
+        assert chat.main.prompt.text == "" and len(chat.state.conversation.turns) == 1
         await pilot.press("f3", "!")
         await pilot.press("enter")
-        await until(lambda: chat.conversation.turns[-1].question.endswith("!"))
-        await until(lambda: not chat.is_busy)
+        await until(lambda: chat.state.conversation.turns[-1].question.endswith("!"))
+        await until(lambda: not chat.state.is_busy)
         await shows(chat, f"{QUESTIONS[0]}!")
-        assert len(chat.conversation.turns) == 1
+        assert len(chat.state.conversation.turns) == 1
         await pilot.press("ctrl+n")
         await shows(chat, "ready", without=QUESTIONS[0])
-        assert not chat.conversation.turns
+        assert not chat.state.conversation.turns
 
 
 async def test_the_prompt_leafs_through_earlier_questions() -> None:
@@ -391,7 +396,7 @@ async def test_blind_answers_are_hidden_until_the_vote(shows, screen, home) -> N
         c2c_first = chat.screen.candidates[0][0] == "c2c"
         await pilot.press("a" if c2c_first else "b")
         await shows(chat, "you preferred C2C", "1 blind vote: C2C 1", answer(0, "relay").text)
-    pair = votes.pair(chat.loaded)
+    pair = votes.pair(chat.state.loaded)
     assert votes.summary(*pair) == "1 blind vote: C2C 1, text relay 0, ties 0"
 
 
@@ -400,18 +405,19 @@ async def test_sessions_are_saved_and_taken_up_again(shows, home) -> None:
     async with chat.run_test(size=SIZE, notifications=True) as pilot:
         await ask(pilot, QUESTIONS[0])
         await pilot.press("ctrl+g", "v", "escape")
-        await until(lambda: not all(map(all, chat.gates[0])))
+        await until(lambda: not all(map(all, chat.state.gates[0])))
         await ask(pilot, QUESTIONS[1])
-    talk = conversation.load()
+    chat.file.close()
+    talk = session_file.read(session_file.names()[0])
     assert [t.question for t in talk.turns] == QUESTIONS[:2]
-    again = kept(talk=talk)
+    again = kept(name=talk.name)
     async with again.run_test(size=SIZE, notifications=True) as pilot:
         await shows(again, answer(0, "c2c").text, answer(1, "relay").text, "modified: 1 gate")
         await pilot.press("ctrl+n")
         await ask(pilot, QUESTIONS[2])
         await pilot.press("f6", "down", "enter")
         await shows(again, answer(0, "c2c").text)
-    assert len(conversation.names()) == 2
+    assert len(session_file.names()) == 2
 
 
 async def test_export_writes_both_files_here(shows, home: Path) -> None:
@@ -439,8 +445,8 @@ async def test_settings_are_checked_and_taken_over(shows) -> None:
         chat.screen.query_one("#system").text = "Be kind."
         await pilot.press("ctrl+s")
         await until(lambda: chat.screen is chat.main)
-    assert chat.conversation.sampling == SamplingConfig(temp=0.5)
-    assert chat.conversation.system == "Be kind."
+    assert chat.state.conversation.sampling == SamplingConfig(temp=0.5)
+    assert chat.state.conversation.system == "Be kind."
 
 
 async def test_copying_help_and_themes(shows) -> None:

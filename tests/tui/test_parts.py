@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from c2c_mlx import atomic
 from c2c_mlx.config import Pair
 from c2c_mlx.errors import C2CError
-from c2c_mlx.events import Figures, Finished
-from c2c_mlx.tui import conversation, gates, history, race, storage, themes, votes
+from c2c_mlx.events import Figures
+from c2c_mlx.tui import export, gates, history, race, session_file, themes, votes
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import RECORDING, Recording
+from c2c_mlx.tui.session_file import SessionFile
 
 
 def figures(**values: float) -> Figures:
@@ -109,19 +111,18 @@ def talk() -> Conversation:
     recording = Recording.read(RECORDING)
     talk = Conversation(recording.pair, system="Be kind.")
     for question, said in list(recording.turns.items())[:2]:
-        turn = talk.add(question, (((True,), (False,)),))
+        talk.begin(question, ["c2c", "relay"], (((True,), (False,)),))
         for _, event in said:
-            if isinstance(event, Finished):
-                turn.finish(event)
-            elif type(event).__name__ == "GateReport":
-                turn.reports = (event,)
+            talk.record(event)
     return talk
 
 
 def test_a_session_comes_back_as_it_was_saved(home: Path, talk: Conversation) -> None:
-    conversation.save(talk)
-    assert conversation.names() == [talk.name]
-    assert conversation.load() == talk == conversation.load(talk.name)
+    file = SessionFile()
+    file.save(talk)
+    file.close()
+    assert session_file.names() == [talk.name]
+    assert session_file.read(talk.name) == talk
     assert [p.name for p in (home / "sessions").iterdir()] == [f"{talk.name}.json"]
 
 
@@ -136,40 +137,42 @@ def test_history_leaves_out_what_the_model_does_not_remember(talk: Conversation)
 )
 def test_a_damaged_session_is_one_line(home: Path, text: str) -> None:
     path = home / "sessions" / "x.json"
-    storage.write(path, text)
+    atomic.write_text(path, text)
     with pytest.raises(C2CError, match="x.json"):
-        conversation.load("x")
+        SessionFile().load("x")
 
 
 def test_every_field_of_a_session_is_checked(home: Path, talk: Conversation) -> None:
-    document = json.loads(talk.to_json())
+    document = json.loads(session_file.to_json(talk))
     for key in document:
         broken = document | {key: 7}
-        if key not in ("name", "system"):
+        if key not in ("name", "system", "title"):
             with pytest.raises(C2CError):
-                conversation.parse(broken, "x.json")
+                session_file.parse(broken, "x.json")
 
 
 def test_a_session_cannot_name_a_file_elsewhere(home: Path, talk: Conversation) -> None:
-    storage.write(home / "sessions" / "x.json", talk.to_json().replace(talk.name, "../../evil"))
-    assert conversation.load("x").name == "x"
+    atomic.write_text(
+        home / "sessions" / "x.json", session_file.to_json(talk).replace(talk.name, "../../evil")
+    )
+    assert SessionFile().load("x").name == "x"
     with pytest.raises(C2CError, match="no session"):
-        conversation.load("../x")
+        SessionFile().load("../x")
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    storage.write(path, "old")
+    atomic.write_text(path, "old")
     with pytest.raises(C2CError, match="cannot be written"):
-        storage.write(path / "below", "new")
+        atomic.write_text(path / "below", "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_export_holds_figures_and_gates(talk: Conversation) -> None:
-    text = talk.to_markdown()
+    text = export.to_markdown(talk)
     assert talk.turns[0].question in text and "| layer | sharer's |" in text
     assert talk.turns[0].answers["c2c"].text in text and "C2C against relay" in text
-    assert json.loads(talk.to_json())["turns"][0]["reports"][0]["gates"]
+    assert json.loads(session_file.to_json(talk))["turns"][0]["takes"][0]["reports"][0]["gates"]
 
 
 def test_votes_are_counted_per_pair_and_unmodified_fuser(home: Path) -> None:
@@ -196,7 +199,7 @@ def test_questions_come_back_once_and_no_more_than_there_is_room_for(home: Path)
 @pytest.mark.parametrize("text", ["", "{", "{}", "null", "7", '"x"', "[7, null, []]", "\x00"])
 def test_a_damaged_file_is_no_history_and_no_choice(home: Path, text: str) -> None:
     for path in (history.path(), themes.path()):
-        storage.write(path, text)
+        atomic.write_text(path, text)
     assert history.load() == []
     assert themes.chosen() in (themes.DARK.name, "x")
     history.add("Who?")
@@ -205,11 +208,11 @@ def test_a_damaged_file_is_no_history_and_no_choice(home: Path, text: str) -> No
 
 
 def test_half_a_character_in_the_history_is_replaced(home: Path) -> None:
-    storage.write(history.path(), '["a\\ud800"]')
+    atomic.write_text(history.path(), '["a\\ud800"]')
     assert history.load() == ["a?"]
 
 
 def test_a_pair_may_have_any_name() -> None:
     talk = Conversation(Pair("org/model", ("../folder",)))
-    talk.add("¿Qué?/../", ())
+    talk.begin("¿Qué?/../", [], ())
     assert "/" not in talk.name

@@ -7,6 +7,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Markdown
 
+from c2c_mlx.tui import keys
 from c2c_mlx.tui.votes import Choice
 from c2c_mlx.tui.widgets.pane import harmless
 
@@ -20,12 +21,7 @@ class Ballot(ModalScreen[Choice | None]):
         swapped: whether the relay's stands on the left.
     """
 
-    BINDINGS = [
-        ("a", "vote(0)", "A is better"),
-        ("b", "vote(1)", "B is better"),
-        ("t", "dismiss('tie')", "As good"),
-        ("escape", "dismiss(None)", "No vote"),
-    ]
+    BINDINGS = keys.bindings(keys.BALLOT)
 
     def __init__(self, c2c: str, relay: str, swapped: bool) -> None:
         super().__init__()
@@ -36,7 +32,7 @@ class Ballot(ModalScreen[Choice | None]):
         """A left, B right."""
         with Vertical(id="ballot", classes="window") as window:
             window.border_title = "which answer is better?"
-            window.border_subtitle = "A, B, T for a tie; Esc does not vote"
+            window.border_subtitle = keys.hint(keys.BALLOT)
             with Horizontal(classes="answers"):
                 for name, (_, text) in zip("AB", self.candidates, strict=True):
                     with VerticalScroll(classes="candidate") as candidate:

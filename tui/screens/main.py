@@ -6,15 +6,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from textual.app import ComposeResult
+from textual.binding import ActiveBinding
 from textual.containers import Horizontal
+from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Footer, ProgressBar, Static, Tab, Tabs
 
 from c2c_mlx.config import Pair
-from c2c_mlx.events import MODES, Failed, Figures, GateReport, Gates, Loaded, Mode
+from c2c_mlx.events import MODES, Failed, GateReport, Gates, Loaded, Mode
 from c2c_mlx.progress import Progress
-from c2c_mlx.tui import race
-from c2c_mlx.tui.conversation import NAMES, Answer, Conversation
+from c2c_mlx.tui import keys, race
+from c2c_mlx.tui.conversation import NAMES, Answer, Conversation, Turn
 from c2c_mlx.tui.widgets.gate_panel import GatePanel
 from c2c_mlx.tui.widgets.pane import AnswerPane
 from c2c_mlx.tui.widgets.prompt import Prompt
@@ -31,6 +33,9 @@ class MainScreen(Screen[None]):
     Args:
         modes: whose panes are shown at first.
     """
+
+    class Uncovered(Message):
+        """The last dialog has been closed."""
 
     def __init__(self, modes: Sequence[Mode]) -> None:
         super().__init__()
@@ -56,6 +61,13 @@ class MainScreen(Screen[None]):
             yield self._loading
         yield self.prompt
         yield Footer()
+
+    @property
+    def active_bindings(self) -> dict[str, ActiveBinding]:
+        """In the order of the list of keys, for the footer: what has the focus first."""
+        order = {key.action: at for at, key in enumerate(keys.APP)}
+        found = super().active_bindings.items()
+        return dict(sorted(found, key=lambda item: order.get(item[1].binding.action, -1)))
 
     def on_mount(self) -> None:
         """Hides the panes of modes that do not answer."""
@@ -106,6 +118,12 @@ class MainScreen(Screen[None]):
         pair = f"{short(loaded.receiver)} ← {several(loaded.sharers) or 'no sharer'}"
         self._title.update(f"{pair} · {fuser} · {loaded.device} · {memory_gb:.1f} GB")
 
+    def show_missing(self, loaded: Loaded) -> None:
+        """Says on C2C's own pane why it cannot answer, should that be so, and what can be done."""
+        pane = self.panes["c2c"]
+        pane.advise("" if loaded.links else _advice(loaded))
+        pane.say("" if loaded.links else "no fuser")
+
     def show_reports(self, reports: Sequence[Sequence[GateReport]]) -> None:
         """The gates, turn by turn."""
         self.gate_panel.view.show_reports(reports)
@@ -121,17 +139,17 @@ class MainScreen(Screen[None]):
 
     # --- a turn -----------------------------------------------------------------------------
 
-    async def begin(self, question: str, modes: Sequence[Mode]) -> None:
-        """Puts the question into the panes."""
+    async def begin(self, turn: Turn, modes: Sequence[Mode]) -> None:
+        """Puts the question, or another take of it, into the panes of those that are asked."""
         for mode in modes:
-            await self.panes[mode].begin(question)
+            await self.panes[mode].begin(turn)
             self.panes[mode].say("waiting")
 
     async def write(self, mode: Mode, text: str, is_relayed: bool) -> None:
         """Adds to an answer, or to what the sharer writes for it."""
         turn = self.panes[mode].turn
         if turn is not None:
-            await (turn.write_relayed if is_relayed else turn.write)(text)
+            await (turn.take.write_relayed if is_relayed else turn.take.write)(text)
 
     def run_in(self, mode: Mode, doing: str) -> None:
         """Marks the pane whose turn it is."""
@@ -142,13 +160,15 @@ class MainScreen(Screen[None]):
                 other.set_class(other is pane, "-running")
             self.say(f"{NAMES[mode]} answers; one after the other, so that the times are true")
 
-    def finish(self, mode: Mode, answer: Answer, figures: Figures) -> None:
+    def finish(self, mode: Mode, answer: Answer) -> None:
         """How an answer ended, and what it cost."""
-        turn = self.panes[mode].turn
+        turn, figures = self.panes[mode].turn, answer.figures
         if turn is not None:
-            turn.finish(answer)
-        came = f"{race.seconds(figures.first_token_s)} to first token"
-        self.panes[mode].say(came if figures.generated_tokens else "no answer")
+            turn.take.finish(answer)
+        if figures and figures.generated_tokens:
+            self.panes[mode].say(f"{race.seconds(figures.first_token_s)} to first token")
+        else:
+            self.panes[mode].say("no answer")
 
     def fail(self, event: Failed) -> None:
         """An answer, or a load, that came to nothing."""
@@ -159,7 +179,7 @@ class MainScreen(Screen[None]):
         pane = self.panes[event.mode]
         pane.say("no answer")
         if pane.turn is not None:
-            pane.turn.note(event.message)
+            pane.turn.take.note(event.message)
 
     def end_turn(self) -> None:
         """Nobody answers any more."""
@@ -168,21 +188,20 @@ class MainScreen(Screen[None]):
             if pane.border_subtitle == "waiting":
                 pane.say("not asked")
                 if pane.turn is not None:
-                    pane.turn.note("stopped before it was asked")
+                    pane.turn.take.note("stopped before it was asked")
 
     async def reveal(self, answers: Mapping[Mode, Answer]) -> None:
         """Shows what a blind turn kept back."""
         for mode, answer in answers.items():
             turn = self.panes[mode].turn
             if turn is not None:
-                await turn.show(answer)
+                await turn.take.show(answer)
             self.panes[mode].say("")
 
-    async def drop_turn(self, question: str) -> None:
-        """Takes the last turn out of the panes that had it."""
+    async def drop_turn(self, turn: Turn) -> None:
+        """Takes a turn out of the panes that have it."""
         for pane in self.panes.values():
-            if pane.turn is not None and pane.turn.question == question:
-                await pane.drop_last()
+            await pane.drop(turn)
 
     async def show_conversation(self, conversation: Conversation) -> None:
         """Fills everything from a conversation, whatever was there."""
@@ -190,9 +209,13 @@ class MainScreen(Screen[None]):
             await pane.clear()
             for turn in conversation.turns:
                 if answer := turn.answers.get(mode):
-                    await (await pane.begin(turn.question)).show(answer)
+                    await (await pane.begin(turn)).show(answer)
         self.prompt.remember(*(turn.question for turn in conversation.turns))
         self.show_reports([turn.reports for turn in conversation.turns])
+
+    def on_screen_resume(self) -> None:
+        """No dialog is above it any more."""
+        self.post_message(self.Uncovered())
 
     # --- narrow terminals -------------------------------------------------------------------
 
@@ -220,3 +243,22 @@ def several(names: Iterable[str]) -> str:
     """Names in short, with commas between; one that is there twice is counted."""
     counts = Counter(map(short, names))
     return ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
+
+
+def _advice(loaded: Loaded) -> str:
+    """What is missing for C2C, and what can be done about it from here."""
+    receiver, sharers = loaded.receiver, loaded.sharers
+    lines = [f"C2C cannot answer: {loaded.missing or 'there is no fuser'}", "", "What can be done:"]
+    if sharers:
+        models = f"--sharer {sharers[0]} --receiver {receiver}"
+        lines += [
+            f"· train one: leave (Ctrl+Q), then  c2c-train {models}",
+            f"· name one that you have:  c2c-chat {models} --fuser FOLDER",
+            "· meanwhile the text relay answers, and Ctrl+O has the receiver answer alone",
+        ]
+    else:
+        lines += [
+            "· after a download that failed: Ctrl+P, Load again",
+            "· meanwhile Ctrl+O has the receiver answer alone",
+        ]
+    return "\n".join(lines)

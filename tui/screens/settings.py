@@ -9,6 +9,7 @@ from textual.widgets import Button, Input, Label, Static, TextArea
 
 from c2c_mlx.config import SamplingConfig, from_dict
 from c2c_mlx.errors import C2CError
+from c2c_mlx.tui import keys
 
 _FIELDS = {
     "max_tokens": "limit of tokens",
@@ -21,7 +22,7 @@ _FIELDS = {
 class Settings(ModalScreen[tuple[SamplingConfig, str | None] | None]):
     """A form; dismissed with the new settings, or None."""
 
-    BINDINGS = [("escape", "dismiss(None)", "Cancel"), ("ctrl+s", "take", "Save")]
+    BINDINGS = keys.bindings(keys.SETTINGS)
 
     def __init__(self, sampling: SamplingConfig, system: str | None) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class Settings(ModalScreen[tuple[SamplingConfig, str | None] | None]):
         """A field per setting, the same for every mode."""
         with Vertical(classes="window") as window:
             window.border_title = "settings, the same for every answer"
-            window.border_subtitle = "Ctrl+S saves, Esc cancels"
+            window.border_subtitle = keys.hint(keys.SETTINGS)
             with VerticalScroll():
                 with Horizontal(classes="field"):
                     yield Label("system prompt")
@@ -39,7 +40,7 @@ class Settings(ModalScreen[tuple[SamplingConfig, str | None] | None]):
                 for name, title in _FIELDS.items():
                     with Horizontal(classes="field"):
                         yield Label(title)
-                        yield Input(f"{getattr(self.sampling, name):g}", id=name, compact=True)
+                        yield Input(_in_full(getattr(self.sampling, name)), id=name, compact=True)
                 yield Static("temperature 0 is greedy", id="problem", markup=False)
                 with Horizontal(classes="buttons"):
                     yield Button("Cancel", id="cancel", compact=True)
@@ -73,3 +74,8 @@ class Settings(ModalScreen[tuple[SamplingConfig, str | None] | None]):
             return
         system = self.query_one("#system", TextArea).text.strip()
         self.dismiss((sampling, system or None))
+
+
+def _in_full(value: float) -> str:
+    """Every digit, for what stands in the field is taken over again: 0.7, 1, 12345678901."""
+    return repr(value).removesuffix(".0")

@@ -11,7 +11,6 @@ import numpy as np
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.binding import Binding
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
@@ -19,6 +18,7 @@ from textual.strip import Strip
 
 from c2c_mlx.events import GateReport, Gates, Link, Loaded
 from c2c_mlx.tui import gates as maths
+from c2c_mlx.tui import keys
 from c2c_mlx.tui.widgets import gate_rows as rows
 
 View = Literal["bars", "tokens", "turns"]
@@ -32,26 +32,7 @@ class GateView(ScrollView, can_focus=True):
         *("gates--row", "gates--label", "gates--dim", "gates--cursor"),
         *("gates--kind-0", "gates--kind-1"),
     }
-    BINDINGS = [
-        Binding("space", "gate", "Close/open gate"),
-        Binding("k", "gate(0)", show=False),
-        Binding("v", "gate(1)", show=False),
-        Binding("a", "every_gate", "All"),
-        Binding("r", "restore", "Restore"),
-        Binding("w", "next_view", "View"),
-        Binding("m", "next_measure", "Measure"),
-        Binding("s", "next_sharer", show=False),
-        Binding("z", "zoom", show=False),
-        Binding("x", "other_kind", "K/V", show=False),
-        Binding("up", "move(-1, 0)", show=False),
-        Binding("down", "move(1, 0)", show=False),
-        Binding("left", "move(0, -1)", show=False),
-        Binding("right", "move(0, 1)", show=False),
-        Binding("pageup", "move(-10, 0)", show=False),
-        Binding("pagedown", "move(10, 0)", show=False),
-        Binding("home", "move(-9999, 0)", show=False),
-        Binding("end", "move(9999, 0)", show=False),
-    ]
+    BINDINGS = keys.bindings(keys.GATES)
 
     @dataclass
     class Surgery(Message):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from rich.text import Text as RichText
 from textual.app import ComposeResult
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Collapsible, Markdown, Static
 
 from c2c_mlx.events import Mode
 from c2c_mlx.talk import relay
 from c2c_mlx.tui import race
-from c2c_mlx.tui.conversation import NAMES, Answer
+from c2c_mlx.tui.conversation import NAMES, Answer, Turn
+
+SIDE_BY_SIDE = 46  # columns of a turn, from which two answers stand beside each other
 
 
 def harmless(text: str) -> str:
@@ -33,13 +35,14 @@ class AnswerText(Markdown):
             await self.append(harmless(text))
 
 
-class TurnView(Vertical):
-    """One question and one mode's answer to it."""
+class TakeView(Vertical):
+    """One mode's answer: what was relayed for it, its text, what it cost."""
 
-    def __init__(self, question: str, mode: Mode) -> None:
-        super().__init__(classes="turn")
-        self.question, self.mode = question, mode
-        self._question = Static(RichText(harmless(question)), classes="question")
+    def __init__(self, mode: Mode, title: str = "") -> None:
+        super().__init__(classes="take")
+        self.mode = mode
+        self._title = Static(title, classes="take-title", markup=False)
+        self._title.display = bool(title)
         self._relayed = AnswerText("relayed")
         self._fold = Collapsible(
             self._relayed, title="the sharer writes for the receiver", collapsed=False
@@ -51,7 +54,7 @@ class TurnView(Vertical):
 
     def compose(self) -> ComposeResult:
         """The parts from top to bottom; the fold of the relayed text shows in the relay alone."""
-        yield self._question
+        yield self._title
         yield self._fold
         yield self._answer
         yield self._cost
@@ -87,10 +90,53 @@ class TurnView(Vertical):
         if answer.figures:
             said = "" if answer.is_kept else "no answer, so not part of the conversation · "
             self.note(said + ended.get(answer.reason, "") + race.cost(answer.figures))
+        elif not answer.reason:
+            self.note("it did not come to its end" if answer.is_kept else "no answer was given")
 
     def note(self, text: str) -> None:
         """The line below the answer."""
         self._cost.update(text)
+
+
+class TurnView(Vertical):
+    """One question and one mode's answer to it; two, after gates were closed or opened."""
+
+    def __init__(self, turn: Turn, mode: Mode) -> None:
+        super().__init__(classes="turn")
+        self.turn, self.mode = turn, mode
+        self._question = Static(RichText(harmless(turn.question)), classes="question")
+        self._takes = Horizontal(*self._views(), classes="takes")
+
+    def compose(self) -> ComposeResult:
+        """The question above, the answers side by side."""
+        yield self._question
+        yield self._takes
+
+    def _views(self) -> list[TakeView]:
+        """One for the latest take, beside one for the take before if the two are to be compared."""
+        compared = self.turn.comparison(self.mode)
+        before, after = map(self.turn.gates_in_words, compared) if compared else ("", "")
+        self.take = TakeView(self.mode, f"after: {after}" if compared else "")
+        self._earlier = TakeView(self.mode, f"before: {before}") if compared else None
+        if self._earlier is None:
+            return [self.take]
+        self._earlier.add_class("-before")
+        return [self._earlier, self.take]
+
+    async def begin_again(self) -> None:
+        """Makes room for another take."""
+        await self._takes.remove_children()
+        await self._takes.mount(*self._views())
+
+    async def show_earlier(self) -> None:
+        """Fills the view of the take before."""
+        compared = self.turn.comparison(self.mode)
+        if self._earlier and compared:
+            await self._earlier.show(compared[0].answers[self.mode])
+
+    def on_resize(self) -> None:
+        """Side by side, or one above the other where a column would hold a few words only."""
+        self.set_class(self.size.width < SIDE_BY_SIDE, "-stacked")
 
 
 class AnswerPane(Vertical):
@@ -101,8 +147,8 @@ class AnswerPane(Vertical):
         self.mode = mode
         self.border_title = NAMES[mode]
         self.turn: TurnView | None = None
-        purpose = Static(_PURPOSE[mode], classes="purpose", markup=False)
-        self._turns = Vertical(purpose, classes="turns")
+        self._purpose = Static(_PURPOSE[mode], classes="purpose", markup=False)
+        self._turns = Vertical(self._purpose, classes="turns")
         self._scroll = VerticalScroll(self._turns, classes="scroll")
 
     def compose(self) -> ComposeResult:
@@ -113,24 +159,39 @@ class AnswerPane(Vertical):
         """What the mode is doing, on the border."""
         self.border_subtitle = state
 
-    async def begin(self, question: str) -> TurnView:
-        """Mounts a new turn and scrolls with it from now on."""
-        self.turn = TurnView(question, self.mode)
-        await self._turns.mount(self.turn)
-        self._scroll.anchor()
-        return self.turn
+    def advise(self, text: str) -> None:
+        """Says above the turns why the mode cannot answer and what to do; empty: it can."""
+        self._purpose.update(text or _PURPOSE[self.mode])
+        self._purpose.set_class(bool(text), "-missing")
 
-    async def drop_last(self) -> None:
-        """Takes the last turn away."""
-        if self.turn is not None:
-            views = list(self.query(TurnView))
-            await views[-1].remove()
-            self.turn = views[-2] if len(views) > 1 else None
+    async def begin(self, turn: Turn) -> TakeView:
+        """Makes room for a turn's latest take, and scrolls with it from now on."""
+        if self.turn is None or self.turn.turn is not turn:
+            self.turn = TurnView(turn, self.mode)
+            await self._turns.mount(self.turn)
+        else:
+            await self.turn.begin_again()
+        await self.turn.show_earlier()
+        self.set_class(turn.comparison(self.mode) is not None, "-comparing")
+        self._scroll.anchor()
+        return self.turn.take
+
+    async def drop(self, turn: Turn) -> None:
+        """Takes a turn away, if it is here."""
+        for view in self.query(TurnView):
+            if view.turn is turn:
+                await view.remove()
+        views = list(self.query(TurnView))
+        self.turn = views[-1] if views else None
+        self.set_class(
+            self.turn is not None and self.turn.turn.comparison(self.mode) is not None, "-comparing"
+        )
 
     async def clear(self) -> None:
         """Takes all turns away."""
         await self.query(TurnView).remove()
         self.turn = None
+        self.remove_class("-comparing")
         self.say("")
 
 

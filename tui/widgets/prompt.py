@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from textual import events
-from textual.message import Message
 from textual.widgets import TextArea
+
+from c2c_mlx.tui import keys
 
 
 class Prompt(TextArea):
     """Enter sends, ctrl+j or shift+enter begins a line, up and down leaf through the history."""
 
-    @dataclass
-    class Submitted(Message):
-        """The user sent a question."""
-
-        text: str
+    BINDINGS = keys.bindings(keys.PROMPT, is_priority=True)
 
     def __init__(self) -> None:
         super().__init__(
@@ -39,17 +33,9 @@ class Prompt(TextArea):
         self.text = text
         self.move_cursor(self.document.end)
 
-    async def _on_key(self, event: events.Key) -> None:
-        if event.key == "enter":
-            event.stop()
-            event.prevent_default()
-            self.post_message(self.Submitted(self.text))
-        elif event.key in ("ctrl+j", "shift+enter", "alt+enter"):
-            event.stop()
-            event.prevent_default()
-            self.insert("\n")
-        else:
-            await super()._on_key(event)
+    def action_new_line(self) -> None:
+        """Begins a line."""
+        self.insert("\n")
 
     def action_cursor_up(self, select: bool = False) -> None:
         """One line up; on the first line one question back."""

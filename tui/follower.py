@@ -1,0 +1,194 @@
+"""Follows what the models say: keeps it in the conversation and its file, and shows it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from c2c_mlx import events
+from c2c_mlx.events import EngineEvent, Gates, Loaded, Mode
+from c2c_mlx.progress import Progress
+from c2c_mlx.tui import race
+from c2c_mlx.tui.backend import Backend
+from c2c_mlx.tui.conversation import Turn
+from c2c_mlx.tui.screens.main import MainScreen
+from c2c_mlx.tui.state import State
+
+UPDATES_PER_SECOND = 30
+
+
+class Follower:
+    """Between the backend's events and the screen.
+
+    Args:
+        backend: whose events are followed.
+        state: changed by what they say.
+        screen: shows it.
+        save: writes the conversation; called when an answer has ended.
+        complain: shows an error.
+        ask_for_vote: called at the end of a blind turn, instead of showing whose answer is whose.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        state: State,
+        screen: MainScreen,
+        *,
+        save: Callable[[], None],
+        complain: Callable[[str], None],
+        ask_for_vote: Callable[[Turn], None],
+    ) -> None:
+        self.backend, self.state, self.screen = backend, state, screen
+        self._save, self._complain, self._ask_for_vote = save, complain, ask_for_vote
+
+    async def follow(self) -> None:
+        """Shows it as it comes; a task of its own, so that keys never wait for a drawing."""
+        while True:
+            for event in self._together(self.take_in()):
+                await self._show(event)
+            await asyncio.sleep(1 / UPDATES_PER_SECOND)
+
+    def take_in(self) -> list[EngineEvent]:
+        """Keeps what came since the last call, before anything of it is shown.
+
+        Without a pause between hearing and keeping: whenever the app ends, nothing that had been
+        said is lost in between.
+        """
+        heard = self.backend.drain()
+        for event in heard:
+            self.state.conversation.record(event)
+        if any(isinstance(event, events.Finished | events.TurnOver) for event in heard):
+            self._save()
+        return heard
+
+    @staticmethod
+    def _together(heard: Sequence[EngineEvent]) -> list[EngineEvent]:
+        """The same events, neighbouring pieces of a text in one."""
+        joined: list[EngineEvent] = []
+        for event in heard:
+            last = joined[-1] if joined else None
+            if isinstance(event, events.Text | events.RelayedText) and (
+                type(last) is type(event) and last.mode == event.mode
+            ):
+                joined[-1] = type(event)(event.mode, last.text + event.text)
+            else:
+                joined.append(event)
+        return joined
+
+    async def _show(self, event: EngineEvent) -> None:
+        match event:
+            case Progress():
+                self.screen.show_progress(event)
+            case events.Loaded():
+                self._show_loaded(event)
+            case events.Prefilling():
+                far = f" {event.done} of {event.total} tokens" if event.total else ""
+                self.screen.run_in(event.mode, f"reading{far}")
+            case events.RelayedText():
+                await self._write(event.mode, event.text, is_relayed=True)
+            case events.Text():
+                await self._write(event.mode, event.text, is_relayed=False)
+            case events.Finished():
+                self._finish(event.mode)
+            case events.LiveGates():
+                self.screen.gate_panel.view.show_live(event.report)
+            case events.GatesSet():
+                self.show_gates(event.gates)
+            case events.Failed():
+                self._complain(event.message)
+                self.screen.fail(event)
+            case events.TurnOver():
+                self.state.memory_gb = event.memory_gb or self.state.memory_gb
+                await self._end_turn()
+
+    async def _write(self, mode: Mode, text: str, is_relayed: bool) -> None:
+        self.screen.run_in(mode, "the sharer writes" if is_relayed else "writing")
+        if not self.state.is_blind:
+            await self.screen.write(mode, text, is_relayed)
+
+    # --- loading, gates ---------------------------------------------------------------------
+
+    def _show_loaded(self, loaded: Loaded) -> None:
+        state, turn = self.state, self.state.turn
+        state.loaded, state.memory_gb = loaded, loaded.memory_gb
+        self.screen.end_progress()
+        self.screen.gate_panel.view.show_loaded(loaded)
+        self.show_gates(loaded.gates)
+        self.screen.show_missing(loaded)
+        self.screen.say("" if state.is_busy else f"ready · {loaded.needs}".rstrip(" ·"))
+        self.show_context()
+        if state.is_busy and turn and not turn.latest.gates:
+            turn.latest.gates = loaded.gates  # asked before anybody knew them
+        self.restore_gates()
+
+    def restore_gates(self) -> None:
+        """Cuts the fusers as they were in the conversation's last turn, once they are loaded."""
+        state = self.state
+        if state.loaded is None or state.turn is None:
+            return
+        wanted = state.turn.latest.gates
+        if _shapes(wanted) != _shapes(state.loaded.gates):
+            wanted = state.loaded.gates  # they are of another fuser
+        if wanted != state.gates:
+            self.set_gates(wanted)
+
+    def set_gates(self, gates: tuple[Gates, ...]) -> None:
+        """Opens and closes gates; what is asked from now on is answered with these."""
+        self.state.gates = gates
+        self.backend.set_gates(gates)
+
+    def show_gates(self, gates: tuple[Gates, ...]) -> None:
+        """Takes over the gates that the fusers have."""
+        self.state.gates = gates
+        self.screen.gate_panel.view.show_gates(gates)
+        if self.state.loaded is not None:
+            self.screen.show_fuser(self.state.loaded, gates, self.state.memory_gb)
+
+    def show_context(self) -> None:
+        """How full the receiver's context is."""
+        talk = self.state.conversation
+        latest = {m: a for t in talk.turns for m, a in t.answers.items() if a.is_kept}
+        self.screen.show_context(self.state.loaded, list(latest.values()))
+
+    # --- the end of answers -----------------------------------------------------------------
+
+    def _finish(self, mode: Mode) -> None:
+        if self.state.turn is None:
+            return
+        if self.state.is_blind:
+            self.screen.panes[mode].say("hidden until you vote")
+        else:
+            self.screen.finish(mode, self.state.turn.answers[mode])
+        self.show_context()
+
+    async def _end_turn(self) -> None:
+        self.state.is_busy = False
+        self.screen.end_turn()
+        turn = self.state.turn
+        if turn is None:
+            return
+        if self.state.is_blind and turn.latest.rivals():
+            self._ask_for_vote(turn)
+        else:
+            await self.reveal(turn)
+
+    async def reveal(self, turn: Turn) -> None:
+        """Shows what a blind turn kept back, the gates, and who was faster."""
+        if self.state.is_blind:
+            await self.screen.reveal(turn.latest.answers)
+        self.screen.show_reports([t.reports for t in self.state.conversation.turns])
+        self.show_gates(self.state.gates)
+        if both := turn.latest.rivals():
+            c2c, relay = (answer.figures for answer in both)
+            assert c2c and relay  # they are whole
+            self.screen.say(race.verdict(c2c, relay))
+        elif compared := turn.comparison("c2c"):
+            words = " and then ".join(turn.gates_in_words(take) for take in compared)
+            self.screen.say(f"C2C with {words}: compare the two answers")
+        else:
+            self.screen.say("ready")
+
+
+def _shapes(gates: Sequence[Gates]) -> list[tuple[int, int]]:
+    return [(len(keys), len(values)) for keys, values in gates]
