@@ -34,10 +34,7 @@ def run(
     Raises:
         C2CError: if there is no such session, or it is open in another app.
     """
-    file = SessionFile()
-    talk = Conversation(pair) if resume is None else file.load(resume)
-    talk.sampling = from_dict(SamplingConfig, asdict(talk.sampling) | given, "arguments")
-    talk.system = talk.system if system is None else system
+    talk, file = opened(pair, given, system, resume)
     answered = talk.turns[-1].answers if talk.turns else ()
     engine = InferenceThread(talk.pair, talk.sampling, talk.system)
     if talk.turns:
@@ -48,6 +45,17 @@ def run(
     finally:
         leave(app, engine)
     return app.return_code or 0
+
+
+def opened(
+    pair: Pair, given: dict[str, Any], system: str | None, resume: str | None
+) -> tuple[Conversation, SessionFile]:
+    """The conversation to begin with and its file; see `run`."""
+    file = SessionFile()
+    talk = Conversation(pair) if resume is None else file.load(resume)
+    talk.sampling = from_dict(SamplingConfig, asdict(talk.sampling) | given, "arguments")
+    talk.system = talk.system if system is None else system
+    return talk, file
 
 
 def leave(app: ChatApp, engine: InferenceThread) -> None:

@@ -70,8 +70,8 @@ class Sessions(ModalScreen[str | None]):
 
     def _show(self, found: Summary) -> None:
         self.summaries[found.name] = found
-        here = "  (open here)" if found.name == self.file.name else ""
-        prompt = f"{found.when:%d %b %H:%M}  {harmless(found.title)}{here}"
+        mark = "●" if found.name == self.file.name else " "  # the one that is open here
+        prompt = f"{mark} {found.when:%d %b %H:%M}  {harmless(found.title)}"
         self._list.replace_option_prompt(found.name, prompt)
         if found.name == self._chosen():
             self._preview.update(harmless(found.preview))

@@ -30,8 +30,8 @@ class AnswerText(Markdown):
         super().__init__(classes=classes, open_links=False)
 
     async def write(self, text: str) -> None:
-        """Adds a piece, and returns when it is drawn: one piece at a time."""
-        if text:
+        """Adds a piece, and returns when it is drawn: one piece at a time; none, if it is gone."""
+        if text and self.is_attached:  # while the app ends, it may have left the screen
             await self.append(harmless(text))
 
 
