@@ -1,8 +1,12 @@
-"""How the app feels: gate panel, keys while an answer comes, Esc, and its ends in a terminal.
+"""How the app feels, and how it ends: gate panel, keys while an answer comes, Esc, quits.
 
     python benchmarks/tui.py                   all of it, in under two minutes
     python benchmarks/tui.py --cycles 200      with as many ends as a release should survive
-    python benchmarks/tui.py --parts panel     one of panel, keys, ends
+    python benchmarks/tui.py --parts panel     one of panel, keys, quits, ends
+
+Quits are at random moments of a turn, in the real app under Textual's Pilot, with two tiny models of
+the tests. What their thread says has ended is noted beside the app, up to the thread's own end: all
+of that, and every question that was sent, must be in the session file.
 
 Ends are real: a pseudo-terminal, the command c2c-chat with two tiny models of the tests, keys
 typed into it at a random moment, its exit code. Where others use the machine, too, the clock says
@@ -22,7 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -32,12 +38,16 @@ from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.models import registry
 from c2c_mlx.models.embedded import install
 from c2c_mlx.talk.engine import InferenceThread
+from c2c_mlx.tui import session_file
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import until
+from c2c_mlx.tui.run import leave
+from c2c_mlx.tui.session_file import SessionFile
 
 TINY = Path(__file__).parents[1] / "tests" / "golden" / "data" / "e2e" / "qwen3_llama"
 LONG = SamplingConfig(max_tokens=400, temp=0.7)
+SHORT = SamplingConfig(max_tokens=60, temp=0.7)
 SIZE = (140, 50)
 
 
@@ -222,13 +232,81 @@ def one_end(command: list[str], home: Path) -> tuple[int | str, bytes]:
         os.close(terminal)
 
 
+class Noting:
+    """The engine's queue of events, and a note of every answer that ended."""
+
+    def __init__(self, queue: SimpleQueue[events.EngineEvent]) -> None:
+        self.queue = queue
+        self.ended: list[events.Finished] = []
+
+    def put(self, event: events.EngineEvent) -> None:
+        """Called by the thread."""
+        if isinstance(event, events.Finished):
+            self.ended.append(event)
+        self.queue.put(event)
+
+    def get_nowait(self) -> events.EngineEvent:
+        """Called by the app."""
+        return self.queue.get_nowait()
+
+
+async def one_quit(pair: Pair, number: int) -> tuple[ChatApp, InferenceThread, list[str], Noting]:
+    """Asks once or twice, stops or not, quits; returns what was sent and what ended."""
+    engine: Any = InferenceThread(pair, SHORT)
+    engine.events = noted = Noting(engine.events)
+    chat = ChatApp(engine, Conversation(pair, SHORT), ["c2c", "relay"], SessionFile())
+    sent: list[str] = []
+    async with chat.run_test(size=(120, 40)) as pilot:
+        if random.random() < 0.8:  # else while it loads
+            await until(lambda: chat.state.loaded is not None)
+        for _ in range(random.choice((1, 1, 2))):
+            question = f"Who wrote number {number}, {len(sent)}?"
+            chat.main.prompt.show(question)
+            was_busy = chat.state.is_busy
+            chat.simulate_key("enter")
+            sent += [] if was_busy else [question]
+            await asyncio.sleep(random.choice((0, random.uniform(0, 0.6))))
+            if random.random() < 0.3:
+                chat.simulate_key("escape")
+                await asyncio.sleep(random.uniform(0, 0.1))
+        chat.simulate_key("ctrl+q")
+        await pilot.pause()
+    return chat, engine, sent, noted
+
+
+def quits(pair: Pair, cycles: int) -> None:
+    """Quits in the middle of a turn; counts what of it is in the session file."""
+    counts: Counter[str] = Counter()
+    for number in range(cycles):
+        chat, engine, sent, noted = asyncio.run(one_quit(pair, number))
+        leave(chat, engine)
+        name = chat.state.conversation.name
+        turns = session_file.read(name).turns if name else []
+        saved = [a for turn in turns for a in turn.answers.values() if a.figures]
+        known = [(a.text, a.reason, a.figures) for a in saved]
+        asked = [turn.question for turn in turns]
+        counts["quits"] += 1
+        counts["questions"] += len(sent)
+        counts["in the file"] += sum(question in asked for question in sent)
+        counts["answers that ended"] += len(noted.ended)
+        counts["in the file, too"] += sum(
+            (e.text, e.reason, e.figures) in known for e in noted.ended
+        )
+        counts["cut short"] += sum(e.reason == "stopped" for e in noted.ended)
+    print("; ".join(f"{what}: {n}" for what, n in counts.items()))
+    if counts["questions"] != counts["in the file"]:
+        raise SystemExit("a question was lost")
+    if counts["answers that ended"] != counts["in the file, too"]:
+        raise SystemExit("an answer was lost")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cycles", type=int, default=15, help="ends (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="turns (%(default)s)")
-    parser.add_argument("--parts", default="panel,keys,ends", metavar="P[,P]")
+    parser.add_argument("--parts", default="panel,keys,quits,ends", metavar="P[,P]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
@@ -243,6 +321,9 @@ def main() -> None:
                 writing = pair
                 print("the embedded pair is not in the cache: two tiny models write, and end soon")
             asyncio.run(typing_and_stopping(writing, args.rounds))
+        if "quits" in args.parts:
+            os.environ["C2C_MLX_HOME"] = str(home)
+            quits(pair, args.cycles)
         if "ends" in args.parts:
             ends(pair, home, args.cycles)
 
