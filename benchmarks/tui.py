@@ -4,9 +4,9 @@
     python benchmarks/tui.py --cycles 200      with as many ends as a release should survive
     python benchmarks/tui.py --parts panel     one of panel, keys, quits, ends
 
-Quits are at random moments of a turn, in the real app under Textual's Pilot, with two tiny models of
-the tests. What their thread says has ended is noted beside the app, up to the thread's own end: all
-of that, and every question that was sent, must be in the session file.
+Quits are at random moments of a turn, in the real app under Textual's Pilot, with two tiny models.
+What their thread says has ended is noted beside the app, up to the thread's own end: all of that,
+and every question that was sent, must be in the session file.
 
 Ends are real: a pseudo-terminal, the command c2c-chat with two tiny models of the tests, keys
 typed into it at a random moment, its exit code. Where others use the machine, too, the clock says
