@@ -138,7 +138,7 @@ def _session(
     status = Status(sys.stderr)
 
     from c2c_mlx import blas
-    from c2c_mlx.talk.session import open_session
+    from c2c_mlx.talk.opening import open_session
 
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)

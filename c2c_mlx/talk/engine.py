@@ -174,7 +174,7 @@ class InferenceThread(threading.Thread):
         from c2c_mlx.fusion.fuser import Fuser
         from c2c_mlx.models import memory
         from c2c_mlx.models.load import LanguageModel, find_folder, load_model
-        from c2c_mlx.talk.session import open_session
+        from c2c_mlx.talk.opening import open_session
 
         pair = self.pair
         self._report(Progress(f"loading {pair.receiver}", 0, 0))

@@ -12,7 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx.config import Order, Pair, SamplingConfig
+from c2c_mlx.config import Order, SamplingConfig
 from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.events import (
     Crossed,
@@ -387,35 +387,6 @@ class ChatSession:
                 raise _Stopped
 
         return report
-
-
-def open_session(
-    pair: Pair,
-    receiver: LanguageModel,
-    sharers: Sequence[LanguageModel],
-    fusers: Sequence[Fuser],
-    *,
-    sampling: SamplingConfig,
-    system: str | None,
-    on_prefill: Callable[[Prefilling], None],
-) -> ChatSession:
-    """A session between what a pair named, as far as it could be loaded: without fusers, no `c2c`.
-
-    Raises:
-        C2CError: if a fuser was not made for its models.
-    """
-    fused = list(zip(sharers, fusers, strict=False))
-    return ChatSession(
-        receiver,
-        sharers[0] if sharers else None,
-        fusers[0] if fusers else None,
-        others=fused[1:],
-        order=pair.order,
-        fuse_response=pair.fuse_response,
-        sampling=sampling,
-        system=system,
-        on_prefill=on_prefill,
-    )
 
 
 def _messages_per_turn(mode: Mode) -> int:
