@@ -21,6 +21,7 @@ from c2c_mlx.events import Reason
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.serving.job import Piece, Token
+from c2c_mlx.talk.crossed import Decoded
 
 _BYTES: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 _LEAST_LOGPROB = -9999.0  # stands for -inf, which JSON has not
@@ -35,6 +36,7 @@ class Answer:
         choice: which one, of several answers to one prompt.
         stop: text that ends the answer; it and all behind it are dropped.
         top_logprobs: how many of the likeliest tokens to tell beside each one; None: tell nothing.
+        decoded: notes what is needed to say what crossed; None: nobody asks.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Answer:
         choice: int = 0,
         stop: Sequence[str] = (),
         top_logprobs: int | None = None,
+        decoded: Decoded | None = None,
     ) -> None:
         self.choice = choice
         self.ids: list[int] = []  # the end of the turn included
@@ -50,6 +53,7 @@ class Answer:
         self.reason: Reason | None = None  # of the end
         self.error: Exception | None = None  # why there is no end
         self.reader: Reader | None = None  # what has read the prompt and the answer
+        self.decoded = decoded
         self._top = top_logprobs
         self._tokenizer = lm.tokenizer
         self._detokenizer = lm.tokenizer.detokenizer
@@ -89,6 +93,8 @@ class Answer:
             self._stops, rest, _ = TextStateMachine.flush(self._stops)
             text, self.reason = text + rest, finish
         self.text += text
+        if self.decoded:
+            self.decoded.add(token, text, logprobs[token])
         return Piece(self.choice, text, tuple(self._told()))
 
     def _told(self) -> list[Token]:

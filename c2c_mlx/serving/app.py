@@ -26,7 +26,7 @@ SEND_S = 60.0  # that a client may take to read what waits for it
 
 
 def make_app(
-    engine: Engine, served: Served, hosts: Sequence[str], api_key: str | None
+    engine: Engine, served: Served, hosts: Sequence[str] = LOOPBACK, api_key: str | None = None
 ) -> Starlette:
     """The endpoint over an engine that has loaded.
 

@@ -7,9 +7,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -18,29 +18,13 @@ import mlx.core as mx
 from c2c_mlx import device
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.errors import C2CError
-from c2c_mlx.events import Mode
 from c2c_mlx.fusion import kv
-from c2c_mlx.serving.answer import Answer
-from c2c_mlx.serving.batch import Batch, write_fused
+from c2c_mlx.serving.batch import Batch
 from c2c_mlx.serving.caches import Caches
-from c2c_mlx.serving.job import (
-    Accepted,
-    Done,
-    Ended,
-    Event,
-    Failed,
-    Full,
-    Job,
-    Piece,
-    Served,
-    TooLong,
-    Unavailable,
-    Wait,
-)
-from c2c_mlx.serving.reading import Prompt, Team, Times, position_nbytes, prepare, read
-from c2c_mlx.talk import relay
+from c2c_mlx.serving.job import Accepted, Failed, Full, Job, Served, TooLong, Unavailable
+from c2c_mlx.serving.reading import Team, position_nbytes
+from c2c_mlx.serving.work import Desk, Work
 
-_GROWTH = 256  # positions by which mlx-lm's caches grow
 _LONGEST_WAIT = 600  # seconds that a client is asked to wait, at most
 
 
@@ -51,51 +35,6 @@ class Limits:
     slots: int = 16  # answers that are written together
     queue: int = 64  # jobs that wait for a slot
     cache_gb: float | None = None  # of all conversations; None: half of what is left of the memory
-
-
-@dataclass(eq=False)
-class _Work:
-    """A job at work."""
-
-    job: Job
-    arrived: float
-    prompt: Prompt  # the first one that is read
-    sampling: SamplingConfig
-    times: Times
-    wait: Wait = "read"
-    steps: Generator[Wait, None, None] = field(init=False)
-    began: float = field(default_factory=time.perf_counter)
-    first: float = 0.0  # when the first token of an answer was there
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    relayed: Answer | None = None
-    answers: list[Answer] = field(default_factory=list)
-
-    @property
-    def positions(self) -> int:
-        """Of the longest text that a model will have read and written at the end."""
-        positions = self.prompt.positions + self.sampling.max_tokens
-        if self.job.mode == "relay":  # it stands in the receiver's prompt, too
-            positions += 2 * relay.BACKGROUND_TOKENS
-        return math.ceil(positions / _GROWTH) * _GROWTH
-
-    def done(self, gates_open: int) -> Done:
-        now, relayed = time.perf_counter(), self.relayed
-        return Done(
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            completion_tokens=sum(len(answer.ids) for answer in self.answers),
-            gates_open=gates_open if self.job.mode == "c2c" else 0,
-            relayed_text=relayed.text.strip() if relayed else "",
-            relayed_tokens=len(relayed.ids) if relayed else 0,
-            queued_s=self.began - self.arrived,
-            align_s=self.times.align,
-            sharer_s=self.times.sharer,
-            receiver_s=self.times.receiver,
-            fuse_s=self.times.fuse,
-            first_token_s=(self.first or now) - self.arrived,
-            total_s=now - self.arrived,
-        )
 
 
 class Engine(threading.Thread):
@@ -121,8 +60,8 @@ class Engine(threading.Thread):
         self._queue: deque[tuple[Job, float]] = deque()  # with the time of arrival
         self._closing = False
         # Only of the thread itself:
-        self._works: list[_Work] = []
-        self._head: _Work | None = None  # the next one, which waits for room
+        self._works: list[Work] = []
+        self._head: Work | None = None  # the next one, which waits for room
         self._pace = 1.0  # seconds between the ends of two jobs under load, about
         self._ended = 0.0
 
@@ -179,10 +118,10 @@ class Engine(threading.Thread):
                 mx.clear_streams()  # without it, one exit in twenty aborts
 
     def _prepare(self) -> None:
-        self._team = team = self._load()
-        self._caches = Caches()
+        team = self._load()
         writers = {id(lm.model): lm for lm in map(team.answering, team.modes)}
-        self._batches = {key: Batch(lm, self.limits.slots) for key, lm in writers.items()}
+        batches = {key: Batch(lm, self.limits.slots) for key, lm in writers.items()}
+        self._desk = Desk(team, Caches(), batches)
         self._written_nbytes = {
             key: kv.position_nbytes(lm.model) for key, lm in writers.items()
         }  # of one position of a batch's row
@@ -218,11 +157,11 @@ class Engine(threading.Thread):
             self._works.remove(reading)  # so that the others are before it in the next round
             self._works.append(reading)
             self._advance(reading)
-        for batch in self._batches.values():
+        for batch in self._desk.batches.values():
             batch.step()
         for work in [work for work in self._works if work.wait == "write"]:
             self._advance(work)
-        self._caches.shrink(self._budget - self._need(self._works))
+        self._desk.caches.shrink(self._budget - self._need(self._works))
 
     def _admit(self) -> None:
         """Takes up the next job, if there is one, and a slot and memory for it."""
@@ -242,95 +181,37 @@ class Engine(threading.Thread):
         work, self._head = self._head, None
         work.began = time.perf_counter()
         self._works.append(work)
-        self._tell(work.job, Accepted())
+        work.job.tell(Accepted())
 
-    def _taken_up(self, job: Job, arrived: float) -> _Work | None:
-        """The job with its prompt in tokens; None if there is no way to do it, which is told."""
-        times, given = Times(), job.sampling
+    def _taken_up(self, job: Job, arrived: float) -> Work | None:
+        """The job, ready to be worked on; None if there is no way to do it, which is told."""
         try:
-            messages = job.messages
-            if job.mode == "relay":
-                question = relay.background_message(messages[-1]["content"])
-                messages = relay.prompt(self._team.sharers[0], [*messages[:-1], question])
-            mode: Mode = "sharer" if job.mode == "relay" else job.mode
-            prompt = prepare(self._team, mode, messages, times)
-            options = {name: value for name, value in asdict(given).items() if value is not None}
-            sampling = replace(self.sampling, **options)
-            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, prompt.room))
-            work = _Work(job, arrived, prompt, sampling, times)
+            work = Work.of(job, arrived, self._desk, self.sampling)
             if (need := self._need([work])) > self._budget:
                 raise TooLong(
                     f"this conversation may take {need / 1e9:.2f} GB of caches, but the server "
                     f"has {self._budget / 1e9:.2f} GB for them: shorten it, or ask for fewer tokens"
                 )
         except Exception as e:
-            self._tell(job, Failed(e))
+            job.tell(Failed(e))
             return None
-        work.steps = self._steps(work)
         return work
 
-    def _need(self, works: Sequence[_Work]) -> int:
+    def _need(self, works: Sequence[Work]) -> int:
         """Bytes of caches that these will have needed at the end, rows padded to the longest."""
         total = sum(self._kept_nbytes[work.job.mode] * work.positions for work in works)
         for key, nbytes in self._written_nbytes.items():
             rows = [work for work in works if key in self._writers(work)]
             longest = max((work.positions for work in rows), default=0)
-            total += nbytes * longest * sum(work.job.n for work in rows)
+            total += nbytes * longest * sum(work.job.n + work.job.crossed for work in rows)
         return total
 
-    def _writers(self, work: _Work) -> set[int]:
+    def _writers(self, work: Work) -> set[int]:
         """The batches that the work's answers are written in, a relay's text included."""
-        return {id(lm.model) for lm in (work.prompt.lm, self._team.answering(work.job.mode))}
+        answering = self._desk.team.answering(work.job.mode)
+        return {id(lm.model) for lm in (work.prompt.lm, answering)}
 
-    def _steps(self, work: _Work) -> Generator[Wait, None, None]:
-        """A job from its prompt to its end."""
-        job, team, prompt = work.job, self._team, work.prompt
-        if job.mode == "relay":
-            work.relayed = Answer(prompt.lm, job.n, relay.stop_strings(prompt.lm))
-            receiver_room = team.receiver.context_length // 8  # for a text in two vocabularies
-            limit = min(relay.BACKGROUND_TOKENS, prompt.room, receiver_room)
-            yield from self._answer(work, prompt, [work.relayed], limit)
-            told = relay.with_background(job.messages[-1]["content"], work.relayed.text.strip())
-            prompt = prepare(team, "relay", [*job.messages[:-1], *told], work.times)
-        work.prompt_tokens = len(prompt.ids)
-        work.answers = [
-            Answer(prompt.lm, choice, (*prompt.lm.stop_strings, *job.stop), job.top_logprobs)
-            for choice in range(job.n)
-        ]
-        limit = min(work.sampling.max_tokens, prompt.room)
-        yield from self._answer(work, prompt, work.answers, limit)
-
-    def _answer(
-        self, work: _Work, prompt: Prompt, answers: Sequence[Answer], limit: int
-    ) -> Generator[Wait, None, None]:
-        """Reads a prompt and has answers to it written."""
-        sampling = replace(work.sampling, max_tokens=limit)
-
-        def tell(answer: Answer, piece: Piece) -> None:
-            if answer is work.relayed:
-                return
-            work.first = work.first or time.perf_counter()
-            if piece.text or piece.tokens:
-                self._tell(work.job, piece)
-            if answer.reason:
-                self._tell(work.job, Ended(answer.choice, answer.reason))
-
-        if prompt.aligned and self._team.fuse_response:
-            for answer in answers:
-                reading = yield from read(self._team, prompt, self._caches, work.times)
-                work.cached_tokens = work.cached_tokens or reading.cached
-                yield from write_fused(self._team, reading, answer, sampling, tell)
-                self._caches.put(reading.key, reading.state, len(prompt.ids) - 1)
-            return
-        reading = yield from read(self._team, prompt, self._caches, work.times)
-        work.cached_tokens = reading.cached
-        self._caches.put(reading.key, reading.state, len(prompt.ids) - 1)
-        batch = self._batches[id(prompt.lm.model)]
-        yield from batch.write(reading, answers, sampling, tell)
-        if (reader := answers[0].reader) and not prompt.aligned:
-            self._caches.put(reading.key, reader, len(prompt.ids) - 1)
-
-    def _advance(self, work: _Work) -> None:
+    def _advance(self, work: Work) -> None:
         try:
             work.wait = next(work.steps)
         except StopIteration:
@@ -339,23 +220,17 @@ class Engine(threading.Thread):
             lasted = min(now - work.began, now - self._ended)
             self._pace += (lasted - self._pace) / 5
             self._ended = now
-            self._tell(work.job, work.done(self._team.gates_open))
+            work.job.tell(work.done(self._desk.team.gates_open))
         except Exception as e:
             self._works.remove(work)
             if not isinstance(e, C2CError):
                 traceback.print_exc()
-            self._tell(work.job, Failed(e))
+            work.job.tell(Failed(e))
 
-    def _drop(self, work: _Work) -> None:
+    def _drop(self, work: Work) -> None:
         """Leaves a job whose client has gone."""
         self._works.remove(work)
         work.steps.close()
-
-    def _tell(self, job: Job, event: Event) -> None:
-        try:
-            job.emit(event)
-        except Exception:  # whoever listened has ended
-            job.gone = True
 
     def _end(self) -> None:
         """Tells everybody who still waits, and lets go of all arrays."""
@@ -365,7 +240,6 @@ class Engine(threading.Thread):
             self._queue.clear()
         works = [*self._works, *([self._head] if self._head else [])]
         for job in [*(work.job for work in works), *waiting]:
-            self._tell(job, Failed(Unavailable("the server ended before the answer did")))
+            job.tell(Failed(Unavailable("the server ended before the answer did")))
         self._works, self._head = [], None
-        for name in ("_team", "_caches", "_batches"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_desk", None)

@@ -97,6 +97,7 @@ class Done:
     gates_open: int
     relayed_text: str
     relayed_tokens: int
+    crossed: tuple[tuple[str, float], ...] | None  # per token, in nats; None: not asked for
     queued_s: float
     align_s: float
     sharer_s: float
@@ -129,6 +130,7 @@ class Job:
         n: answers to the one prompt.
         stop: text that ends an answer; it and all behind it are dropped.
         top_logprobs: how many of the likeliest tokens to tell beside each one; None: tell nothing.
+        crossed: also tells what each token of the answer, the only one, owes to the sharers.
         gone: set when nobody waits for the answers any more; looked at once per token.
     """
 
@@ -139,4 +141,12 @@ class Job:
     n: int = 1
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    crossed: bool = False
     gone: bool = False
+
+    def tell(self, event: Event) -> None:
+        """Emits; who can't be told any more is taken to have gone."""
+        try:
+            self.emit(event)
+        except Exception:
+            self.gone = True

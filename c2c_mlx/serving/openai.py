@@ -73,6 +73,12 @@ class ResponseFormat(_Typed):
     type: str
 
 
+class C2COptions(_Typed):
+    """What OpenAI's dialect has no words for."""
+
+    crossed: bool | None = None  # what each token of the answer owes to the sharers
+
+
 class ChatRequest(_Typed):
     """The body of a request for chat completions; null is as good as nothing."""
 
@@ -90,6 +96,7 @@ class ChatRequest(_Typed):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    c2c: C2COptions | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +143,9 @@ class ChatRequest(_Typed):
             message["role"] = "system" if message["role"] == "developer" else message["role"]
         if mode == "relay" and messages[-1]["role"] != "user":
             raise Refusal(400, "a relay answers a message of the user's", "messages")
+        crossed = bool(self.c2c and self.c2c.crossed)
+        if crossed and (mode != "c2c" or (self.n or 1) > 1):
+            raise Refusal(400, "what crossed is told of one answer of c2c", "c2c.crossed")
         seed = secrets.randbits(63) if self.seed is None else self.seed % 2**64
         return Job(
             mode,
@@ -147,6 +157,7 @@ class ChatRequest(_Typed):
             self.n or 1,
             tuple(self.stop or ()),
             (self.top_logprobs or 0) if self.logprobs else None,
+            crossed,
         )
 
 
@@ -321,8 +332,10 @@ def _usage(done: Done) -> dict[str, Any]:
 
 def _c2c(done: Done) -> dict[str, Any]:
     """What OpenAI's dialect has no words for."""
-    told = asdict(done)
-    return {name: value for name, value in told.items() if name not in _TOLD_AS_USAGE}
+    told = {name: v for name, v in asdict(done).items() if name not in _TOLD_AS_USAGE}
+    if done.crossed is None:
+        del told["crossed"]
+    return told
 
 
 def _token(token: Token) -> dict[str, Any]:

@@ -103,6 +103,23 @@ def test_a_fused_answer_is_that_of_c2c_chat(receiver, sharer, tiny_pair) -> None
         assert {text.strip() for text in texts} == {alone(session, messages, "c2c")}
 
 
+@pytest.mark.parametrize("fuse_response", [False, True])
+def test_what_crossed_is_what_c2c_chat_says(receiver, sharer, tiny_pair, fuse_response) -> None:
+    fuser = Fuser.load(tiny_pair.fusers[0])
+    options = {"sampling": SAMPLING, "fuse_response": fuse_response}
+    session = ChatSession(receiver, sharer, fuser, **options)
+    with running(tiny_pair, fuse_response=fuse_response) as engine:
+        heard = [Heard(engine, "c2c", messages, crossed=True) for messages in CHATS[:3]]
+        told = [h.answers()[2].crossed for h in heard]
+        assert Heard(engine, "c2c", CHATS[0]).answers()[2].crossed is None
+    for messages, crossed in zip(CHATS, told, strict=False):
+        alone(session, messages, "c2c")
+        found = session.crossed()
+        assert found and crossed and found.tokens == tuple(text for text, _ in crossed)
+        assert [nats for _, nats in crossed] == pytest.approx(found.nats, abs=1e-4)
+        assert max(abs(nats) for nats in found.nats) > 1e-3
+
+
 @pytest.mark.parametrize("mode", ["c2c", "receiver"])
 def test_a_turn_reads_as_few_tokens_as_in_c2c_chat(tiny_pair, receiver, sharer, mode) -> None:
     sampling = replace(SAMPLING, max_tokens=4)
@@ -149,7 +166,7 @@ def test_who_has_gone_leaves_within_a_token(engine) -> None:
         heard.job.gone = True
     text = Heard(engine, "c2c", CHATS[9]).answers()[0][0]
     assert engine.status() == {"waiting": 0, "working": 0}
-    assert all(not batch.rows for batch in engine._batches.values())
+    assert all(not batch.rows for batch in engine._desk.batches.values())
     assert text == Heard(engine, "c2c", CHATS[9]).answers()[0][0]
 
 
@@ -172,8 +189,8 @@ def test_caches_stay_within_their_budget(tiny_pair) -> None:
         short = Sampling(max_tokens=4)
         for messages in CHATS:
             Heard(engine, "c2c", messages, sampling=short).answers()
-            assert engine._caches.nbytes <= 2e6
-        assert engine._caches.nbytes > 0
+            assert engine._desk.caches.nbytes <= 2e6
+        assert engine._desk.caches.nbytes > 0
         with pytest.raises(TooLong, match="GB of caches"):
             Heard(engine, "c2c", asked("sea " * 80), sampling=Sampling(max_tokens=250)).answers()
         # Sixteen that fit one by one but not together wait for each other.

@@ -179,6 +179,15 @@ def test_models_are_the_modes(client) -> None:
         assert told.model == model and told.usage.completion_tokens <= 4
 
 
+def test_what_crossed_is_told_where_it_is_asked_for(client) -> None:
+    options: dict[str, Any] = {"model": "c2c", "messages": QUESTION}
+    told = client.chat.completions.create(extra_body={"c2c": {"crossed": True}}, **options)
+    text = "".join(text for text, _ in told.c2c["crossed"])
+    assert text == told.choices[0].message.content.lstrip()
+    assert len(told.c2c["crossed"]) == told.usage.completion_tokens
+    assert "crossed" not in client.chat.completions.create(**options).c2c
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -209,6 +218,8 @@ def test_models_are_the_modes(client) -> None:
         (chat(response_format={"type": "json_object"}), 400, "only text is written"),
         (chat(tools=[{"type": "function"}]), 400, "tools is not supported"),
         (chat(frequency_penalty=0.5), 400, "frequency_penalty is not supported"),
+        (chat(n=2, c2c={"crossed": True}), 400, "of one answer of c2c"),
+        (chat(model="relay", c2c={"crossed": True}), 400, "of one answer of c2c"),
         (chat(model="gpt"), 404, "there are c2c, relay, receiver, sharer"),
         (chat(model="relay", messages=[{"role": "assistant", "content": "x"}]), 400, "user's"),
         (chat(messages=asked("sea " * 600)), 400, "reads at most 512: shorten it"),
@@ -342,8 +353,8 @@ def test_clients_that_go_away_leave_nothing_behind(engine, port) -> None:
     assert send(port, chat(max_tokens=16))[1]["choices"] == right
     while engine.status() != {"waiting": 0, "working": 0}:  # the last ones leave within a token
         Heard(engine, "receiver", QUESTION, sampling=Sampling(max_tokens=1)).answers()
-    assert all(not batch.rows for batch in engine._batches.values())
-    assert mx.get_active_memory() <= before + engine._caches.nbytes + (8 << 20)
+    assert all(not batch.rows for batch in engine._desk.batches.values())
+    assert mx.get_active_memory() <= before + engine._desk.caches.nbytes + (8 << 20)
 
 
 json_values = st.recursive(
