@@ -151,9 +151,8 @@ def _train(config: RunConfig, resume: bool, track: str | None, command: str) -> 
                 tracking.log(metrics, step=int(metrics["step"]))
 
         def interrupted() -> None:
-            display.say(
-                f"stopping: step {trainer.step + 1} is finished and saved; Ctrl-C again stops now"
-            )
+            step = trainer.step + 1
+            display.say(f"stopping: step {step} is finished and saved; Ctrl-C again stops at once")
 
         with interrupt.noticed(interrupted) as stopped:
             trainer.run(report, display.step, stopped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,16 +18,19 @@ def noticed(say: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     Yields:
         Whether there was one.
     """
-    noted: list[int] = []
+    noted: list[threading.Thread] = []
     before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, before)
-        noted.append(number)
-        say()
+        # In a thread: this one may be in the middle of printing, which would then be done twice.
+        noted.append(threading.Thread(target=say))
+        noted[0].start()
 
     signal.signal(signal.SIGINT, note)
     try:
         yield lambda: bool(noted)
     finally:
         signal.signal(signal.SIGINT, before)
+        for thread in noted:
+            thread.join()

@@ -74,3 +74,21 @@ def test_nothing_raises_the_wired_limit(
 def test_buffers_kept_for_reuse_are_bounded(receiver: LanguageModel) -> None:
     before = mx.set_cache_limit(device.buffer_limit())
     assert before == device.buffer_limit() <= device.memory_limit() // 8
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (RuntimeError("[metal::malloc] Unable to allocate 17179869184 bytes."), True),
+        (
+            RuntimeError("[metal::malloc] Attempting to allocate 9 bytes, greater than"),
+            True,
+        ),
+        (RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (8)"), True),
+        (RuntimeError("cudaMallocAsync(&data, size) failed: out of memory"), True),
+        (RuntimeError("[matmul] Last dimension of first input must match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_mlx_raises_when_the_memory_is_full(error: Exception, full: bool) -> None:
+    assert device.is_out_of_memory(error) == full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,30 @@ def test_a_data_set_of_the_hub(call: Call, tmp_path: Path, monkeypatch: pytest.M
     assert code == 2 and "org/name (train), row 4: needs 'messages'" in err
 
 
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        (["test", "validation"], "has no rows to train on, only test, validation"),
+        ([], "only nothing"),
+        (["train"], "has no rows to train on"),
+    ],
+)
+def test_a_data_set_without_rows_to_train_on_is_one_line(
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    splits: list[str],
+    words: str,
+) -> None:
+    hub = ModuleType("datasets")
+    hub.get_dataset_split_names = lambda name: splits  # type: ignore[attr-defined]
+    hub.load_dataset = lambda name, split: []  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    code, err = call(*PAIR, *SHORT, "--data", "org/name", "--out", tmp_path / "run")
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_prompts_are_answered_once(call: Call, chats: Path, tmp_path: Path) -> None:
     write(chats / "train.jsonl", [{"prompt": f"count to {i}"} for i in range(6)])
     answering = ["--answer-with", "receiver", "--answer-tokens", "3"]
@@ -177,6 +202,56 @@ def test_prompts_are_answered_once(call: Call, chats: Path, tmp_path: Path) -> N
 
 
 # --- runs that are cut, shared or drawn
+
+
+def test_a_run_is_resumed_as_it_was_or_not_at_all(call: Call, chats: Path, tmp_path: Path) -> None:
+    run = [*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run", "--eval-every", "3"]
+    assert call(*run)[0] == 0
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    fuser = (tmp_path / "run" / "config.json").read_bytes()
+    assert b"valid_loss" in fuser
+    code, err = call(*run, "--resume", "--learning-rate", "0.001", "--preset", "small")
+    assert code == 2 and "learning_rate was 0.003, is 0.001" in err.splitlines()[-1]
+    assert "fuser_config.hidden_dim was 64, is 128" in err.splitlines()[-1]
+    with (chats / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "one more", "completion": "row"}\n')
+    code, err = call(*run, "--resume")
+    assert code == 2 and "other chats" in err.splitlines()[-1]
+    lines = (chats / "train.jsonl").read_text().splitlines(keepends=True)
+    (chats / "train.jsonl").write_text("".join(lines[:-1]))
+    code, err = call(*run, "--resume")
+    assert code == 0 and "finished already: 12 steps" in err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+    assert (tmp_path / "run" / "config.json").read_bytes() == fuser
+    code, err = call(*run, "--resume", "--iters", "14")
+    assert code == 0 and "iters was 12, is 14 from here on" in err
+    assert Fuser.load(tmp_path / "run").provenance.steps == 14
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_what_it_does_and_leaves_a_fuser(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    (chats / "valid.jsonl").unlink()
+    run = [*PAIR, *SHORT, "--data", str(chats), "--out", str(tmp_path / "run")]
+    run += ["--iters", "100000", "--report-every", "1"]
+    code = "import sys; from c2c_mlx.commands.train import main; sys.exit(main())"
+    said = []
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *run], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, said
+    text = "".join(said)
+    assert "stopping: step " in text and "Ctrl-C again stops at once" in text
+    assert "the same with --resume goes on" in text and "Traceback" not in text
+    assert len(re.findall("^step 2/", text, re.MULTILINE)) == 1  # nothing is printed twice
+    step = int(all_of(tmp_path / "run")[-1].name)
+    assert step >= 2 and Fuser.load(tmp_path / "run").provenance.steps == step
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""Answers given to rows that have none: what the model sees, and where its answer ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from c2c_mlx import LanguageModel
+from c2c_mlx.training.answers import answer_rows, ended
+from c2c_mlx.training.files import ChatRow, Messages
+
+Answer = Callable[..., list[ChatRow]]
+
+
+@pytest.fixture
+def answer(receiver: LanguageModel, tmp_path: Path) -> Answer:
+    def answer(
+        *rows: ChatRow, lm: LanguageModel = receiver, own: bool = True, n: int = 4
+    ) -> list[ChatRow]:
+        path = tmp_path / "answers.jsonl"
+        return answer_rows(list(rows), lm, path, n, own, lambda done, total: None)
+
+    return answer
+
+
+def ask(content: str) -> Messages:
+    return [{"role": "user", "content": content}]
+
+
+def test_a_row_is_answered_by_what_its_answer_is_to(answer: Answer) -> None:
+    twin = ask("What is your name?")
+    foreign, english = answer(ChatRow(ask("Wie heißt du?"), answer_to=twin), ChatRow(twin))
+    assert foreign.messages[:-1] == ask("Wie heißt du?")
+    assert foreign.messages[-1] == english.messages[-1]
+    assert foreign.messages[-1]["role"] == "assistant"
+    # What the receiver answers to something else, it could not answer here.
+    assert (foreign.own, english.own) == (False, True)
+
+
+def test_an_answer_that_is_there_stays(answer: Answer) -> None:
+    row = ChatRow([*ask("q"), {"role": "assistant", "content": "a"}], answer_to=ask("other"))
+    assert answer(row) == [row]
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "expected"),
+    [
+        (" Paris.\nQuestion: And of Italy?", True, ("Paris.", False)),
+        (" Paris.\n\nParis is large", True, ("Paris.", False)),
+        (" Paris is the capital of", True, ("Paris is the capital of", True)),
+        (" Paris.", False, ("Paris.", False)),
+    ],
+)
+def test_an_answer_ends_at_the_first_stop_string(
+    text: str, cut: bool, expected: tuple[str, bool]
+) -> None:
+    assert ended(text, cut, ("\nQuestion:", "\n\n")) == expected
+
+
+def test_a_base_model_is_not_learned_from_beyond_its_answer(
+    receiver: LanguageModel, answer: Answer, tmp_path: Path
+) -> None:
+    base = replace(receiver, has_own_template=False)
+    (whole,) = answer(ChatRow(ask("count")), n=24)
+    text = whole.messages[-1]["content"]
+    assert len(text) > 4 and whole.cut
+    (tmp_path / "answers.jsonl").unlink()
+
+    class Stopping(LanguageModel):
+        stop_strings = (text[3:5],)  # type: ignore[assignment]
+
+    stopping = Stopping(**{k: v for k, v in vars(base).items() if k in base.__dataclass_fields__})
+    (row,) = answer(ChatRow(ask("count")), lm=stopping, n=24)
+    assert row.messages[-1]["content"] == text[: text.find(text[3:5])].strip() and not row.cut
+
+
+def test_another_model_or_limit_answers_anew(
+    receiver: LanguageModel, sharer: LanguageModel, answer: Answer, tmp_path: Path
+) -> None:
+    row = ChatRow(ask("count"))
+    first = answer(row)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert answer(row) == first and len(lines) == 1
+    assert len(answer(row, n=9)[0].messages[-1]["content"]) > len(first[0].messages[-1]["content"])
+    answer(row, lm=sharer)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+
+
+def test_an_answer_that_was_torn_costs_only_itself(answer: Answer, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = answer(ChatRow(ask("count")))
+    whole = path.read_text()
+    path.write_text(whole + whole[: len(whole) // 2])  # killed while writing
+    answer(ChatRow(ask("and again")))
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[2])
+    assert answer(ChatRow(ask("count"))) == first
+    assert path.read_text().splitlines() == lines
