@@ -1,4 +1,4 @@
-# make setup | chat | test | check | bench. Everything lives in .venv; nothing else is touched.
+# make setup | chat | doctor | test | rehearse | check | bench. Everything lives in .venv; nothing else is touched.
 
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -8,13 +8,16 @@ PAIR := smollm2-135m gemma3-270m
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help setup blas chat test check bench
+.PHONY: help setup blas chat doctor test rehearse rehearse-fast check bench
 
 help:
 	@echo "make setup               create .venv and install (everything below does it first)"
 	@echo "make chat                chat with the embedded pair in this terminal"
 	@echo "make chat PROMPT='...'   one answer in every mode"
+	@echo "make doctor              is this machine right? in under a minute"
 	@echo "make test                run the tests"
+	@echo "make rehearse            the same with a Mac's decisions, on any machine"
+	@echo "make rehearse-fast       those of them that know about precision"
 	@echo "make check               ruff and mypy"
 	@echo "make bench               print the measured ratios"
 
@@ -47,6 +50,20 @@ chat: setup
 test: setup
 	@$(BIN)/c2c-weights pull $(PAIR) >/dev/null || echo "so the tests that need the embedded pair are skipped"
 	@$(BIN)/python -m pytest -q
+
+doctor: setup
+	@$(BIN)/c2c-doctor
+
+# What a Mac's GPU would decide, computed here. The embedded pair is packed then, and a CPU takes
+# minutes to read a prompt with packed weights.
+rehearse: setup
+	@C2C_MLX_REHEARSE=gpu $(BIN)/python -m pytest -q -m "not pair"
+
+PRECISION := tests/golden tests/unit/test_c2c.py tests/unit/test_fused.py \
+	tests/unit/test_several_sharers.py tests/unit/test_state_layers.py tests/unit/test_rope.py \
+	tests/unit/test_fuser.py tests/unit/test_kv.py tests/unit/test_fused_answers.py
+rehearse-fast: setup
+	@C2C_MLX_REHEARSE=gpu $(BIN)/python -m pytest -q -m "not pair" $(PRECISION)
 
 check: setup
 	@$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-COMMANDS = ("c2c-chat", "c2c-train", "c2c-eval", "c2c-weights", "c2c-doctor")
+COMMANDS = ("c2c-chat", "c2c-train", "c2c-eval", "c2c-weights", "c2c-serve", "c2c-doctor")
 RUNS = 7
 
 

@@ -81,6 +81,7 @@ def _examine(args: argparse.Namespace) -> int:
         "checks": [dataclasses.asdict(check) for check in checks],
         "speed": speed,
         "not_examined": examination.left_out,
+        "gpu_tests": machine.gpu_tests(),
         "failed": failed,
         "ok": not failed,
         "total_s": time.perf_counter() - began,
@@ -106,6 +107,9 @@ def _print(report: dict[str, Any], checks: Sequence[Check]) -> None:
     console.print(_table(checks))
     for left_out in report["not_examined"]:
         console.print(left_out, markup=False)
+    if tests := report["gpu_tests"]:
+        console.print(f"`python -m pytest -m metal` runs {len(tests)} tests that need a GPU:")
+        console.print(*(f"  {name}" for name in tests), sep="\n")
     seconds = f"{report['total_s']:.1f} s"
     if not report["failed"]:
         console.print(f"all {len(checks)} checks passed in {seconds}", style="bold green")

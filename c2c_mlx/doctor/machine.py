@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 
+import c2c_mlx
 from c2c_mlx import blas, device
 from c2c_mlx.doctor.check import name_of, rounds_products
 from c2c_mlx.errors import C2CError
@@ -89,6 +91,15 @@ def fusers() -> list[dict[str, Any]]:
         for name, folder in [*shipped, *store.cached()]
         if folder
     ]
+
+
+def gpu_tests() -> list[str]:
+    """The tests of a checkout that need a GPU, which `pytest -m metal` runs; none without one."""
+    file = Path(c2c_mlx.__file__).parents[1] / "tests" / "metal" / "test_gpu.py"
+    try:
+        return re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return []
 
 
 def _fits(name: str, folder: Path) -> str:

@@ -29,6 +29,7 @@ from prompts import (
 )
 
 from c2c_mlx import LanguageModel, device
+from c2c_mlx.doctor.check import error, tolerance
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import pass_width
@@ -221,8 +222,10 @@ def test_stats_describe_the_last_extension(make_c2c: MakeC2C) -> None:
     assert stats.layers == c2c.fuser.config.layer_map and stats.start == 0
     assert stats.gates.tolist() == c2c.fuser.gates.tolist()
     for kind, (a, b) in enumerate(zip(contents(fused), contents(alone.cache), strict=True)):
-        moved = np.array(mx.linalg.norm(a - b, axis=-1))[c2c.receiver_layers, 0]
-        np.testing.assert_allclose(stats.change[kind], moved, atol=1e-4)
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        moved = mx.linalg.norm(a - b, axis=-1)[mx.array(c2c.receiver_layers), 0]
+        # The sum was rounded to the cache's dtype, what is told of the change was not.
+        assert error(mx.array(stats.change[kind]), moved) < 10 * tolerance(fused[0].keys.dtype)
     assert (stats.weight[0, 1] == 0).all() and (stats.relative_change[0, 1] == 0).all()
     assert (stats.weight[1] > 0).all() and (stats.weight <= 1).all()
     assert (stats.relative_change[1] > 0).all()
