@@ -15,7 +15,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from c2c_mlx import device
@@ -173,14 +173,18 @@ def _load_weights(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _cast(model: nn.Module) -> None:
     """Gives every float of a model the dtype that this device wants for it."""
-    model.update(
-        tree_map(
-            lambda p: (
-                p.astype(device.dtype_of(p.dtype)) if mx.issubdtype(p.dtype, mx.floating) else p
-            ),
-            model.parameters(),
-        )
-    )
+    parameters: list[Any] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    is_packed = any(p.dtype == mx.uint32 for _, p in parameters)
+
+    def held(p: mx.array) -> mx.array:
+        if not mx.issubdtype(p.dtype, mx.floating):
+            return p
+        # Float32 beside packed weights (the embedded pair's) would only make the caches twice as
+        # large: what it multiplies has 4 to 8 bits.
+        stored = mx.bfloat16 if is_packed and p.dtype == mx.float32 else p.dtype
+        return p.astype(device.dtype_of(stored))
+
+    model.update(tree_map(held, model.parameters()))
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:

@@ -42,11 +42,17 @@ def test_an_unknown_rehearsal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("rehearsed", ["gpu", "m1"])
+@pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16])
 def test_a_quantised_model_stays_quantised(
-    receiver: LanguageModel, rehearsed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    receiver: LanguageModel,
+    rehearsed: str,
+    stored: mx.Dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Beside packed weights, float32 (as in the embedded pair's files) becomes half precision."""
     model, config = mlx_lm.utils.load_model(receiver.path)
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(stored)
     model, config = quantize_model(model, config, group_size=32, bits=4)
     save_model(tmp_path, model)
     save_config(config, tmp_path / "config.json")
