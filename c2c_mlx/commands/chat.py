@@ -143,7 +143,8 @@ def _session(
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
     with closing(status):
-        loaded = pair.load(who, folders, len(folders) or int(modes != ["receiver"]), status)
+        n_sharers = len(folders) or int(modes != ["receiver"])
+        loaded = pair.load(who, folders, n_sharers, status, modes=modes)
         session = open_session(
             who,
             loaded.receiver,

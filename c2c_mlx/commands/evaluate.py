@@ -136,7 +136,17 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
     try:
         with closing(status):
             n_sharers = len(folders) or int(names != ["receiver"])
-            loaded = pair.load(who, folders, n_sharers, status)
+            # A token has about three bytes of text; templates and answers come on top.
+            longest = max(len(json.dumps(item.messages, ensure_ascii=False)) for item in items)
+            loaded = pair.load(
+                who,
+                folders,
+                n_sharers,
+                status,
+                modes=names,
+                tokens=longest // 3 + 64 + settings["max_tokens"],
+                batch=args.batch_size,
+            )
             modes = Modes(
                 *(loaded.receiver, loaded.sharers, loaded.fusers, who.order),
                 *(items, args.seed, settings["max_tokens"]),

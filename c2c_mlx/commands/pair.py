@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,26 @@ def find_fusers(pair: Pair) -> list[Path]:
         ]
 
 
-def load(pair: Pair, fusers: list[Path], n_sharers: int, status: Status) -> Loaded:
+def load(
+    pair: Pair,
+    fusers: list[Path],
+    n_sharers: int,
+    status: Status,
+    *,
+    modes: Sequence[str] = (),
+    tokens: int = 0,
+    batch: int = 0,
+) -> Loaded:
     """Loads the receiver, so many of the sharers, and the fusers, if all of it fits.
+
+    Args:
+        pair: who talks.
+        fusers: their folders.
+        n_sharers: how many of the sharers take part.
+        status: told how far it is.
+        modes: that will be asked; none: any. Like the next two, for the estimate of memory alone.
+        tokens: of the longest conversation; 0: a long chat's.
+        batch: conversations that are answered at once.
 
     Raises:
         C2CError: if something can't be had, or there is no room for it.
@@ -116,6 +135,9 @@ def load(pair: Pair, fusers: list[Path], n_sharers: int, status: Status) -> Load
         [find_folder(sharer, status.loading) for sharer in sharers],
         [disk.measure(folder) for folder in fusers],
         bits=pair.fuser_bits,
+        tokens=tokens or memory.CONTEXT,
+        modes=modes or memory.MODES,
+        batch=batch,
     )
     if status.on:
         status.close()

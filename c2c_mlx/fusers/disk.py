@@ -82,6 +82,8 @@ def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
     if device.is_dense():
         fuser.dequantise()
     mx.eval(fuser.parameters())  # a lazy array would break when its file is replaced
+    weights.clear()
+    mx.clear_cache()  # what was converted or packed came in sizes that nothing else has
     fuser.provenance = provenance
     fuser.eval()
     return fuser
@@ -121,13 +123,14 @@ def read_description(folder: str | Path) -> tuple[FuserConfig, Provenance]:
     return from_dict(FuserConfig, data, where), provenance
 
 
-def measure(folder: Path) -> tuple[FuserConfig, int]:
-    """A fuser's description and the bytes of its weights, for `memory.preflight`.
+def measure(folder: Path) -> FuserConfig:
+    """All that an estimate of memory has to know of a fuser, whose weights are there but not read.
 
     Raises:
-        C2CError: as `read_description` does, and if the weights are missing.
+        C2CError: as `read_description` does, and if the weights are missing or damaged.
     """
-    return read_description(folder)[0], locate(folder, WEIGHTS).stat().st_size
+    untrusted.read_header(locate(folder, WEIGHTS))
+    return read_description(folder)[0]
 
 
 def write_description(folder: Path, config: FuserConfig, provenance: Provenance) -> None:

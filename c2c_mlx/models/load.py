@@ -38,11 +38,11 @@ PLAIN_TEMPLATE = (
 )
 PLAIN_STOP = "\nQuestion:"  # a base model goes on with a question of its own
 
-_CONTEXT_KEYS = (
-    *("max_position_embeddings", "n_positions", "max_seq_len"),
-    *("max_sequence_length", "seq_length"),
+_CONTEXT = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+    *("max_sequence_length", "seq_length", "max_context_length"),
 )
-_UNKNOWN_CONTEXT = 4096  # tokens; for the rare config that doesn't say
+_UNBOUNDED = 1 << 20  # tokens; for models that state no limit, such as those without attention
 
 
 @dataclass
@@ -74,11 +74,7 @@ class LanguageModel:
     @property
     def context_length(self) -> int:
         """Tokens that the model was made for."""
-        for table in (self.config, self.config.get("text_config") or {}):
-            for key in _CONTEXT_KEYS:
-                if isinstance(length := table.get(key), int):
-                    return length
-        return _UNKNOWN_CONTEXT
+        return context_length(self.model, self.config)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -104,12 +100,16 @@ def load_model(
     name = str(name_or_folder)
     folder = find_folder(name, report)
     report(Progress(f"loading {name}", 0, 2))
-    model, config = _load_weights(folder)
-    # Weights are read and converted while this thread builds the tokenizer.
-    mx.async_eval(model.parameters())
+    model, config = open_model(folder)
+    # Weights are read and converted while this thread builds the tokenizer; one by one, the largest
+    # first: at once, most of them would be there in both forms.
+    weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    for weight in sorted(weights.values(), key=lambda w: -w.nbytes):
+        mx.async_eval(weight)
     tokenizer = _load_tokenizer(folder, config)
     report(Progress(f"loading {name}", 1, 2))
     mx.eval(model.parameters())
+    mx.clear_cache()  # what converting left behind is of no use to a conversation
     own_template = tokenizer.has_chat_template
     if not own_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -158,7 +158,14 @@ def _unknown(name: str) -> C2CError:
     )
 
 
-def _load_weights(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def open_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A folder's model in the precision that `device` decides, and its config.
+
+    No weight is read before it is used, so this costs what the headers of the files cost.
+
+    Raises:
+        C2CError: if a file is missing or damaged, or mlx-lm does not know what to do with it.
+    """
     _read_json(folder / "config.json")
     check_weights(folder)
     try:
@@ -169,6 +176,27 @@ def _load_weights(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as e:  # whatever a wrong field or tensor leads to inside mlx-lm
         raise C2CError(f"{folder}: mlx-lm cannot load this model ({_in_one_line(e)})") from e
     return model, config
+
+
+def context_length(model: nn.Module, config: dict[str, Any]) -> int:
+    """Tokens that a model was made for."""
+    if not kv.attention_layers(kv.make_cache(model)):  # whatever its dataclass says
+        return _UNBOUNDED
+    return argument(model, config, *_CONTEXT) or _UNBOUNDED
+
+
+def argument(model: nn.Module, config: dict[str, Any], *names: str) -> int:
+    """What a model says of itself under one of these names; 0 if it is silent.
+
+    mlx-lm's dataclasses know defaults that a config.json may leave out, and leave out what the
+    arithmetic does not need, such as the context of a Gemma.
+    """
+    told: list[Any] = [getattr(m, "args", None) for m in (model, model.get("language_model", {}))]
+    for source in (*map(vars, filter(None, told)), config, config.get("text_config") or {}):
+        for name in names:
+            if isinstance(value := source.get(name), int):
+                return value
+    return 0
 
 
 def _cast(model: nn.Module) -> None:

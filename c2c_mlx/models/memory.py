@@ -1,30 +1,31 @@
-"""How much memory a pair, its fuser and a conversation will need, before anything is loaded.
+"""How much memory a conversation or a training run will need, as one budget, before it begins.
 
-Estimates, from the headers and descriptions of files alone. Weights are known to the byte; what
-runs beside them (caches, scores, the fuser's pass) is counted where it is largest.
+Weights and caches are known to the byte. What lives for a moment (a pass over a chunk, a fuser's
+pass, a training step) is counted where it is largest, with factors that `benchmarks/memory.py`
+compares with what MLX then takes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import c2c_mlx.blas  # noqa: F401
 
-from safetensors import SafetensorError, safe_open
+import mlx.core as mx
 
 from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, ModelShape, TrainConfig
 from c2c_mlx.errors import C2CError
+from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fuser import parameters, pass_width, skeleton
-from c2c_mlx.models import untrusted
+from c2c_mlx.models.load import open_model
+from c2c_mlx.models.sizes import ModelSize
 
 CONTEXT = 4096  # positions that a conversation is taken to reach
-
-_ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+MODES = ("c2c", "relay", "receiver", "sharer")
 
 
 @dataclass(frozen=True)
@@ -34,207 +35,253 @@ class Need:
     receiver: int
     sharer: int
     fuser: int
-    working: int  # caches and intermediate results for `tokens` positions
+    caches: int  # of all modes, for `tokens` positions each
+    working: int  # the most that is there for a moment beside them
     tokens: int
     limit: int
+    advice: str = ""  # what would fit, should this not
+
+    @property
+    def weights(self) -> int:
+        """What stays, whatever is said."""
+        return self.receiver + self.sharer + self.fuser
+
+    @property
+    def buffers(self) -> int:
+        """What MLX keeps of memory that was given back."""
+        return min(self.working, device.buffer_limit())
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.receiver + self.sharer + self.fuser + self.working
+        return self.weights + self.caches + self.working + self.buffers
 
     def record(self) -> dict[str, float | int]:
         """For `--json`, in GB."""
-        names = ("receiver", "sharer", "fuser", "working", "total", "limit")
+        names = ("receiver", "sharer", "fuser", "caches", "working", "buffers", "total", "limit")
         sizes = {f"{name}_gb": round(getattr(self, name) / 1e9, 3) for name in names}
         return sizes | {"tokens": self.tokens}
 
     def __str__(self) -> str:
         names = [name for name in ("receiver", "sharer", "fuser") if getattr(self, name)]
         parts = [f"{name} {getattr(self, name) / 1e9:.2f}" for name in names]
-        parts.append(f"{self.tokens} tokens {self.working / 1e9:.2f}")
+        parts.append(f"caches of {self.tokens} tokens {self.caches / 1e9:.2f}")
+        parts.append(f"work {(self.working + self.buffers) / 1e9:.2f}")
         text = f"memory: {' + '.join(parts)} = about {self.total / 1e9:.1f} GB"
         text += f" of {self.limit / 1e9:.1f} GB"
-        return text if self.total <= self.limit else text + "; so many tokens will not fit"
+        if self.total <= self.limit:
+            return text
+        return f"{text}, which will not fit: {self.advice or 'take smaller models'}"
 
 
 def preflight(
     receiver: Path,
     sharers: Sequence[Path] = (),
-    fusers: Sequence[tuple[FuserConfig, int]] = (),
+    fusers: Sequence[FuserConfig] = (),
     *,
     bits: Literal[0, 4, 8] = 0,
     tokens: int = CONTEXT,
+    modes: Sequence[str] = MODES,
+    batch: int = 0,
 ) -> Need:
-    """What a conversation will need.
+    """What conversations will need, one in each mode, all of them of the same length.
 
     Args:
         receiver: its folder.
         sharers: the folders of those that take part; one that stands there twice is loaded once.
-        fusers: their descriptions, and the bytes of their files.
+        fusers: one per sharer, or none.
         bits: to which the fusers will be rounded, see `fusers.disk.load`.
-        tokens: length of the conversation; the models' own limits are kept.
+        tokens: length of a conversation; the models' own limits are kept.
+        modes: that will be asked; those that need what is not there are left out.
+        batch: conversations that are answered at once, beside those that are kept; see `c2c-eval`.
 
     Raises:
         C2CError: if not even the weights fit, with a way to need less; or if a file can't be read.
     """
-    models = [_Model.read(folder) for folder in (receiver, *dict.fromkeys(sharers))]
-    tokens = min([tokens, *(m.context for m in models if m.context)])
-    caches = sum(m.cache_per_token for m in models) * tokens
-    passes = [m.scores(device.prefill_chunk(), tokens) for m in models]
-    if fusers:
-        caches += models[0].cache_per_token * tokens  # the fused cache
-    fuser_bytes = 0
-    for config, size in fusers:
-        passes.append(min(_floats(pass_width(config) * tokens), device.fuser_pass()))
-        if device.is_dense():
-            fuser_bytes += 4 * _parameters(replace(config, bits=0))
-        elif bits and not config.bits:
-            fuser_bytes += _bytes(replace(config, bits=bits))
-        else:
-            fuser_bytes += size
-    weights = [m.weights for m in models]
-    return _checked(
-        Need(
-            weights[0],
-            sum(weights[1:]),
-            fuser_bytes,
-            caches + max(passes),
-            tokens,
-            device.memory_limit(),
-        )
+    own = ModelSize.read(receiver)
+    read = {folder: ModelSize.read(folder) for folder in dict.fromkeys(sharers)}
+    weights = (
+        own.weights,
+        sum(m.weights for m in read.values()),
+        sum(_fuser_bytes(config, bits, own.itemsize) for config in fusers),
     )
+    models = [own, *read.values()]
+
+    def need(tokens: int) -> Need:
+        caches = sum(_caches(mode, own, read, sharers, fusers, tokens) for mode in modes)
+        caches += 2 * batch * own.cache(tokens)  # as they were read, and side by side
+        passes = [m.prefill(tokens) for m in models]
+        passes += [_fusing(config, own.itemsize, tokens) for config in fusers]
+        passes.append(max(m.loading for m in models) - caches)
+        return Need(*weights, caches, max(passes), tokens, device.memory_limit())
+
+    wanted = need(min([tokens, *(m.context for m in models)]))
+    advice = [f"{fewer} tokens will" for fewer in _halves(wanted.tokens) if _fits(need(fewer))][:1]
+    if fusers and not bits and not device.is_dense():
+        advice.append("--fuser-bits 8 saves memory")
+    return _checked(replace(wanted, advice="; ".join(advice)))
 
 
-def training(receiver: Path, sharer: Path, fuser: FuserConfig, config: TrainConfig) -> Need:
-    """What a training run will need, up to a batch of the longest items that `config` allows.
+def training(
+    receiver: Path,
+    sharer: Path,
+    fuser: FuserConfig,
+    config: TrainConfig,
+    prompt: int | None = None,
+    answer: int | None = None,
+) -> Need:
+    """What a training run will need.
+
+    Args:
+        receiver: its folder.
+        sharer: its folder.
+        fuser: the configuration of the one that learns.
+        config: the run's.
+        prompt: tokens of the longest prompt; None: what `config` allows.
+        answer: tokens of the longest answer; None: what `config` allows.
 
     Raises:
         C2CError: as `preflight` does.
     """
-    models = _Model.read(receiver), _Model.read(sharer)
-    rows = config.batch_size * config.max_tokens
-    # In float32: the weights, their gradient, and the optimiser's two moments.
-    fuser_bytes = 4 * 4 * _parameters(fuser)
-    # What the backward pass keeps: every intermediate of the fuser and of the receiver's layers.
-    kept = 4 * rows * (2 * _per_position(fuser) + models[0].kept_per_token)
-    working = kept + sum(m.cache_per_token for m in models) * rows
-    return _checked(
-        Need(
-            models[0].weights, models[1].weights, fuser_bytes, working, rows, device.memory_limit()
-        )
-    )
+    models = ModelSize.read(receiver), ModelSize.read(sharer)
+
+    def need(config: TrainConfig) -> Need:
+        lengths = prompt or config.max_tokens, answer or config.max_tokens
+        return _training(*models, fuser, config, *lengths)
+
+    wanted = need(config)
+    fitting = (_flags(config, c) for c in _smaller(config) if _fits(need(c)))
+    advice = next(fitting, "") if not _fits(wanted) else ""
+    return _checked(replace(wanted, advice=advice))
 
 
 def shape(model: Path) -> ModelShape:
-    """What a fuser will depend on, as far as a model's config.json tells."""
-    return _Model.read(model).shape
+    """What a fuser will depend on, but for the tokenizer.
+
+    Raises:
+        C2CError: if the layers' keys and values differ in shape.
+    """
+    return kv.model_shape(open_model(model)[0], model.name)
+
+
+def _fits(need: Need) -> bool:
+    return need.total <= need.limit
 
 
 def _checked(need: Need) -> Need:
-    weights = {name: getattr(need, name) for name in ("receiver", "sharer", "fuser")}
-    if sum(weights.values()) <= need.limit:
+    """Refuses what can't even be loaded."""
+    if need.weights <= need.limit:
         return need
-    largest = max(weights, key=lambda name: weights[name])
-    advice = (
-        "a smaller one"
-        if device.is_dense()
-        else "a smaller one, or a copy of fewer bits (...-4bit)"
-    )
+    largest = max(("receiver", "sharer", "fuser"), key=lambda name: int(getattr(need, name)))
+    smaller = "a smaller one" if device.is_dense() else "a smaller one, or a copy of fewer bits"
     if largest == "fuser" and not device.is_dense():
-        advice = "a smaller one; a chat can round it to fewer bits (--fuser-bits 4)"
-    raise C2CError(f"{need}: they cannot be loaded; the {largest} is the largest: take {advice}")
+        smaller = "a smaller one; a chat can round it to fewer bits (--fuser-bits 4)"
+    advice = f"they cannot be loaded; the {largest} is the largest: take {smaller}"
+    raise C2CError(str(replace(need, advice=advice)))
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What of a model counts; sizes in bytes."""
-
-    weights: int
-    context: int  # tokens that it was made for; 0: not told
-    shape: ModelShape  # of a model whose layers are all attention
-    kept_per_token: int  # numbers that a backward pass keeps
-    heads: int
-    width: int  # the widest intermediate result of a position
-
-    @classmethod
-    def read(cls, folder: Path) -> _Model:
-        document = untrusted.read_json(folder, "config.json")
-        if not isinstance(document, dict):
-            raise C2CError(f"{folder}: config.json must hold an object")
-        config = document.get("text_config") or document
-
-        def number(*names: str) -> int:
-            found = (config.get(name) for name in names)
-            return next((n for n in found if isinstance(n, int) and n > 0), 0)
-
-        hidden, layers = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
-        heads = number("num_attention_heads", "n_head")
-        kv_heads = number("num_key_value_heads") or heads
-        head_dim = number("head_dim") or hidden // max(heads, 1)
-        inner = number("intermediate_size") or 4 * hidden
-        return cls(
-            _weights(folder, document),
-            number("max_position_embeddings", "n_positions"),
-            ModelShape(folder.name, max(layers, 1), max(kv_heads, 1), max(head_dim, 1)),
-            layers * (8 * hidden + 4 * inner) + 3 * number("vocab_size"),
-            heads,
-            max(inner, hidden),
-        )
-
-    @property
-    def cache_per_token(self) -> int:
-        """Of one position's keys and values, over all layers."""
-        return _floats(2 * self.shape.layers * self.shape.width)
-
-    def scores(self, new: int, total: int) -> int:
-        """Of one layer's pass over `new` positions that see `total`."""
-        return _floats(new * (2 * self.heads * total + 4 * self.width))
+# --- a conversation -----------------------------------------------------------------------------
 
 
-def _weights(folder: Path, config: dict[str, Any]) -> int:
-    """Bytes of a model's weights once they are loaded."""
-    quantised = config.get("quantization") or config.get("quantization_config") or {}
-    total = 0
-    for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                found = {n: (s.get_dtype(), math.prod(s.get_shape())) for n, s in slices.items()}
-        except (SafetensorError, OSError) as e:
-            raise C2CError(f"{path} is no valid safetensors file ({e}); fetch it again") from None
-        if not device.is_dense():
-            total += sum(count * _ITEM_SIZE.get(dtype, 1) for dtype, count in found.values())
-            continue
-        for name, (_, count) in found.items():
-            layer, _, part = name.rpartition(".")
-            if f"{layer}.scales" not in found:
-                total += 4 * count
-            elif part == "weight":
-                own = quantised.get(layer)
-                bits = (own if isinstance(own, dict) else quantised).get("bits", 4)
-                total += 4 * count * 32 // bits
-    return total
+def _caches(
+    mode: str,
+    own: ModelSize,
+    read: dict[Path, ModelSize],
+    sharers: Sequence[Path],
+    fusers: Sequence[FuserConfig],
+    tokens: int,
+) -> int:
+    """Bytes that one mode's conversation holds."""
+    if mode == "receiver":
+        return own.cache(tokens)
+    if not sharers:
+        return 0
+    first = read[sharers[0]].cache(tokens)
+    if mode == "sharer":
+        return first
+    if mode == "relay":
+        return own.cache(tokens) + first
+    if not fusers:
+        return 0
+    # A sharer that is read in two ways has two caches; the receiver's is there fused, too.
+    readings = {(s, f.alignment) for s, f in zip(sharers, fusers, strict=True)}
+    told = sum(8 * _slices(f) * f.receiver.kv_heads for f in fusers) * tokens  # of the changes
+    return 2 * own.cache(tokens) + sum(read[s].cache(tokens) for s, _ in readings) + told
 
 
-def _parameters(config: FuserConfig) -> int:
-    fuser = skeleton(config, 10**6, "the fuser")
-    return sum(p.size for p in parameters(fuser).values())
+def _fusing(config: FuserConfig, itemsize: int, tokens: int) -> int:
+    """Bytes of a fuser's pass over a chunk, and of changes that wait for a message gate."""
+    at_once = itemsize * pass_width(config)
+    waiting = itemsize * _slices(config) * config.receiver.width if config.message_gate else 0
+    return min(at_once * tokens, max(device.fuser_pass(), at_once)) + waiting * tokens
 
 
-def _bytes(config: FuserConfig) -> int:
-    fuser = skeleton(config, 10**6, "the fuser")
-    return sum(p.nbytes for p in parameters(fuser).values())
+def _fuser_bytes(config: FuserConfig, bits: Literal[0, 4, 8], itemsize: int) -> int:
+    """Bytes of a fuser's weights, in the receiver's precision or packed."""
+    config = replace(config, bits=0 if device.is_dense() else config.bits or bits)
+    weights = parameters(skeleton(config, 10**6, "the fuser")).values()
+    return sum(w.nbytes if w.dtype == mx.uint32 else itemsize * w.size for w in weights)
 
 
-def _per_position(config: FuserConfig) -> int:
-    """Numbers that one position passes through, over all slices."""
-    width = config.sharer.width + config.receiver.width
-    blocks = (config.depth) * (3 * config.hidden_dim + 2 * config.intermediate_dim)
-    slices = len(config.fused_kinds) * len(config.layer_map)
-    return slices * (2 * width + blocks + 2 * config.receiver.width)
+def _slices(config: FuserConfig) -> int:
+    return len(config.fused_kinds) * len(config.layer_map)
 
 
-def _floats(count: int) -> int:
-    """Bytes of this many activations."""
-    return count * (4 if device.is_dense() else 2)
+def _halves(tokens: int) -> list[int]:
+    """Shorter conversations that are still worth having."""
+    return [tokens >> n for n in range(1, 8) if tokens >> n >= 256]
+
+
+# --- a training run -----------------------------------------------------------------------------
+
+
+def _training(
+    receiver: ModelSize,
+    sharer: ModelSize,
+    fuser: FuserConfig,
+    config: TrainConfig,
+    prompt: int,
+    answer: int,
+) -> Need:
+    rows = config.batch_size
+    # In float32: the weights, their gradient, and the optimiser's two moments.
+    count = sum(w.size for w in parameters(skeleton(fuser, 10**6, "the fuser")).values())
+    caches = rows * (prompt * (receiver.per_position + sharer.per_position))
+    fused = rows * (prompt + answer) * receiver.per_position
+    # The gradient needs nothing of layers below the first fused one.
+    layers = receiver.layers - fuser.layer_map[0][0]
+    inside = 2 * receiver.outputs + 4 * receiver.hidden + 2 * receiver.scores(prompt + answer)
+    inside *= 1 if config.grad_checkpoint else layers
+    kept = receiver.itemsize * rows * answer * (inside + layers * receiver.hidden)
+    logits = 4 * rows * answer * 3 * receiver.vocabulary
+    passing = 4 * rows * prompt * pass_width(fuser)
+    working = fused + kept + logits + passing
+    return Need(
+        *(receiver.weights, sharer.weights, 4 * 4 * count),
+        *(caches, working, rows * (prompt + answer), device.memory_limit()),
+    )
+
+
+def _smaller(config: TrainConfig) -> list[TrainConfig]:
+    """Runs that need less, the nearest first."""
+    sizes = [config.batch_size >> n for n in range(1, 8) if config.batch_size >> n]
+    lighter = [] if config.grad_checkpoint else [replace(config, grad_checkpoint=True)]
+    return [
+        *lighter,
+        *(replace(config, batch_size=n) for n in sizes),
+        *(replace(config, batch_size=n, grad_checkpoint=True) for n in sizes),
+        *(replace(config, batch_size=1, grad_checkpoint=True, max_tokens=n) for n in (256, 128)),
+    ]
+
+
+def _flags(config: TrainConfig, tried: TrainConfig) -> str:
+    """What to add to the command for `tried`."""
+    flags = []
+    if tried.grad_checkpoint != config.grad_checkpoint:
+        flags.append("--grad-checkpoint")
+    if tried.batch_size != config.batch_size:
+        more = config.accumulate * config.batch_size // tried.batch_size  # the same step
+        flags.append(f"--batch-size {tried.batch_size} --accumulate {more}")
+    if tried.max_tokens != config.max_tokens:
+        flags.append(f"--max-tokens {tried.max_tokens}")
+    return f"{' '.join(flags)} will"

@@ -7,12 +7,14 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
 import huggingface_hub
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
 import pytest
@@ -113,17 +115,27 @@ def test_fingerprint_changes_with_the_vocabulary(folder: Path, tiny: LanguageMod
 
 
 @pytest.mark.parametrize(
-    ("config", "length"),
+    ("args", "config", "length"),
     [
-        ({"max_position_embeddings": 8192}, 8192),
-        ({"text_config": {"max_position_embeddings": 131072}}, 131072),
-        ({"n_positions": 1024}, 1024),
-        ({}, 4096),
+        ({"max_position_embeddings": 8192}, {"max_position_embeddings": 4096}, 8192),
+        ({"n_positions": 1024}, {}, 1024),
+        ({}, {"max_position_embeddings": 8192}, 8192),  # gemma: its dataclass leaves it out
+        ({}, {"text_config": {"max_position_embeddings": 131072}}, 131072),
+        ({"n_layer": 2}, {}, 1 << 20),  # nothing is said of a limit
     ],
 )
-def test_context_length(tiny: LanguageModel, config: dict[str, Any], length: int) -> None:
-    lm = LanguageModel("x", TINY, tiny.model, tiny.tokenizer, config, True)
-    assert lm.context_length == length
+def test_context_length(args: dict[str, int], config: dict[str, Any], length: int) -> None:
+    model = nn.Module()
+    model.layers, model.args = [nn.Linear(1, 1)], SimpleNamespace(**args)
+    assert load.context_length(model, config) == length
+
+
+def test_a_dataclass_knows_what_a_config_leaves_out(gemma: nn.Module) -> None:
+    assert load.context_length(gemma, {}) == 32768
+    outer = nn.Module()  # as mlx-lm nests models that also see
+    outer.language_model = gemma
+    outer.layers, outer.args = gemma.layers, SimpleNamespace(text_config={})
+    assert load.context_length(outer, {}) == 32768
 
 
 def test_published_fusers_find_their_models_unquantised() -> None:
