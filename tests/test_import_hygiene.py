@@ -29,7 +29,9 @@ def test_no_mlx_before_it_is_needed(module):
     assert not {"mlx", "mlx_lm", "textual"} & loaded_by(f"import c2c_mlx{module}")
 
 
-@pytest.mark.parametrize("command", ["chat", "evaluate", "serve", "train", "weights", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["chat", "evaluate", "serve", "train", "weights", "study", "doctor"]
+)
 def test_help_loads_neither_mlx_nor_textual(command):
     code = (
         f"from c2c_mlx.commands.{command} import main\n"

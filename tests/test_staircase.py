@@ -22,6 +22,7 @@ STAIRCASE = (
     "training",
     "talk",
     "evaluation",
+    "studies",
     "doctor",
     "serving",
     "commands",

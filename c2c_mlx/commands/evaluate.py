@@ -115,11 +115,11 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
     settings = {
         "task": args.task,
         "kind": task.kind,
-        "items": _digest(json.dumps([asdict(item) for item in items]).encode()),
+        "items": digest(json.dumps([asdict(item) for item in items]).encode()),
         "modes": names,
         **asdict(who),
         "sharers": list(who.sharers),
-        "fusers": [_digest(disk.locate(f, disk.WEIGHTS)) for f in folders],
+        "fusers": [digest(disk.locate(f, disk.WEIGHTS)) for f in folders],
         "method": args.method if task.kind == "choice" else "",
         "seed": args.seed,
         "max_tokens": args.max_tokens or task.max_tokens,
@@ -169,7 +169,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "sharer": ", ".join(who.sharers),
         "fuser": ", ".join(map(str, folders)),
         "device": device.describe(),
-        "versions": _versions(),
+        "versions": versions(),
         "settings": settings,
     }
     records = {mode: log.records[mode] for mode in names}
@@ -190,15 +190,20 @@ def _task(args: argparse.Namespace) -> tuple[Task, list[str], list[Item]]:
     for name, n in least.items():
         if (value := getattr(args, name)) is not None and value < n:
             raise C2CError(f"--{name.replace('_', '-')} {value}: must be at least {n}")
-    task, items = _read(args.task, args.method)
+    task, items = read_task(args.task, args.method)
     names = _modes(args.mode, task)
-    items = _draw(items, args.limit, args.seed)
+    items = draw(items, args.limit, args.seed)
     if "c2c-shuffled" in names and len(items) < 2:
         raise C2CError("c2c-shuffled needs at least two items; choose other modes with --mode")
     return task, names, items
 
 
-def _read(name: str, method: Method) -> tuple[Task, list[Item]]:
+def read_task(name: str, method: Method) -> tuple[Task, list[Item]]:
+    """A task and its items, from a file or by a benchmark's name.
+
+    Raises:
+        C2CError: if it is neither, or can't be read.
+    """
     from c2c_mlx.evaluation import files, hub_tasks
 
     path = Path(name).expanduser()
@@ -227,7 +232,7 @@ def _modes(given: str | None, task: Task) -> list[str]:
     return [mode for mode in MODES if mode in names]
 
 
-def _draw(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+def draw(items: list[Item], limit: int | None, seed: int) -> list[Item]:
     """So many items, spread over the whole task, in their order."""
     if limit is None or limit >= len(items):
         return items
@@ -240,7 +245,7 @@ def _draw(items: list[Item], limit: int | None, seed: int) -> list[Item]:
 # --- what is said of a run ----------------------------------------------------------------------
 
 
-def _digest(data: bytes | Path) -> str:
+def digest(data: bytes | Path) -> str:
     """Of a fuser's file, too: one that was trained on in the same folder is another one."""
     if isinstance(data, bytes):
         return hashlib.sha256(data).hexdigest()
@@ -248,7 +253,8 @@ def _digest(data: bytes | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of whatever a result may depend on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("c2c-mlx", "mlx", "mlx-lm", "numpy", "sacrebleu", "datasets"):
         try:

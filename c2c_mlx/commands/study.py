@@ -1,0 +1,261 @@
+"""c2c-study: the paper's questions about why C2C works, asked of any pair on any task."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from c2c_mlx.commands import Parser, pair, run
+from c2c_mlx.commands.evaluate import digest, draw, read_task, versions
+from c2c_mlx.commands.status import Status
+from c2c_mlx.config import Pair
+from c2c_mlx.errors import C2CError
+from c2c_mlx.progress import Progress
+
+if TYPE_CHECKING:
+    from c2c_mlx.evaluation.runner import Log
+    from c2c_mlx.evaluation.task import Item, Task
+    from c2c_mlx.studies.pairs import Pairing
+    from c2c_mlx.studies.study import Work
+
+PROGRAM = "c2c-study"
+STUDIES = {
+    "enrich": "is a cache better that was computed behind examples, without being longer?",
+    "layers": "the same, one layer at a time, and the best and worst together",
+    "transform": "how well can one model's cache be mapped into the other's?",
+    "gates": "what is each of a fuser's slices worth, and do the app's bars show it?",
+    "rank": "how many directions do both models' caches and the fused one use?",
+    "pairs": "who gains from whom: pairs of models and modes",
+}
+# How many of the pair's sharers a study reads, and whether it needs the fuser.
+NEEDS = {
+    "enrich": (0, False),
+    "layers": (0, False),
+    "transform": (1, False),
+    "gates": (1, True),
+    "rank": (1, True),
+}
+EPILOG = (
+    "studies:\n"
+    + "\n".join(f"  {name:10} {what}" for name, what in STUDIES.items())
+    + """
+
+examples:
+  c2c-study gates --task valid.jsonl --limit 60 --out studies/gates
+  c2c-study transform --sharer qwen --receiver llama --task valid.jsonl --out studies/transform
+  c2c-study pairs --pair qwen,qwen2.5 --pair qwen,llama --task trivia.jsonl --out studies/pairs
+
+DIR gets result.json, report.md and a picture. An interrupted study leaves its records there; the
+same command continues it. FILE is a file of c2c-eval, or NAME one of its benchmarks, with reference
+answers.
+"""
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point: parses arguments, studies, returns an exit code."""
+    args = _parser().parse_args(argv)
+    command = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
+    return run(lambda: _run(args, command), PROGRAM)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Ask one of the paper's questions of any pair, on any task.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("study", choices=STUDIES, help="which question")
+    pair.add_arguments(parser)
+    add("--task", required=True, metavar="FILE.jsonl|NAME", help="what is asked")
+    add("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    add("--limit", type=int, metavar="N", help="so many items, drawn with the seed")
+    add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    add("--shots", type=int, default=5, metavar="N", help="examples of a question (%(default)s)")
+    add(
+        "--pair",
+        action="append",
+        metavar="R,S[,FUSER[,TWIN]]",
+        help="of pairs, several times: receiver, sharer, fuser, and a twin trained without sharer",
+    )
+    return parser
+
+
+def _run(args: argparse.Namespace, command: str) -> None:
+    task, items = _items(args)
+    if args.pair and args.study != "pairs":
+        raise C2CError("--pair belongs to c2c-study pairs; name a pair with --receiver, --sharer")
+    _check_out(args.out)
+
+    from c2c_mlx import blas, device
+    from c2c_mlx.evaluation.runner import Log
+    from c2c_mlx.studies import study
+
+    picture = study.figure(11, 6 if args.study in ("transform", "pairs") else 4)
+    if blas.notice:
+        print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
+    module = import_module(f"c2c_mlx.studies.{args.study}")
+    who = [_pairing(text, args) for text in args.pair or [None]]
+    status = Status(sys.stderr)
+
+    def progress(what: str, done: int, total: int) -> None:
+        status.loading(Progress(f"{what}: {done} of {total},", done, total))
+        if done == total and not status.on:
+            print(f"{what}: {total} done", file=sys.stderr, flush=True)
+
+    settings = {
+        "study": args.study,
+        "task": args.task,
+        "items": digest(json.dumps([asdict(item) for item in items]).encode()),
+        "seed": args.seed,
+        "shots": args.shots,
+    }
+    logs: list[Log] = []
+
+    def log(name: str, **more: Any) -> Log:
+        logs.append(Log(args.out / f"{name}.partial.jsonl", settings | more))
+        return logs[-1]
+
+    try:
+        with closing(status):
+            if args.study == "pairs":
+                found = module.run(
+                    task,
+                    items,
+                    _pairings(who, status),
+                    lambda name: log(f"pair-{len(logs)}", pair=name),
+                    args.seed,
+                    progress,
+                )
+            else:
+                found = module.run(_work(args, who[0][0], task, items, log, status, progress))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
+        raise
+    about = {
+        "study": args.study,
+        "task": args.task,
+        "asked": len(items),
+        "command": command,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "receivers": ", ".join(one.receiver for one, _ in who),
+        "sharers": ", ".join(", ".join(one.sharers) for one, _ in who),
+        "device": device.describe(),
+        "versions": versions(),
+        "settings": settings,
+    }
+    text = module.report(found)
+    module.draw(found, picture)
+    facts = "\n".join(f"- {k}: {v}" for k, v in about.items() if isinstance(v, (str, int)))
+    head = f"# c2c-study {args.study}: {STUDIES[args.study]}\n\n{facts}\n\n"
+    image = f"![{args.study}]({args.study}.png)\n"
+    study.write(args.out, args.study, about | found, f"{head}{text}\n{image}", picture)
+    for kept in logs:
+        kept.remove()
+    print(text)
+    print(f"written: {args.out}", file=sys.stderr)
+
+
+def _items(args: argparse.Namespace) -> tuple[Task, list[Item]]:
+    for name, least in (("limit", 1), ("seed", 0), ("shots", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise C2CError(f"--{name} {value}: must be at least {least}")
+    task, items = read_task(args.task, "generate" if args.study == "pairs" else "logits")
+    return task, draw(items, args.limit, args.seed)
+
+
+def _check_out(out: Path) -> None:
+    if (out / "result.json").exists():
+        raise C2CError(f"--out {out}: a result is there already; name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise C2CError(f"--out {out}: cannot be made ({e.strerror})") from None
+
+
+def _work(
+    args: argparse.Namespace,
+    who: Pair,
+    task: Task,
+    items: list[Item],
+    log: Callable[..., Log],
+    status: Status,
+    progress: Callable[[str, int, int], None],
+) -> Work:
+    """Loads what a study of one pair needs and no more."""
+    from c2c_mlx.fusers import disk
+    from c2c_mlx.studies.study import Work
+
+    n_sharers, needs_fuser = NEEDS[args.study]
+    folders = pair.find_fusers(who) if needs_fuser else []
+    fusers = [digest(disk.locate(folder, disk.WEIGHTS)) for folder in folders]
+    kept = log(args.study, **asdict(who) | {"sharers": list(who.sharers), "fusers": fusers})
+    loaded = pair.load(who, folders, len(folders) or n_sharers, status)
+    return Work(
+        receiver=loaded.receiver,
+        sharers=loaded.sharers,
+        fusers=loaded.fusers,
+        order=args.order,
+        task=task,
+        items=items,
+        log=kept,
+        seed=args.seed,
+        shots=args.shots,
+        progress=progress,
+    )
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def _pairing(text: str | None, args: argparse.Namespace) -> tuple[Pair, str | None]:
+    """A pair and its twin: from the pair's arguments, or from a --pair."""
+    if text is None:
+        return pair.parse(args), None
+    parts = [part.strip() for part in text.split(",")]
+    if not 2 <= len(parts) <= 4 or not all(parts[:2]):
+        raise C2CError(f"--pair {text}: must be RECEIVER,SHARER[,FUSER[,TWIN]]")
+    receiver, sharer, fuser, twin = [*parts, "", ""][:4]
+    given = argparse.Namespace(**vars(args))
+    given.receiver, given.sharer = receiver, [sharer]
+    given.fuser = [fuser] if fuser else None
+    return pair.parse(given), twin or None
+
+
+def _pairings(who: Sequence[tuple[Pair, str | None]], status: Status) -> Iterator[Pairing]:
+    """Loads one pair after the other; one without a fuser has no C2C modes."""
+    from c2c_mlx.fusers import disk
+    from c2c_mlx.fusers.store import find_for_pair
+    from c2c_mlx.studies.pairs import Pairing
+
+    for one, twin in who:
+        try:
+            folders = pair.find_fusers(one)
+        except C2CError as e:
+            if one.fusers:
+                raise
+            folders = []
+            status.close()
+            print(
+                f"{PROGRAM}: {one.receiver} <- {one.sharers[0]} without c2c: {e}", file=sys.stderr
+            )
+        loaded = pair.load(one, folders, 1, status)
+        twin_folder = find_for_pair(one.receiver, one.sharers[0], twin) if twin else None
+        yield Pairing(
+            f"{one.receiver} <- {one.sharers[0]}",
+            loaded.receiver,
+            loaded.sharers[0],
+            next(iter(loaded.fusers), None),
+            disk.load(twin_folder) if twin_folder else None,
+        )

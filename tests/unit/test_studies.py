@@ -1,0 +1,380 @@
+"""The paper's studies on hand-made cases with known answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from c2c_mlx import Fuser, LanguageModel
+from c2c_mlx.commands import study as command
+from c2c_mlx.config import FuserConfig, Pair
+from c2c_mlx.errors import C2CError
+from c2c_mlx.evaluation.chat import Chat
+from c2c_mlx.evaluation.choice import Choice
+from c2c_mlx.evaluation.files import choice_item
+from c2c_mlx.evaluation.runner import Log
+from c2c_mlx.evaluation.task import Item
+from c2c_mlx.fusion import kv
+from c2c_mlx.studies import enrich, gates, layers, mapping, rank, transform
+from c2c_mlx.studies.examples import Enriching, with_examples
+from c2c_mlx.studies.study import Work
+
+TEXTS = ("who wrote it", "and when", "the quick brown", "a house by the sea", "read this", "jumps")
+ITEMS = [
+    Item(str(i), [{"role": "user", "content": f"{TEXTS[i % 6]} {i}"}], f"{TEXTS[-i % 6]} he did")
+    for i in range(24)
+]
+MakeWork = Callable[..., Work]
+
+
+@pytest.fixture
+def make(receiver: LanguageModel, sharer: LanguageModel) -> MakeWork:
+    def make(**options: Any) -> Work:
+        fields: dict[str, Any] = {
+            "receiver": receiver,
+            "sharers": [sharer],
+            "fusers": [],
+            "order": "sequential",
+            "task": Chat(),
+            "items": ITEMS,
+            "log": Log(None, {}),
+            "seed": 0,
+            "shots": 2,
+            "progress": lambda what, done, total: None,
+        }
+        return Work(**(fields | options))
+
+    return make
+
+
+@pytest.fixture
+def fuser(receiver: LanguageModel, sharer: LanguageModel) -> Fuser:
+    mx.random.seed(1)
+    fuser = Fuser(FuserConfig(receiver.shape, sharer.shape, ((1, 3), (3, 5)), 24, 20))
+    fuser.gate_logit = mx.full(fuser.gate_logit.shape, -1.0)
+    fuser.proj_out.bias = 3 * fuser.proj_out.bias
+    fuser.eval()
+    return fuser
+
+
+# --- enrich, layers ---------------------------------------------------------------------------
+
+
+def test_enriching_moves_a_question_back_and_keeps_what_it_read(receiver: LanguageModel) -> None:
+    caches = Enriching(receiver, ITEMS[:2])(ITEMS[5])
+    n = caches.prompt_tokens - 1
+    assert kv.length(caches.enriched) == kv.length(caches.alone) == n
+    assert kv.length(caches.few_shot) == caches.few_shot_tokens - 1 > n
+    every = kv.attention_layers(caches.alone)
+    alone, enriched = (kv.read(c, every, 0, n) for c in (caches.alone, caches.enriched))
+    # The first layer sees tokens alone: moved back, its keys are what they were without examples.
+    np.testing.assert_allclose(enriched.keys[0], alone.keys[0], atol=1e-4)
+    np.testing.assert_allclose(enriched.values[0], alone.values[0], atol=1e-4)
+    assert np.abs(np.array(enriched.values[-1] - alone.values[-1])).max() > 1e-2
+    tail = kv.read(caches.few_shot, every, caches.few_shot_tokens - 6, caches.few_shot_tokens - 1)
+    np.testing.assert_array_equal(enriched.values[..., -5:, :], tail.values)
+
+
+def test_without_examples_nothing_is_enriched(receiver: LanguageModel) -> None:
+    caches = Enriching(receiver, [])(ITEMS[5])
+    n, every = caches.prompt_tokens - 1, kv.attention_layers(caches.alone)
+    for a, b in zip(
+        *(kv.read(c, every, 0, n) for c in (caches.alone, caches.enriched)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_template_that_tells_turns_apart_is_refused(receiver: LanguageModel) -> None:
+    enriching = Enriching(receiver, ITEMS[:1])
+    template = receiver.tokenizer.chat_template
+    try:
+        receiver.tokenizer.chat_template = "{{ messages[-1]['content'] }} {{ messages | length }}"
+        with pytest.raises(C2CError, match="writes a question otherwise"):
+            enriching(ITEMS[5])
+    finally:
+        receiver.tokenizer.chat_template = template
+
+
+def test_examples_stand_behind_a_system_prompt() -> None:
+    system = {"role": "system", "content": "be short"}
+    item = Item("1", [system, {"role": "user", "content": "and when?"}], "now")
+    said = with_examples(item, ITEMS[:1])
+    assert [m["role"] for m in said] == ["system", "user", "assistant", "user"]
+    assert said[2]["content"] == ITEMS[0].reference
+
+
+def test_enrich_has_three_conditions_of_which_one_is_longer(make: MakeWork) -> None:
+    work = make(items=ITEMS[:6])
+    found = enrich.run(work)
+    of = found["conditions"]
+    assert of["receiver"]["cache_tokens"] == of["enriched"]["cache_tokens"]
+    assert of["few-shot"]["cache_tokens"] > of["receiver"]["cache_tokens"]
+    assert of["receiver"]["vs_receiver"]["nll"]["mean"] == 0
+    assert len({of[c]["scores"]["nll"]["mean"] for c in enrich.CONDITIONS}) == 3
+    assert of["enriched"]["scores"]["nll"]["items"] == 4 and set(found["examples"]) < {*"123450"}
+    assert enrich.run(work) == found  # from the log alone
+    assert "few-shot" in enrich.report(found)
+
+
+def test_choices_are_weighed_among_their_letters(make: MakeWork) -> None:
+    row = {"question": "who?", "choices": ["a", "b", "c", "d"], "answer": 2}
+    items = [choice_item(row | {"question": f"who {i}?"}, str(i), "", "row") for i in range(5)]
+    found = enrich.run(make(task=Choice("logits"), items=items, shots=1))
+    scores = found["conditions"]["receiver"]["scores"]
+    assert set(scores) == {"nll", "accuracy"}
+    assert abs(scores["nll"]["mean"] - np.log(4)) < 1 and 0 <= scores["accuracy"]["mean"] <= 1
+
+
+def test_layers_are_ranked_on_one_half_and_cumulated_on_the_other(make: MakeWork) -> None:
+    work = make(items=ITEMS[:10])
+    found = layers.run(work)
+    assert sorted(found["ranked"]) == [0, 1, 2, 3] and found["questions"] == [4, 4]
+    means = {of["layer"]: of["difference"]["mean"] for of in found["single"]}
+    assert abs(means[0]) < 1e-5  # the first layer can't be enriched
+    assert [means[layer] for layer in found["ranked"]] == sorted(means.values())
+    together = {of["condition"]: of for of in found["together"]}
+    assert together["best 1"]["layers"] == [found["ranked"][0]]
+    assert together["worst 3"]["layers"] == sorted(found["ranked"][1:])
+    assert together["all 4"]["difference"]["mean"] != 0
+    ones, others = (set(work.log.records[name]) for name in ("layer 0", "all 4"))
+    assert not ones & others
+    assert "best 2" in layers.report(found)
+
+
+# --- transform --------------------------------------------------------------------------------
+
+
+def test_a_linear_map_is_recovered() -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(400, 12)), rng.normal(size=(12, 7))
+    y = (x @ weight + 3).astype(np.float32)
+    kept_out = np.arange(400) >= 300
+    new = rng.normal(size=(50, 12))
+    target = new @ weight + 3
+    linear = mapping.least_squares(x, y, kept_out)
+    assert mapping.error(linear(new), target, y.mean(axis=0)) < 1e-6
+    assert mapping.error(mapping.network(x, y, kept_out, 0)(new), target, y.mean(axis=0)) < 0.1
+    assert 0.5 < mapping.error(mapping.constant(y.mean(axis=0))(new), target, y.mean(axis=0)) < 1.5
+
+
+def test_what_is_not_there_is_not_found() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(400, 12)), rng.normal(size=(400, 7))
+    found = mapping.least_squares(x, y, np.arange(400) >= 300)(rng.normal(size=(200, 12)))
+    assert mapping.error(found, rng.normal(size=(200, 7)), y.mean(axis=0)) > 0.9
+
+
+def test_a_receiver_maps_into_itself(make: MakeWork, receiver: LanguageModel) -> None:
+    found = transform.run(make(sharers=[receiver]))
+    exact, mean = found["errors"]["least squares"], found["errors"]["mean"]
+    for quantity in transform.QUANTITIES:
+        assert exact[quantity]["mean"] < 1e-3 < mean[quantity]["mean"]
+    assert [(of["receiver_layer"], of["sharer_layer"]) for of in found["layers"]] == [
+        (i, i) for i in range(4)
+    ]
+    target, mapped = (
+        np.array(found["layers"][0]["points"]["keys"][k]) for k in ("target", "mapped")
+    )
+    np.testing.assert_allclose(mapped, target, atol=0.05)
+    assert "least squares" in transform.report(found)
+
+
+def test_another_model_maps_worse_than_oneself_and_attention_says_so(make: MakeWork) -> None:
+    work = make()
+    found = transform.run(work)
+    of = found["errors"]["least squares"]
+    assert all(of[quantity]["mean"] > 1e-3 for quantity in transform.QUANTITIES)
+    assert len(found["layers"]) == 4 and transform.run(work) == found
+
+
+def test_watching_a_model_leaves_it_as_it_was(make: MakeWork, receiver: LanguageModel) -> None:
+    before = [type(layer.self_attn) for layer in receiver.model.layers]
+    ids = mx.array([[1, 2, 3]])
+    logits = receiver.model(ids)
+    cache = kv.make_cache(receiver.model)
+    read = transform._inputs(receiver.model, [0, 2], ids, cache)
+    assert set(read) == {0, 2} and read[0][0].shape[:2] == (1, 3)
+    assert [type(layer.self_attn) for layer in receiver.model.layers] == before
+    np.testing.assert_array_equal(receiver.model(ids), logits)
+
+
+# --- gates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (1, 0)])
+def test_the_one_open_slice_is_found(make: MakeWork, fuser: Fuser, wanted: tuple[int, int]) -> None:
+    fuser.set_gate(*wanted, True)
+    before = fuser.gates.copy()
+    found = gates.run(make(fusers=[fuser], items=ITEMS[:8]))
+    np.testing.assert_array_equal(fuser.gates, before)
+    worth = {tuple(of["slice"]): of["worth"]["mean"] for of in found["slices"]}
+    assert len(worth) == 4 and [s for s, w in worth.items() if w] == [wanted]
+    bars = {tuple(of["slice"]): (of["weight"], of["change"]) for of in found["slices"]}
+    assert [s for s, (w, c) in bars.items() if w > 0 and c > 0] == [wanted]
+    assert "values" in gates.report(found)
+
+
+def test_the_better_slices_are_opened_first(make: MakeWork, fuser: Fuser) -> None:
+    for kind in (0, 1):
+        for at in (0, 1):
+            fuser.set_gate(kind, at, True)
+    work = make(fusers=[fuser], items=ITEMS[:8])
+    found = gates.run(work)
+    worth = [of["worth"]["mean"] for of in found["slices"]]
+    assert len({*worth}) == 4 and {of["count"] for of in found["cumulated"]} == {1, 2, 3}
+    assert set(found["rank_correlation"]) == {"weight", "change"}
+    assert gates.run(work) == found
+    with pytest.raises(C2CError, match="one fuser"):
+        gates.run(make())
+
+
+def test_shut_gates_are_nothing_to_study(make: MakeWork, fuser: Fuser) -> None:
+    with pytest.raises(C2CError, match="shut"):
+        gates.run(make(fusers=[fuser]))
+
+
+# --- rank -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_a_cache_of_rank_k_has_rank_k(receiver: LanguageModel, k: int) -> None:
+    rng = np.random.default_rng(k)
+    left, right = (np.linalg.qr(rng.normal(size=(n, k)))[0] for n in (40, 32))
+    rows = mx.array((left @ right.T).astype(np.float32))  # 40 positions, 2 heads x 16
+    cache = kv.make_cache(receiver.model)
+    for layer in range(4):
+        x = rows.reshape(1, 40, 2, 16).transpose(0, 2, 1, 3)
+        kv.append(cache, layer, x, 5 * x)
+    grams = rank.Grams()
+    grams.add(cache, range(4), list(range(40)))
+    assert grams.positions == 40
+    np.testing.assert_allclose(grams.ranks(), k, rtol=1e-3)
+
+
+def test_an_identity_uses_all_directions_evenly() -> None:
+    assert rank.effective_rank(np.eye(6)) == pytest.approx(6)
+    assert rank.effective_rank(np.diag([1.0, 0, 0])) == pytest.approx(1)
+    assert 1 < rank.effective_rank(np.diag([1.0, 0.01])) < 1.4
+    assert rank.effective_rank(np.zeros((3, 3))) == 0
+
+
+def test_shut_gates_leave_the_rank_alone(make: MakeWork, fuser: Fuser) -> None:
+    found = rank.run(make(fusers=[fuser], items=ITEMS[:10]))
+    caches = found["caches"]
+    assert caches["fused"]["layers"] == caches["receiver"]["layers"] != caches["sharer"]["layers"]
+    assert found["fused_minus_receiver"]["keys"]["ci95"] == [0, 0]
+    fuser.set_gate(1, 0, True)
+    found = rank.run(make(fusers=[fuser], items=ITEMS[:10]))
+    assert found["fused_minus_receiver"]["keys"]["mean"] == 0
+    assert found["fused_minus_receiver"]["values"]["mean"] != 0
+    assert "fused minus receiver" in rank.report(found)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    path = tmp_path / "task.jsonl"
+    rows = ({"prompt": i.messages[0]["content"], "completion": i.reference} for i in ITEMS)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def call(tiny_pair: Pair, task: str, tmp_path: Path) -> Iterator[Callable[..., int]]:
+    who = ["--receiver", tiny_pair.receiver, "--sharer", tiny_pair.sharers[0]]
+
+    def call(study: str, *more: str, fuser: str = tiny_pair.fusers[0]) -> int:
+        arguments = [study, *who, "--fuser", fuser, "--task", task, "--shots", "2"]
+        return command.main([*arguments, "--out", str(tmp_path / study), *more])
+
+    yield call
+
+
+@pytest.mark.parametrize("study", command.STUDIES)
+def test_every_study_leaves_its_three_files(
+    call: Callable[..., int], study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(study, "--limit", "20") == 0
+    out = tmp_path / study
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ["result.json", "report.md", f"{study}.png"]
+    )
+    assert json.loads((out / "result.json").read_text())["study"] == study
+    assert (out / f"{study}.png").read_bytes().startswith(b"\x89PNG")
+    assert "[95 %]" in (out / "report.md").read_text()
+    capsys.readouterr()
+    assert call(study, "--limit", "20") == 2
+    assert "a result is there already" in capsys.readouterr().err
+
+
+def test_an_interrupted_study_goes_on(
+    call: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole = call("gates", "--limit", "8")
+    result = json.loads((tmp_path / "gates" / "result.json").read_text())
+    again = tmp_path / "again"
+    append, calls = Log.append, []
+
+    def cut(self: Log, records: Any) -> None:
+        calls.append(len(records))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(self, records)
+
+    monkeypatch.setattr(Log, "append", cut)
+    assert call("gates", "--limit", "8", "--out", str(again)) == 130
+    assert "continues" in capsys.readouterr().err and whole == 0
+    monkeypatch.setattr(Log, "append", append)
+    assert call("gates", "--limit", "8", "--seed", "1", "--out", str(again)) == 2
+    assert "another" in capsys.readouterr().err
+    assert call("gates", "--limit", "8", "--out", str(again)) == 0
+    found = json.loads((again / "result.json").read_text())
+    worth, expected = (
+        [of["worth"]["mean"] for of in r["slices"]] + [r["whole"]["mean"]] for r in (found, result)
+    )
+    assert worth == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gates", "--pair", "a,b"], "--pair belongs to"),
+        (["pairs", "--pair", "a"], "must be RECEIVER,SHARER"),
+        (["layers", "--limit", "0"], "must be at least 1"),
+        (["enrich", "--shots", "30"], "examples and questions"),
+        (["transform", "--limit", "5"], "must be 20 or more"),
+        (["gates", "--task", "nowhere.jsonl"], "neither a file"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    call: Callable[..., int], arguments: list[str], words: str, capsys: Any
+) -> None:
+    assert call(*arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("c2c-study: ") and err.count("\n") == 1
+
+
+def test_pairs_lie_side_by_side_with_a_twin(
+    tiny_pair: Pair, task: str, tmp_path: Path, capsys: Any
+) -> None:
+    names = tiny_pair.receiver, tiny_pair.sharers[0]
+    pairs = [",".join([*names, tiny_pair.fusers[0], tiny_pair.fusers[0]]), ",".join(names[::-1])]
+    arguments = ["--pair", pairs[0], "--pair", pairs[1], "--task", task, "--limit", "4"]
+    assert command.main(["pairs", *arguments, "--out", str(tmp_path / "out")]) == 0
+    assert "without c2c" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "result.json").read_text())["pairs"]
+    first, second = found.values()
+    assert set(second["modes"]) == {"receiver", "sharer", "relay"}
+    assert set(first["modes"]) > {"c2c", "c2c-zeroed", "twin"}
+    zeroed, twin = (first["modes"][m]["scores"]["nll"] for m in ("c2c-zeroed", "twin"))
+    assert zeroed == twin  # the same fuser, fed by nobody
