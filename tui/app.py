@@ -170,10 +170,10 @@ class ChatApp(App[None]):
         modes, last = state.in_order(state.modes), turn.latest
         if last.gates != state.gates and "c2c" in modes:
             # Gates are all that shall differ: the same seed, and nobody whom they do not concern.
-            # With other settings there is nothing to be kept alike.
             now = talk.take((), state.gates, state.attempt)
             if (now.sampling, now.system) == (last.sampling, last.system):
                 modes = [m for m in modes if m == "c2c" or not answers.get(m, Answer()).is_whole]
+            self.main.go_to("c2c")
         else:
             state.attempt += 1
             if talk.sampling.temp == 0:

@@ -193,6 +193,7 @@ async def take_pictures(folder: Path) -> None:
                 await pilot.press("enter")
                 await until(lambda chat=chat: not chat.state.is_busy)
             await pilot.press(*keys)
+            await until(lambda chat=chat: not chat.state.is_busy)
             await pilot.pause()
             path = folder / f"{name}.svg"
             path.write_text(chat.export_screenshot(title="c2c-chat"), encoding="utf-8")
@@ -213,11 +214,14 @@ _PICTURES = (
     ("chat", (140, 44), "c2c-dark", ()),
     ("heat-map", (140, 44), "c2c-dark", ("ctrl+g", *["down"] * 3, "w", "m", *["right"] * 15)),
     ("light", (140, 44), "c2c-light", ("ctrl+g", "down", "v", "down", "v")),
+    ("surgery", (160, 44), "c2c-dark", ("ctrl+g", "v", "down", "k", "ctrl+r")),
     ("three-panes", (200, 44), "c2c-dark", ()),
     ("narrow", (80, 24), "c2c-dark", ()),
     ("narrow-gates", (80, 24), "c2c-dark", ("ctrl+g",)),
+    ("narrow-surgery", (80, 24), "c2c-dark", ("ctrl+g", "v", "ctrl+r")),
+    ("more", (100, 30), "c2c-dark", ("ctrl+l",)),
     ("settings", (100, 30), "c2c-dark", ("f2",)),
-    ("help", (100, 44), "c2c-dark", ("f1",)),
+    ("help", (160, 44), "c2c-dark", ("f1",)),
 )
 
 

@@ -198,7 +198,7 @@ class InferenceThread(threading.Thread):
             )
 
         # What is missing costs the modes that need it, not the conversation.
-        missing = ""
+        missing, fusers = "", list[Fuser]()
         try:
             reading = [find_folder(sharer, self._report) for sharer in pair.sharers]
             need = memory.preflight(answering, reading)
@@ -209,26 +209,32 @@ class InferenceThread(threading.Thread):
             folders = self._find_fusers()
             sizes = [disk.measure(folder) for folder in folders]
             need = memory.preflight(answering, reading, sizes, bits=pair.fuser_bits)
-            self._session = session(*(disk.load(f, pair.fuser_bits) for f in folders))
+            fusers = [disk.load(folder, pair.fuser_bits) for folder in folders]
+            self._session = session(*fusers)
         except C2CError as e:
-            missing = str(e)
+            missing, fusers = str(e), []
             self._session = session()
-        self._warm_up(self._session)
+        self._warm_up(session(*fusers))
         self.events.put(self._loaded(self._session, need, missing))
 
     def _warm_up(self, session: ChatSession) -> None:
-        """Pages weights in and compiles kernels, which the first to answer would pay for all."""
+        """Pages weights in and compiles kernels, which the first to answer would pay for all.
+
+        Args:
+            session: one of its own, so that nobody finds half of a prompt in its caches.
+        """
         self._report(Progress("warming up", 0, 0))
         session.sampling = replace(self.sampling, max_tokens=2)
         session.on_prefill = lambda event: None
-        modes: dict[Mode, Sequence[object]] = {"c2c": session.links, "relay": session.sharers}
-        for mode, needed in modes.items():
+        # Not the relay, which writes at length: it is the sharer and the receiver.
+        modes: list[Mode] = ["receiver"]
+        modes += ["sharer"] if session.sharers else []
+        modes += ["c2c"] if session.links else []
+        for mode in modes:
             with suppress(Exception):  # what fails here is said when a user asks for it
-                for _ in session.ask("Hello", mode) if needed else ():
+                for _ in session.ask("Hello", mode):
                     if self._closing:
                         session.stop()
-        session.reset()
-        session.sampling, session.on_prefill = self.sampling, self._prefilled
 
     def _loaded(self, session: ChatSession, need: Need, missing: str) -> Loaded:
         from c2c_mlx import device

@@ -293,7 +293,6 @@ async def test_surgery_shows_the_answers_before_and_after(shows, file, size) -> 
         # The relay has nothing to do with gates, and the seed is the same: they alone differ.
         assert stage.asked == [(QUESTIONS[0], BOTH, 0), (QUESTIONS[0], ("c2c",), 0)]
         assert stage.undone == [["c2c"]]
-        chat.main.go_to("c2c")
         await pilot.pause()
         pane = chat.main.panes["c2c"]
         before, after = pane.query(".take")

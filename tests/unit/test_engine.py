@@ -113,8 +113,9 @@ def test_every_rival_is_warm_before_the_first_question(open_engine: Open) -> Non
     seen = until(engine, Loaded)
     assert "warming up" in [e.what for e in seen if isinstance(e, Progress)]
     assert not any(isinstance(e, Prefilling | Text) for e in seen)  # nothing that one would see
-    session = engine._ready
-    assert session.history == {} and session.sampling == SAMPLING  # and it has been forgotten
+    engine.ask("Who wrote it?", ["c2c", "relay"])
+    for ended in answers(until(engine, TurnOver)).values():  # and no cache was begun for anybody
+        assert ended.figures.new_prompt_tokens == ended.figures.prompt_tokens
 
 
 def test_with_every_gate_closed_c2c_says_what_the_receiver_says(open_engine: Open) -> None:
