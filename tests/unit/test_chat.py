@@ -27,6 +27,13 @@ from c2c_mlx.text.tokens import tokenize
 SAMPLING = SamplingConfig(max_tokens=7, temp=1.0, seed=5)
 modes = pytest.mark.parametrize("mode", MODES)
 MakeSession = Callable[..., ChatSession]
+PUBLISHED = relay.BACKGROUND_TOKENS
+
+
+@pytest.fixture(autouse=True)
+def short_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models never end their turn, and the tiny receiver reads 512 positions."""
+    monkeypatch.setattr(relay, "BACKGROUND_TOKENS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +141,8 @@ def test_the_relayed_text_is_what_the_receiver_reads(make: MakeSession) -> None:
     assert question == {"role": "user", "content": "Who wrote it?"}
 
 
-def test_the_relayed_text_has_a_budget_of_its_own(
-    make: MakeSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert relay.BACKGROUND_TOKENS == 256  # as published
-    monkeypatch.setattr(relay, "BACKGROUND_TOKENS", 20)
+def test_the_relayed_text_has_a_budget_of_its_own(make: MakeSession) -> None:
+    assert PUBLISHED == 256
     _, finished = ask(make(), "Who wrote it?", "relay")
     assert finished.figures.relayed_tokens == 20
     assert finished.figures.generated_tokens == SAMPLING.max_tokens == 7

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_unflatten
 
-from c2c_mlx import Fuser
+from c2c_mlx import Fuser, device
 from c2c_mlx.config import FuserConfig, ModelShape, Provenance
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk
@@ -100,8 +100,7 @@ def test_half_precision_file(tmp_path: Path) -> None:
     assert {name for name, w in stored.items() if w.dtype == mx.float32} == exact
     assert {w.dtype for name, w in stored.items() if name not in exact} == {mx.float16}
     loaded = Fuser.load(tmp_path / "half")
-    on_the_cpu = mx.default_device().type == mx.cpu
-    assert loaded.mlp1.w1.dtype == (mx.float32 if on_the_cpu else mx.float16)
+    assert loaded.mlp1.w1.dtype == (mx.float32 if device.is_dense() else mx.float16)
     assert mx.array_equal(loaded.input_scale, fuser.input_scale)
 
 
@@ -388,7 +387,7 @@ def test_quantised_round_trip(tmp_path: Path, bits: Any, share: float) -> None:
     assert (config.bits, provenance) == (bits, fuser.provenance)
     loaded = Fuser.load(tmp_path / "packed")
     fuser.dequantise()
-    if mx.default_device().type == mx.cpu:
+    if device.is_dense():
         assert loaded.config.bits == 0
         assert {w.dtype for w in parameters(loaded).values()} == {mx.float32}
     loaded.dequantise()

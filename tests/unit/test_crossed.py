@@ -13,16 +13,19 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel
+from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.events import Crossed, Finished
 from c2c_mlx.fusion import kv
 from c2c_mlx.talk import crossed
 from c2c_mlx.text.words import token_texts, words
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.batch import collate
+from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.dataset import make_example
 from c2c_mlx.training.files import ChatRow
+
+# Nats. What mlx-lm says of a token that it wrote is rounded to the model's dtype.
+NEAR = 2e-4 if device.is_dense() else 0.1
 
 SAMPLING = SamplingConfig(max_tokens=9, temp=1.0, seed=5)
 MakeSession = Callable[..., ChatSession]
@@ -60,6 +63,11 @@ def told(session: ChatSession, **options: Any) -> Crossed:
     return found
 
 
+def log_probabilities(receiver: nn.Module, batch: Batch, cache: kv.Cache) -> mx.array:
+    logits = receiver(mx.array(batch.inputs), cache=cache)[0]
+    return nn.log_softmax(logits.astype(mx.float32), axis=-1)
+
+
 def test_it_is_what_a_zeroed_sharer_of_training_loses(make: MakeSession) -> None:
     session = make()
     ask(session, "Who wrote it?")
@@ -76,13 +84,13 @@ def test_it_is_what_a_zeroed_sharer_of_training_loses(make: MakeSession) -> None
     found = []
     for sharer in (step_loss.read_sharer(c2c, cache, batch), step_loss.zeroed(c2c, batch)):
         fused, _ = step_loss.fuse(c2c, own, sharer, batch)
-        logs = nn.log_softmax(c2c.receiver(mx.array(batch.inputs), cache=fused)[0], axis=-1)
+        logs = log_probabilities(c2c.receiver, batch, fused)
         found.append(np.array(logs)[np.arange(len(ids)), ids])
-    logs = nn.log_softmax(c2c.receiver(mx.array(batch.inputs), cache=own)[0], axis=-1)
+    logs = log_probabilities(c2c.receiver, batch, own)
     alone = np.array(logs)[np.arange(len(ids)), ids]
     crossed_ = told(session, over_receiver=True)
-    np.testing.assert_allclose(crossed_.nats, found[0] - found[1], atol=2e-4)
-    np.testing.assert_allclose(crossed_.over_receiver, found[0] - alone, atol=2e-4)
+    np.testing.assert_allclose(crossed_.nats, found[0] - found[1], atol=NEAR)
+    np.testing.assert_allclose(crossed_.over_receiver, found[0] - alone, atol=NEAR)
     assert max(map(abs, crossed_.nats)) > 0.05
 
 
@@ -111,8 +119,8 @@ def test_a_later_turn_owes_what_it_owes_in_a_fresh_session(
     fresh.history["c2c"] = list(session.history["c2c"])
     assert ask(session, "And when?").text == ask(fresh, "And when?").text
     a, b = (told(s, over_receiver=True) for s in (session, fresh))
-    np.testing.assert_allclose(a.nats, b.nats, atol=2e-4)
-    np.testing.assert_allclose(a.over_receiver, b.over_receiver, atol=2e-4)
+    np.testing.assert_allclose(a.nats, b.nats, atol=NEAR)
+    np.testing.assert_allclose(a.over_receiver, b.over_receiver, atol=NEAR)
 
 
 @responds
@@ -130,7 +138,7 @@ def test_a_sharer_owes_itself_nothing(
     session = make(other, fuse_response=fuse_response)
     for question in ("Who wrote it?", "And when?"):
         ask(session, question)
-        np.testing.assert_allclose(told(session).nats, 0, atol=2e-4)
+        np.testing.assert_allclose(told(session).nats, 0, atol=NEAR)
 
 
 @responds
@@ -203,7 +211,7 @@ def test_long_answers_are_weighed_in_parts(
     ask(session, "Who wrote it?")
     whole = told(session).nats
     monkeypatch.setattr(crossed, "PART", 2)
-    np.testing.assert_allclose(told(session).nats, whole, atol=2e-4)
+    np.testing.assert_allclose(told(session).nats, whole, atol=NEAR)
 
 
 @pytest.mark.parametrize("text", ["Ça, c'est 東京 🗼!", " a\n\nb  c", "", "🗼"])

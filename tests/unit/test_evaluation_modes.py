@@ -20,6 +20,7 @@ from c2c_mlx.evaluation.modes import Modes, Reading, derangement, nats, write
 from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item
 from c2c_mlx.events import MODES as CHAT_MODES
 from c2c_mlx.events import Finished, Mode
+from c2c_mlx.fusion import kv
 from c2c_mlx.talk import relay
 from c2c_mlx.text.tokens import response_ids
 from c2c_mlx.training import loss as step_loss
@@ -116,7 +117,8 @@ def test_padding_beside_a_longer_template_is_padding_in_a_batch_too(
         *_, finished = session.ask(item.messages[0]["content"], "c2c")
         assert isinstance(finished, Finished) and w.text == finished.text
         ids = mx.array([[reading.last, *wanted[0][:-1]]])
-        logs = nn.log_softmax(receiver.model(ids, cache=reading.cache)[0], axis=-1)
+        logits = receiver.model(ids, cache=reading.cache)[0].astype(mx.float32)
+        logs = nn.log_softmax(logits, axis=-1)
         alone = -logs[mx.arange(len(wanted[0])), mx.array(wanted[0])].sum().item()
         assert weighed == pytest.approx([alone], rel=1e-4)
 
@@ -168,7 +170,9 @@ def test_controls_lose_what_training_says_they_lose(make: Make, mode: str) -> No
             sharer = step_loss.zeroed(c2c, batch)
         fused, _ = step_loss.fuse(c2c, own, sharer, batch)
         expected = step_loss.response_loss(c2c.receiver, fused, batch).item()
-        assert weighed == pytest.approx(expected, rel=1e-4)
+        # A fuser is float32 while it is trained, and the receiver's dtype when it is used.
+        near = 1e-4 if kv.dtype_of(c2c.receiver) == mx.float32 else 5e-3
+        assert weighed == pytest.approx(expected, rel=near)
 
 
 def test_the_controls_are_no_c2c(make: Make) -> None:

@@ -21,6 +21,7 @@ import pytest
 from huggingface_hub import errors
 from mlx.utils import tree_flatten
 
+from c2c_mlx import device
 from c2c_mlx.errors import C2CError
 from c2c_mlx.models import hub, load, registry
 from c2c_mlx.models.embedded import install
@@ -93,6 +94,7 @@ def test_quantised_weights_are_dense_float32_on_the_cpu(
     mlx_lm.utils.save_model(folder, model)
     mlx_lm.utils.save_config(config, folder / "config.json")
 
+    monkeypatch.delenv(device.REHEARSE, raising=False)
     previous = mx.default_device()
     mx.set_default_device(mx.cpu)
     try:

@@ -145,9 +145,12 @@ def test_a_loss_is_what_a_prefilled_cache_gives(
     cache = prefix.extend([e])
     ids = [e.receiver_ids[-1], *e.response_ids[:-1]]
     logits = trainer.c2c.receiver(mx.array([ids]), cache=cache)[0]
+    logits_dtype, logits = logits.dtype, logits.astype(mx.float32)
     chosen = logits[mx.arange(len(ids)), mx.array(e.response_ids)]
     expected = (mx.logsumexp(logits, axis=-1) - chosen).sum().item()
-    assert loss_of(trainer, collate([e], positions)) == pytest.approx(expected, rel=1e-5)
+    # A fuser is float32 while it is trained, and the receiver's dtype when it is used.
+    near = 1e-5 if logits_dtype == mx.float32 else 5e-3
+    assert loss_of(trainer, collate([e], positions)) == pytest.approx(expected, rel=near)
 
 
 def test_accumulated_batches_step_like_one(
@@ -564,16 +567,20 @@ def test_measured_inputs_have_mean_zero_and_deviation_one(
         own = c2c.fuser_view(part, step_loss.first_position(batch))
         slices = [(kind, layer) for kind in (0, 1) for layer in range(4)]
         x = inputs(prefills.sharer, own, slices)
-        columns.append(np.array(x).reshape(8, -1, x.shape[-1])[:, batch.messages[0] >= 0])
+        columns.append(
+            np.array(x.astype(mx.float32)).reshape(8, -1, x.shape[-1])[:, batch.messages[0] >= 0]
+        )
     x = np.concatenate(columns, axis=1)
     mean, scale, output = (
         np.array(getattr(c2c.fuser, name)).reshape(8, -1)
         for name in ("input_mean", "input_scale", "output_scale")
     )
     seen = (x - mean[:, None]) * scale[:, None]
-    np.testing.assert_allclose(seen.mean(axis=1), 0, atol=1e-4)
-    np.testing.assert_allclose(seen.std(axis=1), 1, atol=1e-3)
-    np.testing.assert_allclose(output, x.std(axis=1)[:, 24:], rtol=1e-3)
+    # In half precision keys lose their RoPE to a rounding, which batches place elsewhere.
+    near = 1e-3 if kv.dtype_of(c2c.receiver) == mx.float32 else 1e-2
+    np.testing.assert_allclose(seen.mean(axis=1), 0, atol=near)
+    np.testing.assert_allclose(seen.std(axis=1), 1, atol=near)
+    np.testing.assert_allclose(output, x.std(axis=1)[:, 24:], rtol=near)
 
 
 def test_nothing_to_measure_is_refused(make: Make, tmp_path: Path) -> None:
