@@ -275,10 +275,14 @@ def test_an_answer_ends_where_the_context_does(make: MakeSession) -> None:
 
 @pytest.mark.parametrize("fuse_response", [False, True])
 def test_a_sharer_that_reads_along_ends_the_answer_where_its_context_does(
-    receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser, fuse_response: bool
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    fuser: Fuser,
+    fuse_response: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    forgetful = replace(sharer, config={**sharer.config, "max_position_embeddings": 60})
-    session = ChatSession(receiver, forgetful, fuser, fuse_response=fuse_response)
+    monkeypatch.setattr(sharer.model.args, "max_position_embeddings", 60)
+    session = ChatSession(receiver, sharer, fuser, fuse_response=fuse_response)
     session.sampling = SamplingConfig(max_tokens=60, temp=1.0, seed=3)
     _, finished = ask(session, "Who?", "c2c")
     assert (finished.figures.generated_tokens < 59) == fuse_response

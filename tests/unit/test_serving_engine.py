@@ -185,11 +185,12 @@ def test_a_full_queue_says_when_to_come_back(tiny_pair) -> None:
 
 
 def test_caches_stay_within_their_budget(tiny_pair) -> None:
-    with running(tiny_pair, Limits(cache_gb=0.002)) as engine:
+    budget = 0.002 if device.is_dense() else 0.001  # half precision needs half
+    with running(tiny_pair, Limits(cache_gb=budget)) as engine:
         short = Sampling(max_tokens=4)
         for messages in CHATS:
             Heard(engine, "c2c", messages, sampling=short).answers()
-            assert engine._desk.caches.nbytes <= 2e6
+            assert engine._desk.caches.nbytes <= budget * 1e9
         assert engine._desk.caches.nbytes > 0
         with pytest.raises(TooLong, match="GB of caches"):
             Heard(engine, "c2c", asked("sea " * 80), sampling=Sampling(max_tokens=250)).answers()
