@@ -44,7 +44,7 @@ def save(fuser: Fuser, folder: str | Path, dtype: mx.Dtype | None = None) -> Non
     weights = parameters(fuser)
     if dtype is not None:
         halved = {n: w for n, w in weights.items() if n not in FLOAT32}
-        weights |= _as(dtype, halved)
+        weights |= {name: _as(dtype, w) for name, w in halved.items()}
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: not saved, '{bad}' holds NaN or infinite numbers")
     with atomic.replacing(folder) as staging:
@@ -70,8 +70,8 @@ def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
     fuser = skeleton(config, len(found), str(folder))
     _compare(folder, found, parameters(fuser))
     weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    if device.is_dense():
-        weights = _as(mx.float32, weights)
+    for name, w in weights.items():
+        weights[name] = _as(mx.float32 if name in FLOAT32 else device.dtype_of(w.dtype), w)
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: '{bad}' in {WEIGHTS} holds NaN or infinite numbers")
     fuser.update(tree_unflatten(list(weights.items())))
@@ -184,9 +184,9 @@ def _compare(folder: Path, found: untrusted.Header, wanted: dict[str, mx.array])
             refuse(f"'{name}' should hold floats, not {dtype},")
 
 
-def _as(dtype: mx.Dtype, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """All but packed numbers in this dtype."""
-    return {n: w if w.dtype == mx.uint32 else w.astype(dtype) for n, w in weights.items()}
+def _as(dtype: mx.Dtype, weight: mx.array) -> mx.array:
+    """In this dtype, unless these are packed numbers."""
+    return weight if weight.dtype == mx.uint32 else weight.astype(dtype)
 
 
 def _not_finite(weights: dict[str, mx.array]) -> str | None:

@@ -90,7 +90,10 @@ def write_zip(path: Path, pickled: bytes, storages: dict[str, bytes], **options:
 
 
 def state(seed: int = 0, dtype: str = "<f4") -> dict[str, np.ndarray]:
-    """The reference's keys and shapes with random numbers; all gates open."""
+    """The reference's keys and shapes with random numbers; all gates open.
+
+    `dtype` is "bfloat16" or NumPy's name; NumPy holds the former as "<u2".
+    """
     (n, d), (m, e) = HEADS, DIM
     shapes: dict[str, tuple[int, ...]] = {"gate_temperature": ()}
     for kind in ("key", "value"):
@@ -104,11 +107,16 @@ def state(seed: int = 0, dtype: str = "<f4") -> dict[str, np.ndarray]:
         shapes |= {f"{kind}_scalar_head.weight": (n, HIDDEN), f"{kind}_scalar_head.bias": (n,)}
         shapes |= {f"{kind}_proj_out.weight": (n * d, HIDDEN), f"{kind}_proj_out.bias": (n * d,)}
     random = np.random.default_rng(seed)
-    return {name: random.uniform(0.1, 1, shape).astype(dtype) for name, shape in shapes.items()}
+    made = {name: random.uniform(0.1, 1, shape) for name, shape in shapes.items()}
+    if dtype != "bfloat16":
+        return {name: a.astype(dtype) for name, a in made.items()}
+    upper = {name: a.astype("<f4").reshape(-1).view("<u4") >> 16 for name, a in made.items()}
+    return {name: a.astype("<u2").reshape(shapes[name]) for name, a in upper.items()}
 
 
 def write_state(path: Path, tensors: dict[str, np.ndarray]) -> None:
     kinds = {"<f4": "FloatStorage", "<f2": "HalfStorage", "<f8": "DoubleStorage"}
+    kinds["<u2"] = "BFloat16Storage"
     pickled = {
         name: tensor(str(i), a.shape, kind=kinds[a.dtype.str], length=a.size)
         for i, (name, a) in enumerate(tensors.items())
@@ -117,7 +125,9 @@ def write_state(path: Path, tensors: dict[str, np.ndarray]) -> None:
     write_zip(path, dumps(pickled), raw)
 
 
-def write_checkpoint(folder: Path, mapping: dict[str, Any] | None = None) -> Path:
+def write_checkpoint(
+    folder: Path, mapping: dict[str, Any] | None = None, dtype: str = "<f4"
+) -> Path:
     """Two layers: receiver 0 from sharer 1 by projector 1, receiver 1 from sharer 2 by 0."""
     final = folder / "final"
     final.mkdir(parents=True)
@@ -125,7 +135,7 @@ def write_checkpoint(folder: Path, mapping: dict[str, Any] | None = None) -> Pat
     mapping = mapping or {"0": [[1, 1]], "1": [[2, 0]]}
     (final / "projector_config.json").write_text(json.dumps({"0": {"1": mapping}}))
     for number in (0, 1):
-        write_state(final / f"projector_{number}.pt", state(number))
+        write_state(final / f"projector_{number}.pt", state(number, dtype))
         described = {"class": "C2CProjector", "init_args": INIT_ARGS}
         (final / f"projector_{number}.json").write_text(json.dumps(described))
     return folder
