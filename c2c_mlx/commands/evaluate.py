@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of multiple choice: read the written answer, or take the likeliest letter",
     )
     add("--limit", type=int, metavar="N", help="so many items, drawn with the seed")
+    add("--crossed", action="store_true", help="note what each token of c2c owes to the sharer")
     add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     add("--max-tokens", type=int, metavar="N", help="of an answer (default: 64, gsm8k 512)")
     add("--batch-size", type=int, default=16, metavar="N", help="items at a time (%(default)s)")
@@ -124,6 +125,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "seed": args.seed,
         "max_tokens": args.max_tokens or task.max_tokens,
         "latency": args.latency,
+        "crossed": args.crossed,
     }
     log = runner.Log(args.json and args.json.with_name(f"{args.json.name}.partial.jsonl"), settings)
     status = Status(sys.stderr)
@@ -155,6 +157,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
                 *(task, items, names, modes, log),
                 batch_size=args.batch_size,
                 alone=args.latency,
+                crossed=args.crossed,
                 progress=progress,
             )
     except KeyboardInterrupt:

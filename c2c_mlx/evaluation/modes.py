@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -19,13 +18,12 @@ from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.evaluation.task import C2C_MODES, Item, Messages
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import Fuser
-from c2c_mlx.fusion.project import KV
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import relay
+from c2c_mlx.talk.crossed import Silent, silenced
 from c2c_mlx.talk.links import align_to_each, link
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.rendering import render
@@ -53,15 +51,6 @@ class Reading:
     last: int
     prompt_tokens: int
     relayed: Written | None = None
-
-
-class _Silent(C2C):
-    """A sharer that says nothing."""
-
-    def read_sharer(self, cache: kv.Cache, index: np.ndarray, offset: Any = 0) -> KV:
-        """Zeros in the shape of what would have been read."""
-        keys, values = super().read_sharer(cache, index, offset)
-        return mx.zeros_like(keys), mx.zeros_like(values)
 
 
 class Modes:
@@ -92,7 +81,7 @@ class Modes:
     ) -> None:
         self.receiver, self.sharers, self.order = receiver, sharers, order
         self.links = [link(receiver, *pair) for pair in zip(sharers, fusers, strict=bool(fusers))]
-        self._silent = [_Silent(c2c.receiver, c2c.sharer, c2c.fuser) for c2c in self.links]
+        self._silent = [Silent(link) for link in self.links]
         self.partners = derangement(items, seed)
         self.max_tokens = max_tokens
         self.forget()
@@ -153,10 +142,7 @@ class Modes:
             others = self._aligned(self.partners[item.id])
             prompts = [p.with_sharer_of(o) for p, o in zip(prompts, others, strict=True)]
         elif mode == "c2c-zeroed":  # nothing of it is looked at
-            prompts = [
-                replace(p, sharer_ids=p.sharer_ids[:1], index=np.zeros_like(p.index))
-                for p in prompts
-            ]
+            prompts = [silenced(prompt) for prompt in prompts]
         _check_room(lm, ids)
         for sharer, prompt in zip(self.sharers, prompts, strict=True):
             _check_room(sharer, prompt.sharer_ids)

@@ -14,7 +14,10 @@ import c2c_mlx.blas  # noqa: F401
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.modes import Modes, Reading, Written, nats, write
+from c2c_mlx.evaluation.owed import Owed, owed
 from c2c_mlx.evaluation.task import Answer, Item, Task
+
+CROSSING = ("c2c", "c2c-shuffled")  # modes in which something can cross
 
 Record = dict[str, Any]  # what a mode made of an item, as it stands in the result
 Progress = Callable[[str, int, int], None]  # mode, items done, of how many
@@ -92,6 +95,7 @@ def run(
     batch_size: int,
     alone: int,
     progress: Progress,
+    crossed: bool = False,
 ) -> None:
     """Asks every item in every mode, but for what the log has already.
 
@@ -104,6 +108,7 @@ def run(
         batch_size: items at a time.
         alone: so many of the first items are asked one by one, from scratch, and timed.
         progress: called after every batch.
+        crossed: whether records of C2C say what each token of the answer owes to the sharers.
     """
     for mode in names:
         done = log.records.setdefault(mode, {})
@@ -114,12 +119,18 @@ def run(
             is_timed = number < len(timed)
             if is_timed:
                 modes.forget()
-            log.append(_ask(task, batch, mode, modes, log, is_timed))
+            log.append(_ask(task, batch, mode, modes, log, is_timed, crossed))
             progress(mode, len(done), len(items))
 
 
 def _ask(
-    task: Task, batch: list[Item], mode: str, modes: Modes, log: Log, timed: bool
+    task: Task,
+    batch: list[Item],
+    mode: str,
+    modes: Modes,
+    log: Log,
+    timed: bool,
+    crossed: bool,
 ) -> list[Record]:
     """The records of one batch."""
     began = time.perf_counter()
@@ -142,6 +153,7 @@ def _ask(
             tokens = len(wanted[0]) if wanted else 0
             answers[item.id] = replace(answers[item.id], nats=of, tokens=tokens)
     now = time.perf_counter()
+    owes = _owed(modes, here, good, written) if crossed and mode in CROSSING else {}
 
     records = []
     for item in batch:
@@ -153,6 +165,8 @@ def _ask(
         if item.id in good:
             reading, w = good[item.id], written[item.id]
             record |= {"prompt_tokens": reading.prompt_tokens, "generated_tokens": len(w.ids)}
+            if item.id in owes:
+                record["crossed"] = owes[item.id]
             if reading.relayed:
                 record["relayed_text"] = reading.relayed.text
                 record["relayed_tokens"] = len(reading.relayed.ids)
@@ -163,6 +177,20 @@ def _ask(
             record["error"] = str(found[item.id])
         records.append(record)
     return records
+
+
+def _owed(
+    modes: Modes,
+    items: Sequence[Item],
+    readings: Mapping[str, Reading],
+    written: Mapping[str, Written],
+) -> dict[str, Owed]:
+    """What the answers owe to the sharers; the prompts are read once more, with silent ones."""
+    silent = zip(items, modes.read("c2c-zeroed", items), strict=True)
+    found = {item.id: reading for item, reading in silent if isinstance(reading, Reading)}
+    names = list(found)
+    owes = owed([readings[n] for n in names], list(found.values()), [written[n] for n in names])
+    return dict(zip(names, owes, strict=True))
 
 
 def _answers(records: Mapping[str, Record]) -> dict[str, Answer]:

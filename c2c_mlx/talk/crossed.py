@@ -144,13 +144,16 @@ class Crossing:
         return None if self._same(n - 1 + len(decoded.ids)) else found
 
     def _same(self, n: int) -> bool:
-        """Whether both caches hold the same numbers in their first n positions."""
-        pair = self._fused.cache, self._silent.cache
-        return all(
-            mx.array_equal(x, y)
-            for layer in kv.attention_layers(self._fused.cache)
-            for x, y in zip(*(kv.read(cache, [layer], 0, n) for cache in pair), strict=True)
-        )
+        return same_start(self._fused.cache, self._silent.cache, n)
+
+
+def same_start(a: kv.Cache, b: kv.Cache, n: int) -> bool:
+    """Whether two caches hold the same numbers in their first n positions."""
+    return all(
+        mx.array_equal(x, y)
+        for layer in kv.attention_layers(a)
+        for x, y in zip(kv.read(a, [layer], 0, n), kv.read(b, [layer], 0, n), strict=True)
+    )
 
 
 def log_probs_of(model: Any, cache: kv.Cache, last: int, answer: Sequence[int]) -> mx.array:

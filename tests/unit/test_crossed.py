@@ -15,6 +15,10 @@ import pytest
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, SamplingConfig
+from c2c_mlx.evaluation import runner
+from c2c_mlx.evaluation.chat import Chat
+from c2c_mlx.evaluation.modes import Modes
+from c2c_mlx.evaluation.task import C2C_MODES, Item
 from c2c_mlx.events import Crossed, Finished
 from c2c_mlx.fusion import kv
 from c2c_mlx.talk import crossed
@@ -225,3 +229,40 @@ def test_words_get_what_their_tokens_have() -> None:
     tokens = [(" does", 1.0), ("n't", 2.0), (" s", 0.5), ("wim", 4.0), (".", 8.0), ("", 16.0)]
     assert words(tokens) == [("doesn't", 3.0), ("swim", 4.5), (".", 8.0)]
     assert words([]) == []
+
+
+@pytest.mark.parametrize("gate", [1.0, -1.0])
+def test_an_evaluation_notes_what_a_chat_says(
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser, gate: float
+) -> None:
+    other = Fuser(fuser.config)
+    other.update(fuser.parameters())
+    other.gate_logit = mx.full(other.gate_logit.shape, gate)
+    other.eval()
+    items = [
+        Item(str(i), [{"role": "user", "content": f"who wrote it {'and ' * i}"}], "x")
+        for i in range(3)
+    ]
+    modes = Modes(receiver, [sharer], [other], "sequential", items, 0, SAMPLING.max_tokens)
+    log, names = runner.Log(None, {}), ["receiver", *C2C_MODES]
+    runner.run(
+        Chat(),
+        items,
+        names,
+        modes,
+        log,
+        batch_size=2,
+        alone=1,
+        progress=lambda mode, done, total: None,
+        crossed=True,
+    )
+    greedy = replace(SAMPLING, temp=0.0)
+    session = ChatSession(receiver, sharer, other, sampling=greedy)
+    for item in items:
+        session.reset()
+        ask(session, item.messages[0]["content"])
+        noted = log.records["c2c"][item.id]["crossed"]
+        np.testing.assert_allclose([n for _, n in noted], told(session).nats, atol=3e-4)
+        assert any(n for _, n in noted) == (gate > 0)
+        assert "crossed" not in log.records["c2c-zeroed"][item.id]
+        assert len(log.records["c2c-shuffled"][item.id]["crossed"]) > 0
