@@ -9,6 +9,7 @@ from typing import Any
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -27,6 +28,7 @@ from c2c_mlx.training.trainer import Trainer
 
 RECIPE = {"positions": "messages", "message_gate": True, "rotated_keys": False, "normalise": True}
 HALVES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
+QUANTISED = {"group_size": 32, "bits": 4}
 # Of a loss: bfloat16 keeps 8 bits of a number, float16 has 11; a few layers add up.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
 
@@ -172,3 +174,25 @@ def test_half_precision_models_give_the_losses_of_float32(
     expected = full.evaluate()
     for key, value in half.evaluate().items():
         assert value == pytest.approx(expected[key], rel=TOLERANCE[name])
+
+
+def test_quantised_models_train_too(
+    name: str, pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    for lm in pair:
+        nn.quantize(
+            lm.model,
+            **QUANTISED,
+            class_predicate=lambda _, m: (
+                hasattr(m, "to_quantized") and m.weight.shape[-1] % QUANTISED["group_size"] == 0
+            ),
+        )
+    trainer = trainer_of(pair, tmp_path)
+    (_, examples), before = dataset(pair), weights(trainer)
+    losses = [trainer.train_step([examples]) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    changed = weights(trainer)
+    assert not np.array_equal(changed["proj_out.weight"], before["proj_out.weight"])
+    assert trainer.prefills(collate(examples, "messages")).own[0].keys.dtype == HALVES[name]
+    plain = trainer_of((load_model(pair[0].path), load_model(pair[1].path)), tmp_path / "plain")
+    assert plain.settings["weights of the receiver"] != trainer.settings["weights of the receiver"]
