@@ -61,9 +61,14 @@ def decode(
     state = TextStateMachine(
         {"normal": ends, "thoughts": [(tokenizer.think_end, "normal")] if thinking else []}
     ).make_state("thoughts" if thinking else "normal")
+
+    def in_float32(ids: mx.array, cache: kv.Cache) -> mx.array:
+        logits: mx.array = model(ids, cache=cache)
+        return logits.astype(mx.float32)  # a log-probability in half precision is 0.05 off
+
     answered = 0
     for response in stream_generate(
-        model,
+        in_float32,
         tokenizer,
         mx.array(list(last_ids)),
         max_tokens=sampling.max_tokens + (THINKING_TOKENS if thinking else 0),
