@@ -70,7 +70,7 @@ class ChatApp(App[None]):
             complain=self.complain,
             ask_for_vote=self._ask_for_vote,
         )
-        self._draft: str | None = None  # what was being typed when the last question was brought up
+        self._draft: str | None = None  # what was being typed before the last question was edited
         self._unvoted: Turn | None = None  # its ballot waits until other dialogs are closed
         for theme in (themes.DARK, themes.LIGHT):
             self.register_theme(theme)
@@ -128,14 +128,14 @@ class ChatApp(App[None]):
     # --- asking -----------------------------------------------------------------------------
 
     async def action_send(self) -> None:
-        """Asks what stands in the prompt; by an action, so that a quit waits its turn behind it."""
+        """Asks what stands in the prompt."""
         question, state = self.main.prompt.text.strip("\n"), self.state
         if not question.strip() or not self.can_act():
             return
-        modes = state.in_order(state.modes)
-        if not modes:
+        if not state.in_order(state.modes):
             self.notify("nobody here can answer: Ctrl+O has the receiver answer", severity="error")
             return
+        state.is_busy = True
         if self._draft is not None:
             await self._take_back()
         self.main.prompt.show(self._draft or "")
@@ -143,7 +143,7 @@ class ChatApp(App[None]):
         self.main.prompt.remember(question)
         self._keep(history.add, question)
         state.attempt = 0
-        modes = state.in_order(state.modes)
+        modes = state.in_order(state.modes)  # by the number of turns, without the one taken back
         await self._ask(state.conversation.begin(question, modes, state.gates), modes)
 
     async def _ask(self, turn: Turn, modes: Sequence[Mode]) -> None:
@@ -181,6 +181,10 @@ class ChatApp(App[None]):
         self.backend.undo([m for m in modes if answers.get(m, Answer()).is_kept])
         turn.takes.append(talk.take(modes, state.gates, state.attempt))
         await self._ask(turn, modes)
+
+    async def action_quit(self) -> None:
+        """Leaves, once the prompt has done with the keys that were typed before."""
+        self.main.prompt.call_later(self.exit)
 
     def action_stop(self) -> None:
         """Stops the answer; else leaves the editing; else goes back to the prompt."""
@@ -242,8 +246,8 @@ class ChatApp(App[None]):
     def action_sessions(self) -> None:
         """Saved conversations to choose from."""
         if self.can_act():
-            screen = Sessions(self.file or SessionFile(), self.state.conversation)
-            self.push_screen(screen, self._chosen)
+            file = self.file or SessionFile()
+            self.push_screen(Sessions(file, self.state.conversation), self._chosen)
 
     async def _chosen(self, name: str | None) -> None:
         if name is None or (self.file and name == self.file.name):
@@ -346,8 +350,7 @@ class ChatApp(App[None]):
         if not answers or not answers[-1].is_kept:
             self.notify(f"{NAMES[mode]} has said nothing yet", severity="warning")
             return
-        how = clipboard.copy(answers[-1].text, self)
-        self.notify(f"copied {NAMES[mode]}'s answer ({how})")
+        self.notify(f"copied {NAMES[mode]}'s answer ({clipboard.copy(answers[-1].text, self)})")
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette: Textual's own, and everything in the list of keys."""
@@ -370,8 +373,8 @@ class ChatApp(App[None]):
     def action_votes(self) -> None:
         """What the blind votes come to."""
         if self.state.loaded is not None:
-            said = votes.summary(*votes.pair(self.state.loaded))
-            self.notify(said, title="Votes", markup=False)
+            pair = votes.pair(self.state.loaded)
+            self.notify(votes.summary(*pair), title="Votes", markup=False)
 
     def _ask_for_vote(self, turn: Turn) -> None:
         self._unvoted = turn
@@ -384,16 +387,14 @@ class ChatApp(App[None]):
         if turn and both and self.screen is self.main:
             self._unvoted = None
             c2c, relay = (answer.text for answer in both)
-            voted = partial(self._voted, turn)
-            self.push_screen(Ballot(c2c, relay, random.random() < 0.5), voted)
+            self.push_screen(Ballot(c2c, relay, random.random() < 0.5), partial(self._voted, turn))
 
     async def _voted(self, turn: Turn, choice: votes.Choice | None) -> None:
         await self.follower.reveal(turn)
         loaded = self.state.loaded
         if choice is None or loaded is None:
             return
-        pair = votes.pair(loaded)
-        modified = turn.latest.gates != loaded.gates
+        pair, modified = votes.pair(loaded), turn.latest.gates != loaded.gates
         self._keep(votes.cast, votes.Vote(choice, *pair, modified=modified))
         said = "a tie" if choice == "tie" else f"you preferred {NAMES[choice]}"
         self.notify(f"{said}\n{votes.summary(*pair)}", title="Vote", markup=False)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from textual import events
 from textual.widgets import TextArea
 
 from c2c_mlx.tui import keys
+
+_ACTIONS = {name: key.action for key in keys.PROMPT for name in key.keys.split(",")}
 
 
 class Prompt(TextArea):
     """Enter sends, ctrl+j or shift+enter begins a line, up and down leaf through the history."""
 
-    BINDINGS = keys.bindings(keys.PROMPT, is_priority=True)
+    BINDINGS = keys.bindings(keys.PROMPT)
 
     def __init__(self) -> None:
         super().__init__(
@@ -32,6 +35,15 @@ class Prompt(TextArea):
         """Replaces what stands there, cursor at the end."""
         self.text = text
         self.move_cursor(self.document.end)
+
+    async def _on_key(self, event: events.Key) -> None:
+        """Its own keys in their turn, behind the letters that were typed before them."""
+        if event.key not in _ACTIONS:
+            await super()._on_key(event)
+            return
+        event.stop()
+        event.prevent_default()
+        await self.run_action(_ACTIONS[event.key])
 
     def action_new_line(self) -> None:
         """Begins a line."""
