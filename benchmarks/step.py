@@ -96,19 +96,16 @@ def reference_step(c2c: C2C, batch: Any) -> None:
 
 def _one_layer(c2c: C2C, prefills: Prefills, part: Any, batch: Any, at: int) -> Change:
     """One layer's keys and values through their own two small networks."""
-    select = c2c.fuser._select
-
-    def one() -> Any:
-        slices, params = select()
-        rows = mx.array([i for i, (_, layer) in enumerate(slices) if layer == at])
-        return [slices[i] for i in rows.tolist()], nn.utils.tree_map(lambda p: p[rows], params)
-
-    c2c.fuser.__dict__["_select"] = one
+    fuser = c2c.fuser
+    _, slices = fuser._taking_part()
+    rows = [row for row, (_, layer) in enumerate(slices) if layer == at]
+    one = mx.array(rows, mx.uint32), [slices[row] for row in rows]
+    fuser.__dict__["_taking_part"] = lambda: one
     try:
         offset = step_loss.first_position(batch)
         return c2c.change(prefills.sharer, part, batch.messages, offset)
     finally:
-        del c2c.fuser.__dict__["_select"]
+        del fuser.__dict__["_taking_part"]
 
 
 def _prefill(model: nn.Module, prompts: Padded) -> kv.Cache:
