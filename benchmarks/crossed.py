@@ -7,6 +7,7 @@ python benchmarks/crossed.py cost valid.jsonl --limit 12
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import time
@@ -83,11 +84,12 @@ def tell(name: str, found: list[tuple[list[float], list[float]]]) -> None:
     )
 
 
-def point(items: Sequence[Item]) -> None:
+def point(items: Sequence[Item], out: Path | None) -> None:
     """The same answers, weighed with their own sharer and with another item's."""
     receiver, sharer, fuser = load()
     modes = Modes(receiver, [sharer], [fuser], "sequential", items, 0, 32)
     found: dict[str, list[tuple[list[float], list[float]]]] = {"own": [], "shuffled": []}
+    kept = []
     for at in range(0, len(items), BATCH):
         batch = items[at : at + BATCH]
         names = ("c2c", "c2c-shuffled", "c2c-zeroed")
@@ -98,7 +100,10 @@ def point(items: Sequence[Item]) -> None:
         for name, readings in (("own", own), ("shuffled", shuffled)):
             owes = owed(readings, silent, written)
             found[name] += [sides(*pair) for pair in zip(batch, owes, strict=True)]
+            kept += [(item.id, name, of) for item, of in zip(batch, owes, strict=True)]
             tell(f"{name} sharer", found[name])
+        if out:
+            out.write_text(json.dumps(kept))
 
 
 def cost(items: Sequence[Item]) -> None:
@@ -132,10 +137,15 @@ def main() -> None:
     parser.add_argument("what", choices=("words", "cost"))
     parser.add_argument("task", type=Path)
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="of words: every token and what it owes")
     args = parser.parse_args()
     _, items = read(args.task, "generate")
     chosen = np.random.default_rng(0).permutation(len(items))[: args.limit].tolist()
-    (point if args.what == "words" else cost)([items[i] for i in chosen])
+    chosen_items = [items[i] for i in chosen]
+    if args.what == "words":
+        point(chosen_items, args.json)
+    else:
+        cost(chosen_items)
 
 
 if __name__ == "__main__":

@@ -171,4 +171,6 @@ class TurnOver:
     memory_gb: float
 
 
-EngineEvent = Event | Progress | GateReport | LiveGates | Loaded | GatesSet | Failed | TurnOver
+EngineEvent = (
+    Event | Progress | GateReport | LiveGates | Crossed | Loaded | GatesSet | Failed | TurnOver
+)

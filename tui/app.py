@@ -317,6 +317,18 @@ class ChatApp(App[None]):
             if self.state.is_busy:
                 self.notify("from the next answer on")
 
+    def action_owed(self) -> None:
+        """Tints C2C's words by what they owe to the sharer; the first time, it is computed."""
+        state = self.state
+        state.is_weighing = not state.is_weighing
+        self.main.panes["c2c"].show_owed(state.is_weighing)
+        if state.is_weighing:
+            self.main.say("C2C's words are tinted by what they owe to the sharer; F9 ends it")
+            if not state.is_busy:
+                self.backend.weigh()
+        elif not state.is_busy:
+            self.main.say("ready")
+
     def action_next_tab(self) -> None:
         """The next pane, on a narrow terminal."""
         self.main.next_tab()
@@ -326,7 +338,7 @@ class ChatApp(App[None]):
         self.push_screen(Help())
 
     def action_menu(self) -> None:
-        """What F1 to F8 do, for keyboards on which they need Fn."""
+        """What F1 to F9 do, for keyboards on which they need Fn."""
 
         async def chosen(action: str | None) -> None:
             if action is not None:

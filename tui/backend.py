@@ -18,6 +18,7 @@ class Backend(Protocol):
     def start(self) -> None: ...  # noqa: D102
     def drain(self) -> list[EngineEvent]: ...  # noqa: D102
     def ask(self, question: str, modes: Sequence[Mode], attempt: int = 0) -> None: ...  # noqa: D102
+    def weigh(self) -> None: ...  # noqa: D102
     def stop(self) -> None: ...  # noqa: D102
     def undo(self, modes: Sequence[Mode]) -> None: ...  # noqa: D102
     def restore(self, histories: Mapping[Mode, Sequence[ANSWERED_TURN]]) -> None: ...  # noqa: D102

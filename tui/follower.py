@@ -93,6 +93,9 @@ class Follower:
                 self._finish(event.mode)
             case events.LiveGates():
                 self.screen.gate_panel.view.show_live(event.report)
+            case events.Crossed():
+                self.screen.panes["c2c"].weigh(event)
+                self.screen.panes["c2c"].show_owed(self.state.is_weighing)
             case events.GatesSet():
                 self.show_gates(event.gates)
             case events.Failed():
@@ -177,6 +180,8 @@ class Follower:
         """Shows what a blind turn kept back, the gates, and who was faster."""
         if self.state.is_blind:
             await self.screen.reveal(turn.latest.answers)
+        if self.state.is_weighing and "c2c" in turn.latest.answers:
+            self.backend.weigh()
         self.screen.show_reports([t.reports for t in self.state.conversation.turns])
         self.show_gates(self.state.gates)
         if both := turn.latest.rivals():

@@ -35,7 +35,7 @@ APP = (
     Key("ctrl+r", "again", "Again", "ask again; with other gates: the answers before and after"),
     Key("ctrl+n", "new", "New", "new conversation; the last one stays saved"),
     Key("ctrl+g", "gates", "Gates", "go to the gates, and back"),
-    Key("ctrl+l", "menu", "More", "what F1 to F8 do, without Fn: Ctrl+L, then the digit"),
+    Key("ctrl+l", "menu", "More", "what F1 to F9 do, without Fn: Ctrl+L, then the digit"),
     Key("ctrl+q", "quit", "Quit", "leave; the conversation is saved"),
     Key("f1", "help", "Help", "keys, and what the numbers mean"),
     Key("f2", "settings", "Settings", "system prompt, temperature, limit of tokens, seed"),
@@ -46,6 +46,7 @@ APP = (
     Key("f7", "blind", "Blind", "vote before you see whose answer is whose"),
     Key("f8", "hide_gates", "Hide gates", "hide the gates, or show them again"),
     Key("ctrl+o", "pane('receiver')", "Receiver", "the receiver alone as another pane"),
+    Key("f9", "owed", "Owed", "tint C2C's words by what they owe to the sharer, or stop it", False),
     Key("ctrl+t", "next_tab", "Next tab", "the next pane, on a narrow terminal", False),
     Key("ctrl+p", "command_palette", "Palette", "everything there is, themes too", False),
     Key("", "pane('sharer')", "Sharer", "the sharer alone as another pane"),
@@ -124,7 +125,7 @@ def actions() -> set[str]:
 
 
 def numbered() -> list[tuple[str, Key]]:
-    """The digit and the key of everything on F1 to F8, for keyboards that want Fn for those."""
+    """The digit and the key of everything on F1 to F9, for keyboards that want Fn for those."""
     return [(k.keys[1:], k) for k in APP if k.keys[:1] == "f" and k.keys[1:].isdigit()]
 
 

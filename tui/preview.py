@@ -128,6 +128,9 @@ class Replay:
         """Says that the gates are what they are not: nothing is computed here."""
         self._play([(0.0, GatesSet(tuple(gates)))])
 
+    def weigh(self) -> None:
+        """Nothing is computed here."""
+
     def undo(self, modes: Sequence[Mode]) -> None:
         """Nothing is remembered here."""
 

@@ -196,12 +196,11 @@ def _answer_once(
 
 def _marked(found: Crossed) -> str:
     """The answer, with the nats behind every word that owes the sharer a nat or more."""
-    from c2c_mlx.text.words import words
+    from c2c_mlx.text.words import spans
 
     marked, at = "", 0
     text = "".join(found.tokens)
-    for word, nats in words(list(zip(found.tokens, found.nats, strict=True))):
-        end = text.index(word, at) + len(word)
+    for _, end, nats in spans(list(zip(found.tokens, found.nats, strict=True))):
         marked += text[at:end] + (f"[{nats:+.1f}]" if abs(nats) >= MARKED_NATS else "")
         at = end
     return (marked + text[at:]).strip()

@@ -95,6 +95,15 @@ class InferenceThread(threading.Thread):
         if self._session is not None:
             self._session.stop()
 
+    def weigh(self) -> None:
+        """Has it said what each word of C2C's latest answer owes to the sharer, if there is one."""
+
+        def job() -> None:
+            if crossed := self._ready.crossed():
+                self.events.put(crossed)
+
+        self._jobs.put(job)
+
     def undo(self, modes: Sequence[Mode]) -> None:
         """Takes back the last turn of each mode."""
 

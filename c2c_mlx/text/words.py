@@ -34,25 +34,31 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-def words(tokens: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+def spans(tokens: Sequence[tuple[str, float]]) -> list[tuple[int, int, float]]:
     """Sums a figure of each token over the words and marks of punctuation of the text.
 
     Args:
         tokens: (text, figure) of consecutive tokens.
 
     Returns:
-        (word, figure), in order. A token counts for the word that it begins in; one that says
-        nothing that can be seen counts for none.
+        (start, end, figure) of each word in the joined text. A token counts for the word that it
+        begins in; one that says nothing that can be seen counts for none.
     """
     text = "".join(said for said, _ in tokens)
-    spans = [m.span() for m in _WORD.finditer(text)]
-    sums = [0.0] * len(spans)
+    found = [m.span() for m in _WORD.finditer(text)]
+    sums = [0.0] * len(found)
     at = word = 0
     for said, figure in tokens:
         begins = at + len(said) - len(said.lstrip())
         at += len(said)
-        while word < len(spans) and spans[word][1] <= begins:
+        while word < len(found) and found[word][1] <= begins:
             word += 1
-        if begins < at and word < len(spans):
+        if begins < at and word < len(found):
             sums[word] += figure
-    return [(text[slice(*span)], total) for span, total in zip(spans, sums, strict=True)]
+    return [(*span, total) for span, total in zip(found, sums, strict=True)]
+
+
+def words(tokens: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The words themselves with their figures, as `spans` finds them."""
+    text = "".join(said for said, _ in tokens)
+    return [(text[start:end], figure) for start, end, figure in spans(tokens)]

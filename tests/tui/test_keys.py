@@ -48,7 +48,7 @@ def test_the_readme_shows_the_list() -> None:
 
 def test_every_f_key_has_a_second_one_without_fn() -> None:
     rows = [names for names, _ in keys.rows(keys.APP) if names.startswith("F")]
-    assert [names.split(", ") for names in rows] == [[f"F{n}", f"Ctrl+L {n}"] for n in range(1, 9)]
+    assert [names.split(", ") for names in rows] == [[f"F{n}", f"Ctrl+L {n}"] for n in range(1, 10)]
 
 
 async def test_the_help_shows_the_list(shows) -> None:

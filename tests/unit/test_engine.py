@@ -15,6 +15,7 @@ from c2c_mlx import device
 from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
+    Crossed,
     EngineEvent,
     Failed,
     Finished,
@@ -254,3 +255,15 @@ def test_every_error_becomes_one_line() -> None:
     assert explain(C2CError("do this")) == "do this"
     assert explain(RuntimeError("[malloc] Unable to allocate\n3 bytes")).startswith("out of memory")
     assert "\n" not in explain(ValueError("a\nb"))
+
+
+def test_what_crossed_is_said_when_it_is_asked_for(open_engine: Open) -> None:
+    engine = open_engine()
+    engine.weigh()  # nobody has answered yet: nothing is said
+    engine.ask("Who wrote it?", ("c2c",))
+    engine.weigh()
+    seen = until(engine, Crossed)
+    crossed, finished = seen[-1], answers(seen)["c2c"]
+    assert isinstance(crossed, Crossed) and len(crossed.nats) == finished.figures.generated_tokens
+    assert "".join(crossed.tokens).strip() == finished.text
+    assert [type(e) for e in seen].count(Crossed) == 1

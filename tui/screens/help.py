@@ -23,6 +23,9 @@ is 0 where nothing was added.
 **Change**: the size of what was added, against the size of the receiver's own keys or values. A
 high weight can mean a small change, and the other way round.
 
+**Owed** (F9): how much likelier a word is than with a silent sharer, in nats (n: e^n times).
+Underlined from 1 nat on, bold from 3; blue where the sharer made it likelier, orange where less.
+
 All answers use the same sampler, seed and stop rules. They are made one after the other, so that
 none slows another down.
 """

@@ -1,4 +1,4 @@
-"""What is on F1 to F8, by digit: for keyboards on which those need Fn."""
+"""What is on F1 to F9, by digit: for keyboards on which those need Fn."""
 
 from __future__ import annotations
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.text import Text as RichText
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Collapsible, Markdown, Static
 
-from c2c_mlx.events import Mode
+from c2c_mlx.events import Crossed, Mode
 from c2c_mlx.talk import relay
-from c2c_mlx.tui import race
+from c2c_mlx.tui import owed, race
 from c2c_mlx.tui.conversation import NAMES, Answer, Turn
 
 SIDE_BY_SIDE = 46  # columns of a turn, from which two answers stand beside each other
@@ -49,6 +51,9 @@ class TakeView(Vertical):
         )
         self._fold.display = False  # until there is something in it
         self._answer = AnswerText("answer")
+        self._owed = Static("", classes="owed", markup=False)
+        self._owed.display = False  # until it is known, and wanted
+        self._crossed: Crossed | None = None
         self._cost = Static("", classes="cost", markup=False)
         self._begun = False
 
@@ -57,6 +62,7 @@ class TakeView(Vertical):
         yield self._title
         yield self._fold
         yield self._answer
+        yield self._owed
         yield self._cost
 
     async def write_relayed(self, text: str) -> None:
@@ -92,6 +98,19 @@ class TakeView(Vertical):
             self.note(said + ended.get(answer.reason, "") + race.cost(answer.figures))
         elif not answer.reason:
             self.note("it did not come to its end" if answer.is_kept else "no answer was given")
+
+    def weigh(self, crossed: Crossed) -> None:
+        """Takes in what its words owe to the sharer."""
+        self._crossed = replace(crossed, tokens=tuple(map(harmless, crossed.tokens)))
+
+    def show_owed(self, is_shown: bool) -> None:
+        """Shows the words tinted in the place of the answer, as far as that is known."""
+        is_shown = is_shown and self._crossed is not None
+        if is_shown and self._crossed:
+            is_dark = self.app.current_theme.dark
+            text = owed.tinted(self._crossed, is_dark)
+            self._owed.update(text + "\n" + owed.legend(is_dark))
+        self._owed.display, self._answer.display = is_shown, not is_shown
 
     def note(self, text: str) -> None:
         """The line below the answer."""
@@ -175,6 +194,20 @@ class AnswerPane(Vertical):
         self.set_class(turn.comparison(self.mode) is not None, "-comparing")
         self._scroll.anchor()
         return self.turn.take
+
+    def weigh(self, crossed: Crossed) -> None:
+        """Hands it to the answer that it is about."""
+        text = harmless("".join(crossed.tokens))
+        for view in reversed(list(self.query(TurnView))):
+            answer = view.turn.answers.get(self.mode)
+            if answer and answer.reason and harmless(answer.text).strip() == text.strip():
+                view.take.weigh(crossed)
+                return
+
+    def show_owed(self, is_shown: bool) -> None:
+        """Tints the words of all answers of which it is known, or stops it."""
+        for view in self.query(TakeView):
+            view.show_owed(is_shown)
 
     async def drop(self, turn: Turn) -> None:
         """Takes a turn away, if it is here."""
