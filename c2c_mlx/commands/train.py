@@ -18,6 +18,7 @@ from c2c_mlx.training.run import PRESETS, RunConfig
 PROGRAM = "c2c-train"
 EPILOG = """\
 examples:
+  c2c-train --sharer qwen --receiver llama --data chats   # then c2c-chat finds the fuser itself
   c2c-train --config run.yaml --iters 4000        # flags override the file
   c2c-train --sharer gemma3-270m --receiver smollm2-135m --data chats --out runs/mine
   c2c-train --sharer qwen --receiver llama --data chats=3 --data more=1 --out runs/mine
@@ -25,6 +26,10 @@ examples:
   c2c-train --plot runs/mine                      # draw its curves, train nothing
   mlx.launch -n 2 -- c2c-train --config run.yaml  # share each batch between two processes
   c2c-chat --sharer gemma3-270m --receiver smollm2-135m --fuser runs/mine
+
+Without --out a run goes into the cache folder, where every command finds it by its pair: what is
+shipped comes first, then the latest that was trained here, then what is published. `c2c-weights
+list` shows them, and the names by which --fuser takes any of them.
 
 DATA is a hub data set or a folder with train.jsonl and, if you like, valid.jsonl: one object per
 line, {"messages": [...]}, or {"prompt": ..., "completion": ...}. With --answer-with, rows without
@@ -71,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA[=WEIGHT]",
         help="folder or hub data set; may be given several times",
     )
-    add("--out", metavar="DIR", help="the run's folder, and the fuser's")
+    add("--out", metavar="DIR", help="the run's folder, and the fuser's (default: in the cache)")
     add("--answer-with", choices=ANSWERERS, help="answers rows that have no answer")
     add("--answer-tokens", type=int, metavar="N", help="of such an answer, at most (default: 40)")
     add("--preset", choices=PRESETS, help="size of the fuser (default: small)")
@@ -113,14 +118,22 @@ def _main(args: argparse.Namespace, command: str) -> None:
     track = values.pop("track", None)
     if track not in (None, *TRACKERS):
         raise C2CError(f"{args.config}: 'track' must be one of {', '.join(TRACKERS)}")
-    _train(_described(values), args.resume, track, command)
+    _train(_described(values, args.resume), args.resume, track, command)
 
 
-def _described(values: dict[str, Any]) -> RunConfig:
-    """The run that flags and file describe."""
-    for name in ("sharer", "receiver", "data", "out"):
+def _described(values: dict[str, Any], resume: bool) -> RunConfig:
+    """The run that flags and file describe; without --out it is one of the pair's in the cache."""
+    for name in ("sharer", "receiver", "data"):
         if values.get(name) is None:
             raise C2CError(f"--{name} is missing; c2c-train --help has examples")
+    if values.get("out") is None:
+        from c2c_mlx.fusers import trained
+
+        pair = str(values["receiver"]), str(values["sharer"])
+        known = trained.runs(*pair)
+        if resume and not known:
+            raise C2CError("--resume: no run of this pair is in the cache; name it with --out")
+        values = values | {"out": str(known[-1] if resume else trained.next_run(*pair))}
     described = {name: value for name, value in values.items() if name not in _TRAIN}
     described["train"] = {name: value for name, value in values.items() if name in _TRAIN}
     return from_dict(RunConfig, described, "arguments")
@@ -131,6 +144,7 @@ def _train(config: RunConfig, resume: bool, track: str | None, command: str) -> 
 
     import mlx.core as mx
 
+    from c2c_mlx.fusers import trained
     from c2c_mlx.training import interrupt
     from c2c_mlx.training.assemble import assemble
     from c2c_mlx.training.display import Display, tracker
@@ -162,7 +176,8 @@ def _train(config: RunConfig, resume: bool, track: str | None, command: str) -> 
             display.say(
                 f"{left_out} chats were longer than {config.train.max_tokens} tokens and left out"
             )
-        names = ["--fuser", config.out, "--sharer", config.sharer, "--receiver", config.receiver]
+        name = next((name for name, run in trained.every() if run == out), config.out)
+        names = ["--fuser", name, "--sharer", config.sharer, "--receiver", config.receiver]
         display.say(f"fuser saved in {out}; chat with it: {shlex.join(['c2c-chat', *names])}")
         if not trainer.finished:
             display.say(

@@ -82,7 +82,7 @@ _Adder = Callable[..., argparse.Action]
 
 
 def _list(args: argparse.Namespace) -> None:
-    from c2c_mlx.fusers import store
+    from c2c_mlx.fusers import store, trained
     from c2c_mlx.models import hub, registry
     from c2c_mlx.models.embedded.install import model_folder
     from c2c_mlx.models.paths import downloads, size
@@ -102,6 +102,8 @@ def _list(args: argparse.Namespace) -> None:
         _print(f"  {entry.name:26} {_size(size(folder)) if folder else '':>8}  {origin}")
     for name, folder in kept.items():
         _print(f"  {name:26} {_size(size(folder)):>8}  from the hub")
+    for name, folder in trained.every():
+        _print(f"  {name:26} {_size(size(folder)):>8}  trained here")
     _print("  Those of the hub were trained on models that are not quantised: ...-bf16 above.")
     for unfinished in sorted(downloads("").glob("*")):
         _print(f"\nunfinished download: {unfinished.name}, {_size(size(unfinished))}")
@@ -284,7 +286,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _remove(args: argparse.Namespace) -> None:
-    from c2c_mlx.fusers import store
+    from c2c_mlx.fusers import store, trained
     from c2c_mlx.models import registry
     from c2c_mlx.models.embedded.install import model_folder
     from c2c_mlx.models.paths import discard
@@ -297,7 +299,8 @@ def _remove(args: argparse.Namespace) -> None:
     entry = store.find_entry(args.name)
     if entry and entry.shipped:
         raise C2CError(f"{args.name} is part of this installation and stays")
-    folder = model_folder(args.name) if model else store.cached_folder(args.name)
+    kept = trained.find(args.name) or store.cached_folder(args.name)
+    folder = model_folder(args.name) if model else kept
     if not (freed := discard(folder)):
         raise C2CError(f"{args.name} is not in the cache; `{PROGRAM} list` shows what is")
     _print(f"{args.name}: deleted, {_size(freed)}")

@@ -1,4 +1,4 @@
-"""Fusers by name: those that are shipped, those in the cache, and those on the hub.
+"""Fusers by name, or by their pair: shipped, trained here, or published on the hub, in this order.
 
 A fuser from the hub is kept in our own format in `fusers/` of the cache folder. One in the
 published PyTorch layout is converted when it is first asked for; its download is then dropped.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from c2c_mlx.atomic import appearing
 from c2c_mlx.errors import C2CError, NoFuserError
+from c2c_mlx.fusers import trained
 from c2c_mlx.models import hub, registry
 from c2c_mlx.models.paths import cache_home, downloads, installing, size
 from c2c_mlx.progress import Progress, Report, silent
@@ -36,7 +37,7 @@ def find_folder(
     """The folder of a fuser argument, after a download and a conversion if need be.
 
     Args:
-        name: a folder, a name that `weights/registry.toml` knows, or a hub id.
+        name: a folder, a name that `c2c-weights list` shows, or a hub id.
         report: called with bytes done of a download, then with projectors converted.
         note: told in a sentence what was downloaded, and where it is now.
 
@@ -52,6 +53,8 @@ def find_folder(
     entry = find_entry(name)
     if entry and entry.shipped:
         return entry.shipped
+    if own := trained.find(name):
+        return own
     remote = find_remote(name)
     if remote is None:
         known = ", ".join(e.name for e in registry.fusers())
@@ -71,7 +74,9 @@ def find_for_pair(
     report: Report = silent,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """The folder of the fuser that was asked for, or of the one that is known for the pair.
+    """The folder of the fuser that was asked for, or of the pair's own.
+
+    That is the one that is shipped; or the latest that was trained here; or the published one.
 
     Args:
         receiver: the receiver's name.
@@ -84,6 +89,10 @@ def find_for_pair(
         C2CError: if there is none, or it or one of the models can't be had.
     """
     name = given or registry.find_fuser(receiver, sharer)
+    entry = find_entry(name) if name else None
+    own = trained.latest(receiver, sharer)
+    if own and not given and not (entry and entry.shipped):
+        return own
     if name is None:
         from c2c_mlx.models.load import check_name
 

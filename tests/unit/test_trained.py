@@ -1,0 +1,77 @@
+"""Fusers that were trained here: where they go, and which of a pair's fusers a command takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from c2c_mlx.commands import train, weights
+from c2c_mlx.config import Pair
+from c2c_mlx.errors import NoFuserError
+from c2c_mlx.fusers import disk, store, trained
+from c2c_mlx.models import registry
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("C2C_MLX_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def put(fuser: Path, receiver: str, sharer: str) -> Path:
+    run = trained.next_run(receiver, sharer)
+    shutil.copytree(fuser, run)
+    return run
+
+
+def test_a_pair_is_called_by_aliases_where_there_are_any() -> None:
+    assert trained.pair_name("mlx-community/Llama-3.2-1B-Instruct-4bit", "qwen") == "llama+qwen"
+    assert trained.pair_name("~/models/My Model", "qwen") == "My-Model+qwen"
+
+
+def test_the_latest_is_the_pairs_own(tiny_pair: Pair) -> None:
+    fuser, pair = Path(tiny_pair.fusers[0]), (tiny_pair.receiver, tiny_pair.sharers[0])
+    with pytest.raises(NoFuserError):
+        store.find_for_pair(*pair, None)
+    first, second = put(fuser, *pair), put(fuser, *pair)
+    (unfinished := trained.next_run(*pair)).mkdir()
+    assert trained.runs(*pair) == [first, second, unfinished]
+    assert store.find_for_pair(*pair, None) == second
+    assert store.find_for_pair(*pair, "receiver+sharer/1") == first
+    with pytest.raises(NoFuserError):
+        store.find_for_pair(*pair[::-1], None)  # the reverse has none of it
+
+
+def test_shipped_before_own_before_published(tiny_pair: Pair) -> None:
+    fuser = Path(tiny_pair.fusers[0])
+    put(fuser, *registry.default_pair())
+    entry = store.find_entry("smollm2-135m+gemma3-270m")
+    assert entry and store.find_for_pair(*registry.default_pair(), None) == entry.shipped
+    own = put(fuser, "qwen", "llama")  # for which one is published
+    assert store.find_for_pair("qwen", "llama", None) == own
+
+
+def test_train_without_a_place_then_list_and_remove(
+    tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"prompt": f"say {i}", "completion": f"{i}"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    sharer, receiver = tiny_pair.sharers[0], tiny_pair.receiver
+    arguments = ["--sharer", sharer, "--receiver", receiver, "--data", str(tmp_path)]
+    assert train.main([*arguments, "--iters", "2", "--batch-size", "2", "--preset", "tiny"]) == 0
+    said = capsys.readouterr().err
+    assert "--fuser receiver+sharer/1" in re.sub(r"\s+", " ", said)
+    folder = store.find_for_pair(receiver, sharer, None)
+    assert disk.read_description(folder)[1].steps == 2
+    assert train.main([*arguments, "--iters", "2", "--batch-size", "2", "--resume"]) == 2
+    assert (
+        "fuser_config.hidden_dim was 64" in capsys.readouterr().err
+    )  # it found the run, which was another one
+    assert weights.main(["list"]) == 0
+    assert re.search(r"receiver\+sharer/1 +\S+ \wB +trained here", capsys.readouterr().out)
+    assert weights.main(["remove", "receiver+sharer/1"]) == 0
+    assert trained.latest(receiver, sharer) is None
