@@ -24,6 +24,8 @@ examples:
   c2c-serve                                       # the embedded pair at http://127.0.0.1:8080/v1
   c2c-serve --sharer qwen --receiver llama --fuser my-fuser --port 9000
   C2C_API_KEY=secret c2c-serve --host 0.0.0.0     # for other machines, too
+  C2C_API_KEY=secret c2c-serve --host 0.0.0.0 --share gemma3-270m
+  C2C_API_KEY=secret c2c-chat --sharer http://studio.local:8080   # on another machine
 
 A request's model says who answers: c2c, relay, receiver or sharer. Docs: docs/serving.md.
 """
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     pair.add_arguments(parser)
+    add("--share", metavar="MODEL", help="a sharer for receivers on other machines, and no pair")
     add("--fuse-response", action="store_true", help="feed the answer, too; unbatched")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at (%(default)s)")
     add("--port", type=int, default=8080, metavar="N", help="(%(default)s)")
@@ -77,11 +80,16 @@ def _serve(args: argparse.Namespace) -> None:
 
     if args.host not in LOOPBACK and not api_key:
         raise C2CError(f"--host {args.host}: other machines can come there, so it needs --api-key")
+    if args.share and (args.receiver or args.sharer or args.fuser):
+        raise C2CError("--share is of one model: leave out --receiver, --sharer and --fuser")
     bound = bind(args.host, args.port)  # before minutes of loading
-    who = pair.parse(args, args.fuse_response)
     status = Status(sys.stderr)
     limits = Limits(args.slots, args.queue, args.cache_gb)
-    engine = Engine(lambda: _load(who, status), sampling, limits)
+    if args.share:
+        engine = Engine(lambda: _load_one(args.share, status), sampling, limits)
+    else:
+        who = pair.parse(args, args.fuse_response)
+        engine = Engine(lambda: _load(who, status), sampling, limits)
     engine.start()
     try:
         served = engine.served.result()
@@ -91,7 +99,10 @@ def _serve(args: argparse.Namespace) -> None:
         _say(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {', '.join(served.modes)}")
         if served.fuse_response:
             _say("answers of c2c are fused while they are written: one token of one at a time")
-        serve(make_app(engine, served, LOOPBACK if args.host in LOOPBACK else (), api_key), bound)
+        if args.share:
+            _say(f"caches of {args.share} are shared with receivers elsewhere")
+        hosts = LOOPBACK if args.host in LOOPBACK else ()
+        serve(make_app(engine, served, hosts, api_key, bool(args.share)), bound)
     finally:
         bound.close()
         engine.close()
@@ -118,6 +129,15 @@ def _load(who: Pair, status: Status) -> Team:
     ]
     made_for_it = any(link.fuser.config.fuse_response for link in links)
     return Team(loaded.receiver, loaded.sharers, links, who.order, who.fuse_response or made_for_it)
+
+
+def _load_one(name: str, status: Status) -> Team:
+    from c2c_mlx.models import memory
+    from c2c_mlx.models.load import find_folder, load_model
+    from c2c_mlx.serving.reading import Team
+
+    memory.preflight(find_folder(name, status.loading))
+    return Team(load_model(name, progress=status.loading))
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from c2c_mlx.atomic import appearing
 from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.fusers import trained
-from c2c_mlx.models import hub, registry
+from c2c_mlx.models import hub, registry, remote
 from c2c_mlx.models.paths import cache_home, downloads, installing, size
 from c2c_mlx.progress import Progress, Report, silent
 
@@ -55,15 +55,15 @@ def find_folder(
         return entry.shipped
     if own := trained.find(name):
         return own
-    remote = find_remote(name)
-    if remote is None:
+    on_hub = find_remote(name)
+    if on_hub is None:
         known = ", ".join(e.name for e in registry.fusers())
         raise C2CError(f"no fuser '{name}': not a folder, not a known name ({known}), not a hub id")
     folder = cached_folder(name)
     if not folder.is_dir():
         with installing(folder, report) as is_missing:
             if is_missing:
-                _install(remote, folder, report, note)
+                _install(on_hub, folder, report, note)
     return folder
 
 
@@ -88,9 +88,10 @@ def find_for_pair(
     Raises:
         C2CError: if there is none, or it or one of the models can't be had.
     """
-    name = given or registry.find_fuser(receiver, sharer)
+    shared = remote.Remote(sharer).name if remote.is_url(sharer) else sharer
+    name = given or registry.find_fuser(receiver, shared)
     entry = find_entry(name) if name else None
-    own = trained.latest(receiver, sharer)
+    own = trained.latest(receiver, shared)
     if own and not given and not (entry and entry.shipped):
         return own
     if name is None:
@@ -98,7 +99,7 @@ def find_for_pair(
 
         for model in (sharer, receiver):  # a model that can't be had is the first thing to say
             check_name(model)
-        raise NoFuserError(receiver, sharer)
+        raise NoFuserError(receiver, shared)
     return find_folder(name, report, note)
 
 

@@ -79,8 +79,12 @@ class FusedCache:
             raise C2CError("several sharers need one receiver, the same for all of them")
         self.links, self.order = links, order
         self.own = Reader(links[0].receiver)
-        readers: dict[tuple[int, str], Reader] = {}
-        self.sharers = [readers.setdefault(link.reader_key, Reader(link.sharer)) for link in links]
+        layers: dict[tuple[int, str], set[int]] = {}
+        for link in links:
+            layers.setdefault(link.reader_key, set()).update(link.sharer_layers)
+        keys = {link.reader_key: link for link in links}
+        readers = {key: link.make_reader(sorted(layers[key])) for key, link in keys.items()}
+        self.sharers = [readers[link.reader_key] for link in links]
         self.cache = kv.make_cache(links[0].receiver)
         # What every position was fused from; see `_sources`.
         self._fused_from = np.zeros((1 + 2 * len(links), 0), np.int64)

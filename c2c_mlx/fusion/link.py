@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fit import check_models
 from c2c_mlx.fusion.fuser import Change, Fuser
 from c2c_mlx.fusion.project import KV
+from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.fusion.rope import Rotation
 
 
@@ -56,6 +58,12 @@ class Link:
     def reader_key(self) -> tuple[int, str]:
         """What decides how the sharer reads a chat: links that agree in it can share its cache."""
         return id(self.sharer), self.fuser.config.alignment
+
+    def make_reader(self, layers: Sequence[int]) -> Reader:
+        """An empty reader of the sharer's, of which these layers will be looked at."""
+        make = getattr(self.sharer, "make_reader", None)  # a sharer elsewhere has one of its own
+        reader: Reader = make(layers) if make else Reader(self.sharer)
+        return reader
 
     def read_sharer(self, cache: kv.Cache, index: np.ndarray, offset: Any = 0) -> KV:
         """What the sharer holds for each receiver position.

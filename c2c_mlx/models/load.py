@@ -22,7 +22,7 @@ from c2c_mlx import device
 from c2c_mlx.config import ModelShape
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
-from c2c_mlx.models import hub, registry, untrusted
+from c2c_mlx.models import hub, registry, remote, untrusted
 from c2c_mlx.models.embedded.install import install
 from c2c_mlx.progress import Progress as Progress
 from c2c_mlx.progress import Report, silent
@@ -55,6 +55,7 @@ class LanguageModel:
     tokenizer: TokenizerWrapper
     config: dict[str, Any]  # config.json
     has_own_template: bool  # False: a base model, which got PLAIN_TEMPLATE
+    is_elsewhere: bool = False  # its cache can be read from another machine; it writes nothing
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,22 +101,28 @@ def load_model(
     name = str(name_or_folder)
     folder = find_folder(name, report)
     report(Progress(f"loading {name}", 0, 2))
-    model, config = open_model(folder)
-    # Weights are read and converted while this thread builds the tokenizer; one by one, the largest
-    # first: at once, most of them would be there in both forms.
-    weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
-    for weight in sorted(weights.values(), key=lambda w: -w.nbytes):
-        mx.async_eval(weight)
+    is_elsewhere = remote.is_url(name)
+    if is_elsewhere:
+        config = _read_json(folder / "config.json")
+        model = remote.skeleton(remote.Remote(name), folder)
+    else:
+        model, config = open_model(folder)
+        # Weights are read and converted while this thread builds the tokenizer; one by one, the
+        # largest first: at once, most of them would be there in both forms.
+        weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+        for weight in sorted(weights.values(), key=lambda w: -w.nbytes):
+            mx.async_eval(weight)
     tokenizer = _load_tokenizer(folder, config)
     report(Progress(f"loading {name}", 1, 2))
-    mx.eval(model.parameters())
-    mx.clear_cache()  # what converting left behind is of no use to a conversation
+    if not is_elsewhere:
+        mx.eval(model.parameters())
+        mx.clear_cache()  # what converting left behind is of no use to a conversation
     own_template = tokenizer.has_chat_template
     if not own_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         tokenizer.has_chat_template = True
     report(Progress(f"loading {name}", 2, 2))
-    return LanguageModel(name, folder, model, tokenizer, config, own_template)
+    return LanguageModel(name, folder, model, tokenizer, config, own_template, is_elsewhere)
 
 
 def find_folder(name: str, report: Report = silent) -> Path:
@@ -124,6 +131,8 @@ def find_folder(name: str, report: Report = silent) -> Path:
     Raises:
         C2CError: if the name means nothing, or what it means cannot be fetched.
     """
+    if remote.is_url(name):
+        return remote.Remote(name).folder()
     if entry := registry.find_model(name):
         if entry.embedded:
             return install(entry.alias, entry.embedded, report)
@@ -142,6 +151,9 @@ def check_name(name: str) -> None:
     Raises:
         C2CError: if the name means nothing, or what it means cannot be fetched.
     """
+    if remote.is_url(name):
+        remote.Remote(name)
+        return
     entry = registry.find_model(name)
     hub_id = entry.hub if entry else name
     if (entry and entry.embedded) or (not entry and Path(name).expanduser().is_dir()):
@@ -166,7 +178,10 @@ def open_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         C2CError: if a file is missing or damaged, or mlx-lm does not know what to do with it.
     """
-    _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    if remote.is_of_one(folder):  # weights that nobody will ever evaluate
+        kind, arguments = remote.classes(folder)
+        return kind(arguments), config
     check_weights(folder)
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True)

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from c2c_mlx import device
 from c2c_mlx.fusion import kv
+from c2c_mlx.models import remote
 from c2c_mlx.models.load import argument, context_length, open_model
 
 _GROWTH = 256  # positions by which mlx-lm's caches grow
@@ -52,6 +53,8 @@ class ModelSize:
         rows = [x for i in attention for x in (cache[i].keys, cache[i].values)]
         rest = [c.state for i, c in enumerate(cache) if i not in attention]
         weights = [w.nbytes for w in _arrays(model.parameters())]
+        if remote.is_of_one(folder):  # they are on another machine
+            weights = []
         linear = [_outputs(layer) for layer in model.layers]
         return cls(
             weights=sum(weights),
@@ -98,6 +101,6 @@ def _outputs(layer: nn.Module) -> list[int]:
 def _loading(folder: Path, weights: list[int]) -> int:
     """Where weights are converted, the largest comes first, and is there more than twice."""
     files = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    if abs(files - sum(weights)) < 0.01 * files:
+    if not weights or abs(files - sum(weights)) < 0.01 * files:
         return 0
     return max(round(2.3 * max(weights)) - sum(weights), 0)

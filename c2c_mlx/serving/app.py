@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.serving import openai
+from c2c_mlx.serving import openai, share
 from c2c_mlx.serving.engine import Engine
 from c2c_mlx.serving.job import Served
 from c2c_mlx.serving.refusal import Refusal
@@ -26,7 +26,11 @@ SEND_S = 60.0  # that a client may take to read what waits for it
 
 
 def make_app(
-    engine: Engine, served: Served, hosts: Sequence[str] = LOOPBACK, api_key: str | None = None
+    engine: Engine,
+    served: Served,
+    hosts: Sequence[str] = LOOPBACK,
+    api_key: str | None = None,
+    shares: bool = False,
 ) -> Starlette:
     """The endpoint over an engine that has loaded.
 
@@ -35,9 +39,11 @@ def make_app(
         served: what it has.
         hosts: names under which a request may come here; none: any.
         api_key: that every request but for health must bring; None: no request must.
+        shares: whether receivers on other machines may have its receiver's caches.
     """
+    routes = [Route("/health", health, methods=["GET"]), *openai.ROUTES]
     app = Starlette(
-        routes=[Route("/health", health, methods=["GET"]), *openai.ROUTES],
+        routes=[*routes, *share.ROUTES] if shares else routes,
         middleware=[Middleware(Guard, hosts=hosts, api_key=api_key)],
         exception_handlers={
             Refusal: _refuse,

@@ -23,7 +23,7 @@ from c2c_mlx.serving.batch import Batch
 from c2c_mlx.serving.caches import Caches
 from c2c_mlx.serving.job import Accepted, Failed, Full, Job, Served, TooLong, Unavailable
 from c2c_mlx.serving.reading import Team, position_nbytes
-from c2c_mlx.serving.work import Desk, Work
+from c2c_mlx.serving.work import Desk, Work, take_up
 
 _LONGEST_WAIT = 600  # seconds that a client is asked to wait, at most
 
@@ -138,6 +138,8 @@ class Engine(threading.Thread):
                 team.fuse_response,
                 self._budget / 1e9,
                 int(time.time()),
+                str(team.receiver.path),
+                str(kv.dtype_of(team.receiver.model)).removeprefix("mlx.core."),
             )
         )
 
@@ -186,7 +188,7 @@ class Engine(threading.Thread):
     def _taken_up(self, job: Job, arrived: float) -> Work | None:
         """The job, ready to be worked on; None if there is no way to do it, which is told."""
         try:
-            work = Work.of(job, arrived, self._desk, self.sampling)
+            work = take_up(job, arrived, self._desk, self.sampling)
             if (need := self._need([work])) > self._budget:
                 raise TooLong(
                     f"this conversation may take {need / 1e9:.2f} GB of caches, but the server "

@@ -89,10 +89,12 @@ async def _gone(request: Request) -> None:
 
 
 class Stream(StreamingResponse):
-    """Server-sent events of a job, which is given up when they can't be sent any more."""
+    """What a job tells as it goes; it is given up when that can't be sent any more."""
 
-    def __init__(self, job: Job, content: AsyncIterator[str]) -> None:
-        super().__init__(content, media_type="text/event-stream")
+    def __init__(
+        self, job: Job, content: AsyncIterator[str | bytes], kind: str = "text/event-stream"
+    ) -> None:
+        super().__init__(content, media_type=kind)
         self.headers["Cache-Control"] = "no-cache"
         self._job = job
 

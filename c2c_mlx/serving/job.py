@@ -43,6 +43,8 @@ class Served:
     fuse_response: bool
     cache_gb: float  # that all conversations may take
     created: int  # when, in seconds since the epoch
+    folder: str  # of the receiver
+    dtype: str  # of its keys and values
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Keys and values of some positions of a cache that another machine asked for."""
+
+    data: bytes  # safetensors
+
+
+@dataclass(frozen=True)
 class Ended:
     """One answer is whole."""
 
@@ -114,7 +123,7 @@ class Failed:
     error: Exception
 
 
-Event = Accepted | Piece | Ended | Done | Failed
+Event = Accepted | Piece | Slice | Ended | Done | Failed
 Wait = Literal["read", "write"]  # what a job at work does next: a slice of a prompt, or a token
 
 
@@ -150,3 +159,18 @@ class Job:
             self.emit(event)
         except Exception:
             self.gone = True
+
+
+@dataclass(eq=False)
+class CacheJob(Job):
+    """One request for a cache instead of answers: the receiver reads, and what it holds is told.
+
+    Attributes:
+        ids: of the whole conversation; one below zero is padding.
+        since: positions of it that the other side has already.
+        layers: those that it wants.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    since: int = 0
+    layers: list[int] = field(default_factory=list)

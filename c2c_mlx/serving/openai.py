@@ -24,7 +24,7 @@ from starlette.routing import Route
 from c2c_mlx.events import Mode
 from c2c_mlx.serving.exchange import Events, Stream, or_gone, read_body
 from c2c_mlx.serving.job import Done, Ended, Event, Failed, Job, Piece, Sampling, Served, Token
-from c2c_mlx.serving.refusal import Refusal
+from c2c_mlx.serving.refusal import Refusal, mistake
 
 MESSAGES = 1024  # of a conversation, at most
 # What would change an answer can't just be let be.
@@ -246,7 +246,7 @@ async def chat_completions(request: Request) -> Response:
     try:
         asked = ChatRequest.model_validate_json(await read_body(request))
     except ValidationError as e:
-        raise _mistake(e) from None
+        raise mistake(e) from None
     events, reply = Events(), Reply(asked)
     job = asked.job(request.app.state.served, events.put)
     request.app.state.engine.submit(job)
@@ -309,16 +309,6 @@ def _model(mode: Mode, served: Served) -> dict[str, Any]:
         "owned_by": "c2c-mlx",
         "description": who[mode],
     }
-
-
-def _mistake(error: ValidationError) -> Refusal:
-    """The first of the mistakes in one line."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    param = ".".join(map(str, first["loc"]))
-    if first["type"] == "json_invalid":
-        return Refusal(400, f"the body is no JSON: {message}")
-    return Refusal(400, f"{param}: {message}" if param else message, param or None)
 
 
 def _usage(done: Done) -> dict[str, Any]:

@@ -17,12 +17,15 @@ from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.models.remote import RemoteReader
 from c2c_mlx.serving.caches import Caches, State
 from c2c_mlx.serving.job import Messages, TooLong, Wait
 from c2c_mlx.talk.links import align_to_each
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
+
+_WAIT_S = 0.01  # for a sharer elsewhere, between tokens of other people's answers
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Team:
     @property
     def modes(self) -> tuple[Mode, ...]:
         """What can be asked for."""
-        alone: tuple[Mode, ...] = ("relay", "receiver", "sharer") if self.sharers else ("receiver",)
+        writing = self.sharers and not self.sharers[0].is_elsewhere
+        alone: tuple[Mode, ...] = ("relay", "receiver", "sharer") if writing else ("receiver",)
         return ("c2c", *alone) if self.links else alone
 
     def answering(self, mode: Mode) -> LanguageModel:
@@ -126,9 +130,9 @@ def prepare(team: Team, mode: Mode, messages: Messages, times: Times) -> Prompt:
     times.align += time.perf_counter() - tic
     if not ids:
         raise C2CError(f"the chat template of {lm.name} makes nothing of this conversation")
-    room = _room(lm, ids)
+    room = room_for(lm, ids)
     for sharer, text in zip(team.sharers, aligned, strict=False):
-        needed = _room(sharer, text.sharer_ids)
+        needed = room_for(sharer, text.sharer_ids)
         room = min(room, needed) if team.fuse_response else room  # it reads the answer, too
     return Prompt(lm, messages, ids, room, aligned)
 
@@ -165,8 +169,16 @@ def _read_fused(
         fused = FusedCache(*team.links, order=team.order)
     for sharer, text in zip(fused.sharers, prompt.aligned, strict=True):
         reach = int(text.index[: len(ids)].max(initial=-1)) + 1
-        times.sharer += yield from _extend(sharer, text.sharer_ids[:reach])
+        if isinstance(sharer, RemoteReader):
+            sharer.extend(text.sharer_ids[:reach])  # which goes on while the receiver reads
+        else:
+            times.sharer += yield from _extend(sharer, text.sharer_ids[:reach])
     times.receiver += yield from _extend(fused.own, ids)
+    tic = time.perf_counter()
+    for sharer in fused.sharers:
+        while isinstance(sharer, RemoteReader) and not sharer.wait(_WAIT_S):
+            yield "read"
+    times.sharer += time.perf_counter() - tic
     fused.extend(prompt.aligned)
     assert fused.last is not None
     times.fuse += fused.last.fuse_s
@@ -202,7 +214,7 @@ def position_nbytes(team: Team, mode: Mode) -> int:
     return sum(map(kv.position_nbytes, models))
 
 
-def _room(lm: LanguageModel, ids: Sequence[int]) -> int:
+def room_for(lm: LanguageModel, ids: Sequence[int]) -> int:
     """Tokens that an answer may have."""
     if (room := lm.context_length - len(ids)) < 1:
         raise TooLong(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from c2c_mlx.errors import C2CError
+from c2c_mlx.models.remote import RemoteError
 from c2c_mlx.serving.job import Full, TooLong, Unavailable
 from c2c_mlx.talk.engine import explain
 
@@ -47,6 +49,8 @@ class Refusal(Exception):
                 return cls(503, str(error), code="unavailable")
             case TooLong():
                 return cls(400, str(error), "messages", "context_length_exceeded")
+            case RemoteError():
+                return cls(502, str(error), code="sharer_unavailable")
             case C2CError():
                 return cls(400, str(error))
         return cls(500, explain(error))
@@ -55,3 +59,13 @@ class Refusal(Exception):
         """The same as an answer of HTTP."""
         headers = {"Retry-After": str(self.wait_s)} if self.wait_s is not None else None
         return JSONResponse(self.body, self.status, headers)
+
+
+def mistake(error: ValidationError) -> Refusal:
+    """The first of the mistakes in a body, in one line."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    param = ".".join(map(str, first["loc"]))
+    if first["type"] == "json_invalid":
+        return Refusal(400, f"the body is no JSON: {message}")
+    return Refusal(400, f"{param}: {message}" if param else message, param or None)

@@ -14,8 +14,9 @@ from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.serving.answer import Answer
 from c2c_mlx.serving.batch import Batch, write_fused
 from c2c_mlx.serving.caches import Caches
-from c2c_mlx.serving.job import Done, Ended, Job, Piece, Wait
+from c2c_mlx.serving.job import CacheJob, Done, Ended, Job, Piece, Wait
 from c2c_mlx.serving.reading import Prompt, Reading, Team, Times, prepare, read
+from c2c_mlx.serving.sharing import check, share
 from c2c_mlx.talk import relay
 from c2c_mlx.talk.crossed import Crossing, Decoded
 
@@ -60,25 +61,6 @@ class Work:
     answers: list[Answer] = field(default_factory=list)
     crossed: tuple[tuple[str, float], ...] | None = None
 
-    @classmethod
-    def of(cls, job: Job, arrived: float, desk: Desk, defaults: SamplingConfig) -> Work:
-        """The job with its prompt in tokens.
-
-        Raises:
-            C2CError: if it can't be done.
-        """
-        times, messages = Times(), job.messages
-        if job.mode == "relay":
-            question = relay.background_message(messages[-1]["content"])
-            messages = relay.prompt(desk.team.sharers[0], [*messages[:-1], question])
-        prompt = prepare(desk.team, "sharer" if job.mode == "relay" else job.mode, messages, times)
-        options = {name: v for name, v in asdict(job.sampling).items() if v is not None}
-        sampling = replace(defaults, **options)
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, prompt.room))
-        work = cls(job, arrived, prompt, sampling, times)
-        work.steps = work._steps(desk)
-        return work
-
     @property
     def positions(self) -> int:
         """Of the longest text that a model will have read and written at the end."""
@@ -107,7 +89,8 @@ class Work:
             total_s=now - self.arrived,
         )
 
-    def _steps(self, desk: Desk) -> Generator[Wait, None, None]:
+    def answers_to(self, desk: Desk) -> Generator[Wait, None, None]:
+        """All of a job that wants answers, as `steps`."""
         job, team, prompt = self.job, desk.team, self.prompt
         if job.mode == "relay":
             self.relayed = Answer(prompt.lm, job.n, relay.stop_strings(prompt.lm))
@@ -156,6 +139,30 @@ class Work:
             self.job.tell(piece)
         if answer.reason:
             self.job.tell(Ended(answer.choice, answer.reason))
+
+
+def take_up(job: Job, arrived: float, desk: Desk, defaults: SamplingConfig) -> Work:
+    """The job with its prompt in tokens.
+
+    Raises:
+        C2CError: if it can't be done.
+    """
+    times, messages = Times(), job.messages
+    if isinstance(job, CacheJob):
+        prompt = check(desk.team.receiver, job)
+        work = Work(job, arrived, prompt, replace(defaults, max_tokens=1), times)
+        work.steps = share(job, prompt, desk.caches)
+        return work
+    if job.mode == "relay":
+        question = relay.background_message(messages[-1]["content"])
+        messages = relay.prompt(desk.team.sharers[0], [*messages[:-1], question])
+    prompt = prepare(desk.team, "sharer" if job.mode == "relay" else job.mode, messages, times)
+    options = {name: v for name, v in asdict(job.sampling).items() if v is not None}
+    sampling = replace(defaults, **options)
+    sampling = replace(sampling, max_tokens=min(sampling.max_tokens, prompt.room))
+    work = Work(job, arrived, prompt, sampling, times)
+    work.steps = work.answers_to(desk)
+    return work
 
 
 def _crossed(reading: Reading, decoded: Decoded) -> tuple[tuple[str, float], ...]:

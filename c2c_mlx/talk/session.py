@@ -375,6 +375,11 @@ class ChatSession:
     def _other(self) -> LanguageModel:
         if self.sharer is None:
             raise C2CError("this mode needs a sharer: name one with --sharer")
+        if self.sharer.is_elsewhere:
+            raise C2CError(
+                f"sharer {self.sharer.name} is read from afar, and writes nothing here: take "
+                "--mode c2c or receiver"
+            )
         return self.sharer
 
     def _opening(self) -> Messages:

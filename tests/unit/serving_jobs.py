@@ -11,7 +11,7 @@ from typing import Any
 from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.fusers import disk
 from c2c_mlx.models.load import load_model
-from c2c_mlx.serving.app import LOOPBACK, make_app
+from c2c_mlx.serving.app import make_app
 from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.serving.job import Done, Ended, Event, Failed, Job, Piece
 from c2c_mlx.serving.reading import Team
@@ -64,7 +64,20 @@ class Heard:
 @contextmanager
 def running(pair: Pair, limits: Limits | None = None, **options: Any) -> Iterator[Engine]:
     """An engine that has loaded the pair, and ends with the block."""
-    engine = Engine(lambda: load_team(pair, **options), SAMPLING, limits)
+    with started(Engine(lambda: load_team(pair, **options), SAMPLING, limits)) as engine:
+        yield engine
+
+
+@contextmanager
+def sharing(name: str) -> Iterator[Engine]:
+    """An engine that has loaded one model for receivers elsewhere."""
+    with started(Engine(lambda: Team(load_model(name)), SAMPLING)) as engine:
+        yield engine
+
+
+@contextmanager
+def started(engine: Engine) -> Iterator[Engine]:
+    """An engine that has loaded, and ends with the block."""
     engine.start()
     try:
         engine.served.result(timeout=60)
@@ -76,10 +89,10 @@ def running(pair: Pair, limits: Limits | None = None, **options: Any) -> Iterato
 
 
 @contextmanager
-def serving(engine: Engine, api_key: str | None = None, hosts: Any = LOOPBACK) -> Iterator[int]:
+def serving(engine: Engine, **options: Any) -> Iterator[int]:
     """The engine behind a socket of this machine; gives the port."""
     bound = bind("127.0.0.1", 0)
-    server = make_server(make_app(engine, engine.served.result(), hosts, api_key))
+    server = make_server(make_app(engine, engine.served.result(), **options))
     bound.listen()  # whoever comes before the server does waits
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()

@@ -12,12 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
 
-from c2c_mlx.commands import serve
+from c2c_mlx.commands import chat, evaluate, serve
 from c2c_mlx.config import Pair
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -109,6 +110,37 @@ def test_the_embedded_pair_is_served(tmp_path: Path) -> None:
             assert told.c2c["gates_open"] > 0
 
 
+def test_a_sharer_elsewhere_is_named_by_its_address(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("C2C_MLX_HOME", str(tmp_path / "home"))
+    question = ["--max-tokens", "8", "--json", "--prompt", QUESTION[0]["content"]]
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    with started("--share", tiny_pair.sharers[0]) as (process, address):
+        url = address.removesuffix("/v1")
+        told = []
+        for pair in (tiny_pair, replace(tiny_pair, sharers=(url,))):
+            assert chat.main([*of(pair), "--mode", "c2c,receiver", *question]) == 0
+            records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+            told.append([(r["mode"], r["text"], r["generated_tokens"]) for r in records])
+            out = tmp_path / f"{len(told)}.json"
+            options = ["--mode", "c2c,receiver,c2c-shuffled", "--json", str(out)]
+            assert evaluate.main([*of(pair), "--task", str(task), *options]) == 0
+            scores = json.loads(out.read_text())["modes"]
+            told[-1] += [(mode, found["scores"]["nll"]["mean"]) for mode, found in scores.items()]
+            capsys.readouterr()
+        assert told[0][:2] == told[1][:2]
+        assert dict(told[0][2:]) == pytest.approx(dict(told[1][2:]), abs=1e-4)
+        assert chat.main([*of(pair), "--mode", "relay", *question]) == 2
+        assert "take --mode c2c or receiver" in capsys.readouterr().err
+        process.kill()
+        process.wait()
+        assert chat.main([*of(pair), *question]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert url in line and "refused" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -118,6 +150,8 @@ def test_the_embedded_pair_is_served(tmp_path: Path) -> None:
         (["--temp", "-1"], "temp must not be negative"),
         (["--port", "99999"], "take another --port"),
         (["--receiver", "nobody"], "unknown model 'nobody'"),
+        (["--share", "nobody"], "unknown model 'nobody'"),
+        (["--share", "gemma3-270m", "--sharer", "qwen"], "--share is of one model"),
     ],
 )
 def test_a_mistake_is_one_line(

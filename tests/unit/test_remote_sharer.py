@@ -1,0 +1,343 @@
+"""A sharer on another machine: the same answers, its new tokens alone, and one line if it fails."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from http.client import HTTPConnection
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+from serving_jobs import SAMPLING, Heard, asked, running, serving, sharing
+
+from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
+from c2c_mlx.config import FuserConfig, Pair
+from c2c_mlx.errors import C2CError
+from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.models import memory, remote
+from c2c_mlx.models.load import find_folder
+from c2c_mlx.serving.refusal import Refusal
+
+QUESTIONS = ("Who wrote it?", "And what else could be said about the sea?", "x")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair: Pair) -> Iterator[Any]:
+    with sharing(tiny_pair.sharers[0]) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(engine: Any) -> Iterator[str]:
+    with serving(engine, shares=True) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("C2C_MLX_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(remote.API_KEY, raising=False)
+
+
+def session(receiver: LanguageModel, sharer: LanguageModel, pair: Pair, **more: Any) -> ChatSession:
+    return ChatSession(receiver, sharer, Fuser.load(pair.fusers[0]), sampling=SAMPLING, **more)
+
+
+def answer(chat: ChatSession, question: str, mode: str = "c2c") -> Any:
+    *_, finished = chat.ask(question, mode)
+    return finished
+
+
+def post(url: str, **changes: Any) -> tuple[int, bytes]:
+    files = remote.Remote(url).files
+    body = {"ids": [5, 6, 7], "since": 0, "layers": [1], "files": files} | changes
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
+    try:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/caches", json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("fuse_response", [False, True])
+def test_a_conversation_is_the_same(receiver, sharer, tiny_pair, url, fuse_response) -> None:
+    here = session(receiver, sharer, tiny_pair, fuse_response=fuse_response)
+    there = session(receiver, load_model(url), tiny_pair, fuse_response=fuse_response)
+    for question in QUESTIONS:
+        ours, theirs = answer(here, question), answer(there, question)
+        assert ours.text == theirs.text
+        assert ours.figures.new_prompt_tokens == theirs.figures.new_prompt_tokens
+        crossed = here.crossed(), there.crossed()
+        assert crossed[0].nats == pytest.approx(crossed[1].nats, abs=1e-4)
+    here.undo("c2c"), there.undo("c2c")
+    assert answer(here, "Once more").text == answer(there, "Once more").text
+
+
+@pytest.mark.parametrize("alignment", ["first", "longest"])
+def test_padding_stays_padding(receiver, sharer, url, alignment) -> None:
+    config = FuserConfig(receiver.shape, sharer.shape, ((1, 2), (3, 5)), 24, 20)
+    mx.random.seed(5)
+    fuser = Fuser(replace(config, alignment=alignment, rotated_keys=False))
+    fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+    fuser.eval()
+    texts = []
+    for lm in (sharer, load_model(url)):
+        chat = ChatSession(receiver, lm, fuser, sampling=SAMPLING)
+        texts.append([answer(chat, question).text for question in QUESTIONS])
+    assert texts[0] == texts[1]
+
+
+def test_a_turn_sends_what_is_new(sharer, url) -> None:
+    model = load_model(url).model
+    first = model.make_reader([0, 2])
+    ids = list(range(10, 300))
+    first.extend(ids[:200])
+    assert kv.read(first.cache, [2], 0, 200).keys.shape[3] == 200
+    first.extend(ids)
+    assert first._fetch is not None and first._fetch.since == 200
+    own = Reader(sharer.model)
+    own.extend(ids)
+    for layer in (0, 2):
+        theirs, ours = (kv.read(r.cache, [layer], 0, 290) for r in (first, own))
+        assert mx.allclose(theirs.keys, ours.keys, atol=1e-4).item()
+        assert mx.allclose(theirs.values, ours.values, atol=1e-4).item()
+    other = first.fork(50)
+    assert other is not None and other.ids == ids[:50]
+    other.extend([*ids[:50], 7, 8])
+    own.extend([*ids[:50], 7, 8])
+    a, b = (kv.read(r.cache, [2], 0, 52).values for r in (other, own))
+    assert mx.allclose(a, b, atol=1e-4).item()
+
+
+def test_what_is_wanted_must_exist(url) -> None:
+    status, body = post(url)
+    size = int.from_bytes(body[:4])
+    assert status == 200 and body[4 + size :] == bytes(4)
+    assert load(body[4 : 4 + size])["keys"].shape == (1, 3, 3, 8)
+    for changes, says in (
+        ({"ids": [512]}, "knows 512"),
+        ({"ids": [-513]}, "knows 512"),
+        ({"ids": [1] * 513}, "reads at most 512"),
+        ({"layers": [6]}, "has 6"),
+        ({"layers": [1, 1]}, "has 6"),
+        ({"since": 3}, "nothing new"),
+        ({"since": -1}, "since"),
+        ({"ids": []}, "ids"),
+        ({"ids": ["1"]}, "ids.0"),
+        ({"more": 1}, "more"),
+    ):
+        status, body = post(url, **changes)
+        assert status == 400 and says in json.loads(body)["error"]["message"], (changes, body)
+    assert post(url, files={})[0] == 409
+
+
+def test_the_tokenizer_comes_along_once(sharer, url, tmp_path) -> None:
+    found = load_model(url)
+    assert found.is_elsewhere and found.fingerprint == sharer.fingerprint
+    (folder,) = (tmp_path / "home" / "remote").iterdir()
+    before = (folder / "tokenizer.json").stat().st_mtime_ns
+    load_model(url)
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == before
+    for name in ("../config.json", "model.safetensors", "%2e%2e"):
+        connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
+        connection.request("GET", f"/v1/caches/{name}")
+        assert connection.getresponse().status == 404
+        connection.close()
+
+
+def test_its_weights_take_no_memory_here(tiny_pair, url) -> None:
+    receiver, sharer = (find_folder(name) for name in (tiny_pair.receiver, tiny_pair.sharers[0]))
+    here, there = (memory.preflight(receiver, [s]) for s in (sharer, find_folder(url)))
+    assert here.sharer > there.sharer == 0 and here.receiver == there.receiver
+    assert here.caches == there.caches
+
+
+def test_it_writes_nothing_here(receiver, tiny_pair, url) -> None:
+    there = session(receiver, load_model(url), tiny_pair)
+    for mode in ("relay", "sharer"):
+        with pytest.raises(C2CError, match="take --mode c2c or receiver"):
+            answer(there, "Who wrote it?", mode)
+    with pytest.raises(C2CError, match="read from afar"):
+        there.sharer.model(mx.zeros((1, 2), mx.int32))
+    assert answer(there, "Who wrote it?", "receiver").text
+
+
+def test_an_endpoint_may_have_its_sharer_elsewhere(engine, tiny_pair) -> None:
+    with running(tiny_pair) as here:
+        heard = [Heard(here, "c2c", asked(question)) for question in QUESTIONS]
+        texts = [h.answers()[0] for h in heard]
+    with ExitStack() as stack:
+        with serving(engine, shares=True) as port:
+            pair = replace(tiny_pair, sharers=(f"http://127.0.0.1:{port}",))
+            there = stack.enter_context(running(pair))
+            heard = [Heard(there, "c2c", asked(question)) for question in QUESTIONS]
+            assert [h.answers()[0] for h in heard] == texts
+        assert there.served.result().modes == ("c2c", "receiver")
+        with pytest.raises(remote.RemoteError, match="refused") as gone:
+            Heard(there, "c2c", asked("What else?")).answers()
+        assert Refusal.of(gone.value).status == 502
+        assert Heard(there, "receiver", asked("x")).answers()[0][0]
+
+
+def test_a_key_is_brought(receiver, engine, monkeypatch) -> None:
+    with serving(engine, shares=True, api_key="secret") as port:
+        url = f"http://127.0.0.1:{port}"
+        with pytest.raises(C2CError, match="send the server's key"):
+            load_model(url)
+        monkeypatch.setenv(remote.API_KEY, "secret")
+        assert load_model(url).is_elsewhere
+
+
+@contextmanager
+def impostor(behave: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that answers one request after the other as `behave` does."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def run() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    try:
+                        connection.recv(1 << 16)
+                        behave(connection)
+                    except OSError:
+                        pass
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def frame(shape: tuple[int, ...], dtype: Any = np.float32) -> bytes:
+    data = save({"keys": np.ones(shape, dtype), "values": np.ones(shape, dtype)})
+    return len(data).to_bytes(4) + data
+
+
+GOOD = frame((4, 3, 1, 8))
+NONSENSE = {
+    "nothing": b"",
+    "half a length": b"\0\0",
+    "too long": b"\xff\xff\xff\xff",
+    "half a slice": GOOD[:50],
+    "no safetensors": (9).to_bytes(4) + b"nonsense!",
+    "other names": (lambda d: len(d).to_bytes(4) + d)(save({"k": np.ones(3, np.float32)})),
+    "other shapes": frame((4, 3, 1, 7)),
+    "other layers": frame((3, 3, 1, 8)),
+    "flat": frame((4,)),
+    "other numbers": frame((4, 3, 1, 8), np.float16),
+    "too many": frame((4, 3, 500, 8)),
+    "too few": GOOD + bytes(4),
+}
+
+
+@pytest.mark.parametrize("what", [*NONSENSE, "no http", "a stall", "a stall in a slice"])
+def test_who_fails_in_mid_turn_costs_one_line(
+    receiver, sharer, tiny_pair, url, monkeypatch, what
+) -> None:
+    chat = session(receiver, load_model(url), tiny_pair)
+    first = answer(chat, QUESTIONS[0]).text
+    release = threading.Event()
+
+    def behave(connection: socket.socket) -> None:
+        if what == "no http":
+            connection.sendall(b"nonsense\r\n\r\n")
+        elif what == "a stall":
+            release.wait(60)
+        else:
+            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
+            connection.sendall(head + NONSENSE.get(what, GOOD + GOOD[:40]))
+            if "stall" in what:
+                release.wait(60)
+
+    there = chat._fused.sharers[0]._remote
+    with impostor(behave) as elsewhere:
+        there.url = elsewhere
+        with monkeypatch.context() as patched:
+            patched.setattr(remote, "PATIENCE_S", 0.2 if "stall" in what else remote.PATIENCE_S)
+            with pytest.raises(C2CError, match=f"sharer {elsewhere}: ") as failed:
+                answer(chat, QUESTIONS[1])
+        release.set()
+        assert "\n" not in str(failed.value)
+        assert answer(chat, QUESTIONS[1], "receiver").text
+    with pytest.raises(C2CError, match="refused"):
+        answer(chat, QUESTIONS[1])
+    there.url = url  # it is back: the conversation goes on as if nothing had been
+    here = session(receiver, sharer, tiny_pair)
+    assert answer(here, QUESTIONS[0]).text == first
+    assert answer(chat, QUESTIONS[1]).text == answer(here, QUESTIONS[1]).text
+
+
+ABOUT = {"name": "x", "dtype": "float32", "files": {"config.json": "00" * 32}}
+STRANGERS = [
+    {},
+    [],
+    ABOUT | {"files": {}},
+    ABOUT | {"dtype": "int8"},
+    ABOUT | {"files": {"config.json": "00"}},
+    ABOUT | {"files": ABOUT["files"] | {"run.py": "00" * 32}},
+]
+
+
+@pytest.mark.parametrize("about", STRANGERS)
+def test_who_says_that_it_shares_must_share(about) -> None:
+    told = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + json.dumps(about).encode()
+    with impostor(lambda connection: connection.sendall(told)) as url:
+        with pytest.raises(C2CError, match="shares no model"):
+            load_model(url)
+
+
+def test_files_must_be_what_they_were_said_to_be(tmp_path) -> None:
+    told = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + json.dumps(ABOUT).encode()
+    with impostor(lambda connection: connection.sendall(told)) as url:
+        with pytest.raises(C2CError, match="its config.json is not what it said"):
+            load_model(url)
+    assert not list((tmp_path / "home" / "remote").iterdir())
+
+
+def test_nobody_there_is_one_line() -> None:
+    with pytest.raises(C2CError, match="sharer http://127.0.0.1:9: "):
+        load_model("http://127.0.0.1:9")
+
+
+def test_random_ends_of_the_other_side_leave_a_conversation_whole(
+    receiver, sharer, tiny_pair, url
+) -> None:
+    """Frames of the true server, cut at any byte."""
+    rng = random.Random(0)
+    chat, here = session(receiver, load_model(url), tiny_pair), session(receiver, sharer, tiny_pair)
+    there = chat._fused.sharers[0]._remote
+    cut = 0
+
+    def behave(connection: socket.socket) -> None:
+        head, body = sent[0]
+        connection.sendall((head + body)[:cut])
+
+    ids = list(range(20, 60))
+    status, body = post(url, ids=ids, layers=[2, 3, 4, 5])
+    assert status == 200
+    sent = [(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", body)]
+    with impostor(behave) as elsewhere:
+        for _ in range(20):
+            cut = rng.randint(0, len(body) - 1)
+            there.url = elsewhere
+            with pytest.raises(C2CError):
+                answer(chat, QUESTIONS[0])
+    there.url = url
+    assert answer(chat, QUESTIONS[0]).text == answer(here, QUESTIONS[0]).text
