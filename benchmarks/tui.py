@@ -260,11 +260,12 @@ async def one_quit(pair: Pair, number: int) -> tuple[ChatApp, InferenceThread, l
         if random.random() < 0.8:  # else while it loads
             await until(lambda: chat.state.loaded is not None)
         for _ in range(random.choice((1, 1, 2))):
-            question = f"Who wrote number {number}, {len(sent)}?"
-            chat.main.prompt.show(question)
-            was_busy = chat.state.is_busy
+            await until(lambda: len(chat.state.conversation.turns) == len(sent))
+            if chat.state.is_busy:
+                break
+            sent.append(f"Who wrote number {number}, {len(sent)}?")
+            chat.main.prompt.show(sent[-1])
             chat.simulate_key("enter")
-            sent += [] if was_busy else [question]
             await asyncio.sleep(random.choice((0, random.uniform(0, 0.6))))
             if random.random() < 0.3:
                 chat.simulate_key("escape")
