@@ -255,7 +255,8 @@ def _training(
     kept = receiver.itemsize * rows * answer * (inside + layers * receiver.hidden)
     logits = 4 * rows * answer * 3 * receiver.vocabulary
     passing = 4 * rows * prompt * pass_width(fuser)
-    working = fused + kept + logits + passing
+    adding = 4 * count  # a batch's gradient, before it is added to the others'
+    working = fused + kept + logits + passing + adding
     return Need(
         *(receiver.weights, sharer.weights, 4 * 4 * count),
         *(caches, working, rows * (prompt + answer), device.memory_limit()),

@@ -206,7 +206,9 @@ def test_the_estimate_is_near_what_the_embedded_pair_takes() -> None:
     if not all(map(install.is_installed, names)):
         pytest.skip("the embedded pair is not in the cache; `c2c-chat` puts it there")
     folder = store.find_folder(registry.find_fuser(*names) or "")
+    mx.reset_peak_memory()
     models = [load_model(name) for name in names]
+    loading = mx.get_peak_memory() / 1e9  # a turn counts its own
     session = ChatSession(*models, disk.load(folder), sampling=SamplingConfig(max_tokens=1))
     *_, finished = session.ask("The cat sat on the mat. " * 10)
     figures = finished.figures
@@ -215,7 +217,7 @@ def test_the_estimate_is_near_what_the_embedded_pair_takes() -> None:
         answering, [reading], [disk.measure(folder)], tokens=figures.prompt_tokens
     )
     in_use = need.total - need.buffers
-    assert in_use / 1e9 == pytest.approx(figures.peak_memory_gb, rel=0.15)
+    assert in_use / 1e9 == pytest.approx(max(loading, figures.peak_memory_gb), rel=0.15)
 
 
 def test_training_counts_the_optimiser(
