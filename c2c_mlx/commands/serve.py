@@ -13,6 +13,7 @@ from c2c_mlx.commands import Parser, pair, run
 from c2c_mlx.commands.status import Status
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.errors import C2CError
+from c2c_mlx.progress import Progress
 
 if TYPE_CHECKING:
     from c2c_mlx.serving.reading import Team
@@ -62,6 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Loading(Status):
+    """Of a load that nobody waits for any more after Ctrl-C."""
+
+    is_over = False
+
+    def loading(self, p: Progress) -> None:
+        """As `Status.loading`."""
+        if self.is_over:
+            raise C2CError("stopped")
+        super().loading(p)
+
+
 def _serve(args: argparse.Namespace) -> None:
     fields = ("max_tokens", "temp", "top_p")
     sampling = from_dict(SamplingConfig, {f: getattr(args, f) for f in fields}, "arguments")
@@ -83,7 +96,7 @@ def _serve(args: argparse.Namespace) -> None:
     if args.share and (args.receiver or args.sharer or args.fuser):
         raise C2CError("--share is of one model: leave out --receiver, --sharer and --fuser")
     bound = bind(args.host, args.port)  # before minutes of loading
-    status = Status(sys.stderr)
+    status = _Loading(sys.stderr)
     limits = Limits(args.slots, args.queue, args.cache_gb)
     if args.share:
         engine = Engine(lambda: _load_one(args.share, status), sampling, limits)
@@ -104,6 +117,7 @@ def _serve(args: argparse.Namespace) -> None:
         hosts = LOOPBACK if args.host in LOOPBACK else ()
         serve(make_app(engine, served, hosts, api_key, bool(args.share)), bound)
     finally:
+        status.is_over = True
         bound.close()
         engine.close()
         engine.join()

@@ -169,8 +169,10 @@ class CacheJob(Job):
         ids: of the whole conversation; one below zero is padding.
         since: positions of it that the other side has already.
         layers: those that it wants.
+        sent: slices that have left; of those that have not, only a few may wait.
     """
 
     ids: list[int] = field(default_factory=list)
     since: int = 0
     layers: list[int] = field(default_factory=list)
+    sent: int = 0

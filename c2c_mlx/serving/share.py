@@ -71,7 +71,7 @@ async def caches(request: Request) -> Response:
         first = await or_gone(request, events.get())
         if isinstance(first, Failed):
             raise first.error
-        return Stream(job, _frames(events), "application/octet-stream")
+        return Stream(job, _frames(job, events), "application/octet-stream")
     except BaseException:
         job.gone = True
         raise
@@ -84,12 +84,13 @@ ROUTES = [
 ]
 
 
-async def _frames(events: AsyncIterable[Event]) -> AsyncIterator[bytes]:
+async def _frames(job: CacheJob, events: AsyncIterable[Event]) -> AsyncIterator[bytes]:
     """An error in the midst of it ends the row too early, which the other side sees."""
     async for event in events:
         match event:
             case Slice():
                 yield len(event.data).to_bytes(4) + event.data
+                job.sent += 1
             case Done():
                 yield bytes(4)
 

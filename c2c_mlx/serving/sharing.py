@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 
 import c2c_mlx.blas  # noqa: F401
@@ -18,6 +19,9 @@ from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.serving.caches import Caches
 from c2c_mlx.serving.job import CacheJob, Slice, Wait
 from c2c_mlx.serving.reading import Prompt, room_for
+
+UNSENT = 8  # slices that may wait for a slow network
+_PAUSE_S = 0.01
 
 
 def check(lm: LanguageModel, job: CacheJob) -> Prompt:
@@ -42,12 +46,16 @@ def share(job: CacheJob, prompt: Prompt, caches: Caches) -> Generator[Wait, None
     if not isinstance(reader, Reader):
         reader = Reader(prompt.lm.model)
     step = device.prefill_slice()
-    kept = max(common_prefix(reader.ids, job.ids), told)
+    kept, slices = max(common_prefix(reader.ids, job.ids), told), 0
     for stop in [*range(kept + step, len(job.ids), step), len(job.ids)]:
         reader.extend(job.ids[:stop])
         for at in range(told, stop, step):  # what had been read before comes in slices, too
             held = kv.read(reader.cache, job.layers, at, min(at + step, stop))
             job.tell(Slice(save({"keys": _bytes(held.keys), "values": _bytes(held.values)})))
+            slices += 1
+            while slices - job.sent > UNSENT:
+                time.sleep(_PAUSE_S)
+                yield "read"
         told = stop
         yield "read"
     caches.put(key, reader, len(job.ids))

@@ -46,6 +46,13 @@ class Heard:
             pass
         return event
 
+    def all(self) -> list[Event]:
+        """All there are, the last one included."""
+        seen: list[Event] = []
+        while not seen or not isinstance(seen[-1], Done | Failed):
+            seen.append(self.events.get(timeout=60))
+        return seen
+
     def answers(self) -> tuple[list[str], list[str], Done]:
         """Texts and reasons of the choices, and what they cost."""
         texts, reasons = [""] * self.job.n, [""] * self.job.n

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
@@ -18,14 +19,16 @@ import pytest
 from safetensors.numpy import load, save
 from serving_jobs import SAMPLING, Heard, asked, running, serving, sharing
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
+from c2c_mlx import ChatSession, Fuser, LanguageModel, device, load_model
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models import memory, remote
 from c2c_mlx.models.load import find_folder
+from c2c_mlx.serving.job import CacheJob, Done, Slice
 from c2c_mlx.serving.refusal import Refusal
+from c2c_mlx.serving.sharing import UNSENT
 
 QUESTIONS = ("Who wrote it?", "And what else could be said about the sea?", "x")
 
@@ -118,6 +121,22 @@ def test_a_turn_sends_what_is_new(sharer, url) -> None:
     own.extend([*ids[:50], 7, 8])
     a, b = (kv.read(r.cache, [2], 0, 52).values for r in (other, own))
     assert mx.allclose(a, b, atol=1e-4).item()
+
+
+def test_slices_wait_for_a_slow_network_and_nobody_else_does(engine, monkeypatch) -> None:
+    monkeypatch.setattr(device, "prefill_slice", lambda: 8)
+    came: SimpleQueue[Any] = SimpleQueue()
+    job = CacheJob("receiver", [], came.put)
+    job.ids, job.layers = list(range(10, 310)), [1]
+    engine.submit(job)
+    assert Heard(engine, "receiver", asked("x")).answers()[0][0]
+    assert engine.status()["working"] == 1 and came.qsize() <= UNSENT + 2
+    positions = 0
+    while not isinstance(event := came.get(timeout=60), Done):
+        if isinstance(event, Slice):
+            positions += load(event.data)["keys"].shape[2]
+            job.sent += 1
+    assert positions == 300
 
 
 def test_what_is_wanted_must_exist(url) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
-from serving_jobs import SAMPLING, Heard, asked, load_team, running
+from serving_jobs import SAMPLING, Heard, asked, load_team, running, started
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
+from c2c_mlx.fusers import disk
 from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.serving.job import (
     Accepted,
@@ -24,6 +26,8 @@ from c2c_mlx.serving.job import (
     TooLong,
     Unavailable,
 )
+from c2c_mlx.serving.reading import Team
+from c2c_mlx.talk.links import link
 
 WORDS = ["the sea", "who wrote it", "Hello!", "and what else", "x", "one more thing, please"]
 CHATS = [asked(" ".join(WORDS[i % 6 :] * (1 + i % 3))) for i in range(16)]
@@ -57,8 +61,6 @@ def test_sixteen_at_once_are_each_as_in_c2c_chat(engine, session, mode) -> None:
 
 
 def test_padding_stays_padding_in_a_batch(receiver, sharer, tiny_pair, tmp_path) -> None:
-    import mlx.core as mx
-
     mx.random.seed(5)
     config = FuserConfig(
         receiver.shape, sharer.shape, ((1, 2), (2, 3)), 24, 20, alignment="longest"
@@ -71,6 +73,32 @@ def test_padding_stays_padding_in_a_batch(receiver, sharer, tiny_pair, tmp_path)
         heard = [Heard(engine, "c2c", messages) for messages in CHATS[:6]]
         texts = [h.answers()[0][0].strip() for h in heard]
     assert texts == [alone(session, messages, "c2c") for messages in CHATS[:6]]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_half_precision_is_served_as_it_is(tiny_pair, dtype) -> None:
+    def load() -> Team:
+        team = load_team(tiny_pair)
+        for lm in (team.receiver, *team.sharers):
+            lm.model.set_dtype(dtype)
+        fuser = disk.load(tiny_pair.fusers[0])
+        return replace(team, links=[link(team.receiver, team.sharers[0], fuser)])
+
+    team = load()
+    fuser = team.links[0].fuser
+    session = ChatSession(team.receiver, team.sharers[0], fuser, sampling=SAMPLING)
+    with started(Engine(load, SAMPLING)) as engine:
+        heard = [
+            Heard(engine, "c2c", messages, top_logprobs=3, sampling=Sampling(temp=t, seed=1))
+            for messages in CHATS[:2]
+            for t in (0.0, 1.0)
+        ]
+        told = [h.all() for h in heard]
+        greedy = Heard(engine, "c2c", CHATS[0], crossed=True).answers()
+    tokens = [t for events in told for e in events if isinstance(e, Piece) for t in e.tokens]
+    assert tokens and all(-9999 < t.logprob <= 0 and len(t.top) == 3 for t in tokens)
+    assert greedy[0][0].strip() == alone(session, CHATS[0], "c2c")
+    assert greedy[2].crossed and all(abs(nats) < 100 for _, nats in greedy[2].crossed)
 
 
 def test_a_relay_reads_what_was_written(engine) -> None:
