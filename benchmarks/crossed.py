@@ -1,6 +1,6 @@
 """What crossed: does it point at what only the sharer can know, and what does asking cost?
 
-python benchmarks/crossed.py words valid.jsonl --limit 100
+python benchmarks/crossed.py words valid.jsonl --limit 100 --json crossed.json
 python benchmarks/crossed.py cost valid.jsonl --limit 12
 """
 
@@ -48,47 +48,56 @@ def load() -> tuple[object, object, Fuser]:
     return receiver, sharer, Fuser.load(find_for_pair(*PAIR, ""))
 
 
-def sides(item: Item, tokens: Owed) -> tuple[list[float], list[float]]:
-    """Nats of an answer's content words that the prompt does not spell out; of function words."""
-    prompt = {w.lower() for w in re.findall(r"[\w'’]+", item.messages[-1]["content"])}
-    content, function = [], []
-    for word, nats in words(tokens):
+def sides(item: Item, tokens: Owed) -> dict[str, list[float]]:
+    """Nats of an answer's words: content words of the source, made-up ones, function words.
+
+    A content word is of the source alone if the reference has it and the prompt does not spell it;
+    it is made up if neither has it.
+    """
+    prompt, reference = (
+        {w.lower() for w in re.findall(r"[\w'’]+", text)}
+        for text in (item.messages[-1]["content"], item.reference)
+    )
+    found: dict[str, list[float]] = {"source": [], "made up": [], "function": [], "later": []}
+    for number, (word, nats) in enumerate(words(tokens)):
         plain = word.lower().replace("’", "'")
         if plain in FUNCTION_WORDS:
-            function.append(nats)
+            found["function"].append(nats)
+            if number:  # an answer's first word decides that it is English
+                found["later"].append(nats)
         elif plain[0].isalpha() and plain not in prompt:
-            content.append(nats)
-    return content, function
+            found["source" if plain in reference else "made up"].append(nats)
+    return found
 
 
-def auc(content: Sequence[float], function: Sequence[float]) -> float:
-    """How often a content word owes more than a function word; a tie counts a half."""
-    a, b = np.array(content)[:, None], np.array(function)[None]
-    return float((a > b).mean() + 0.5 * (a == b).mean())
+def auc(a: np.ndarray, b: np.ndarray) -> float:
+    """How often one of `a` owes more than one of `b`; a tie counts a half."""
+    return float((a[:, None] > b).mean() + 0.5 * (a[:, None] == b).mean())
 
 
-def tell(name: str, found: list[tuple[list[float], list[float]]]) -> None:
+def tell(name: str, found: Sequence[dict[str, list[float]]]) -> None:
+    """AUCs with bootstrap intervals over answers."""
     rng = np.random.default_rng(0)
+    draws = rng.integers(len(found), size=(2000, len(found)))
 
-    def of(rows: Sequence[int]) -> float:
-        return auc(*(np.concatenate([found[i][side] for i in rows]) for side in (0, 1)))
+    def side(kind: str, rows: Sequence[int]) -> np.ndarray:
+        return np.concatenate([found[i][kind] for i in rows])
 
-    drawn = [of(rng.integers(len(found), size=len(found))) for _ in range(2000)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    content, function = (np.concatenate([row[side] for row in found]) for side in (0, 1))
-    print(
-        f"{name}: {len(found)} answers, AUC {of(range(len(found))):.3f} [{low:.3f}, {high:.3f}]; "
-        f"{len(content)} content words {content.mean():+.2f} nats, "
-        f"{len(function)} function words {function.mean():+.2f}",
-        flush=True,
-    )
+    print(f"{name}, {len(found)} answers")
+    for kind in ("source", "made up", "function"):
+        values = side(kind, range(len(found)))
+        print(f"  {kind:9} {len(values):4} words, {values.mean():+.2f} nats")
+    for a, b in (("source", "function"), ("source", "later"), ("source", "made up")):
+        drawn = [auc(side(a, rows), side(b, rows)) for rows in draws]
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        whole = auc(*(side(kind, range(len(found))) for kind in (a, b)))
+        print(f"  {a} over {b}: AUC {whole:.3f} [{low:.3f}, {high:.3f}]", flush=True)
 
 
-def point(items: Sequence[Item], out: Path | None) -> None:
+def point(items: Sequence[Item], out: Path) -> None:
     """The same answers, weighed with their own sharer and with another item's."""
     receiver, sharer, fuser = load()
     modes = Modes(receiver, [sharer], [fuser], "sequential", items, 0, 32)
-    found: dict[str, list[tuple[list[float], list[float]]]] = {"own": [], "shuffled": []}
     kept = []
     for at in range(0, len(items), BATCH):
         batch = items[at : at + BATCH]
@@ -99,11 +108,9 @@ def point(items: Sequence[Item], out: Path | None) -> None:
         written = write(own, modes.max_tokens)
         for name, readings in (("own", own), ("shuffled", shuffled)):
             owes = owed(readings, silent, written)
-            found[name] += [sides(*pair) for pair in zip(batch, owes, strict=True)]
             kept += [(item.id, name, of) for item, of in zip(batch, owes, strict=True)]
-            tell(f"{name} sharer", found[name])
-        if out:
-            out.write_text(json.dumps(kept))
+        print(f"{at + len(batch)} of {len(items)}", flush=True)
+    out.write_text(json.dumps(kept))
 
 
 def cost(items: Sequence[Item]) -> None:
@@ -137,15 +144,19 @@ def main() -> None:
     parser.add_argument("what", choices=("words", "cost"))
     parser.add_argument("task", type=Path)
     parser.add_argument("--limit", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="of words: every token and what it owes")
+    parser.add_argument("--json", type=Path, default=Path("crossed.json"), help="kept tokens")
     args = parser.parse_args()
     _, items = read(args.task, "generate")
     chosen = np.random.default_rng(0).permutation(len(items))[: args.limit].tolist()
     chosen_items = [items[i] for i in chosen]
-    if args.what == "words":
-        point(chosen_items, args.json)
-    else:
+    if args.what == "cost":
         cost(chosen_items)
+        return
+    if not args.json.exists():
+        point(chosen_items, args.json)
+    by_id, rows = {item.id: item for item in items}, json.loads(args.json.read_text())
+    for name in ("own", "shuffled"):
+        tell(f"{name} sharer", [sides(by_id[i], of) for i, kind, of in rows if kind == name])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ MODULES = {
     "c2c-train": "train",
     "c2c-eval": "evaluate",
     "c2c-serve": "serve",
+    "c2c-study": "study",
     "c2c-weights": "weights",
     "c2c-doctor": "doctor",
 }

@@ -33,7 +33,8 @@ def owed(
     for reading, other, answer in zip(readings, silent, written, strict=True):
         ids = answer.ids
         nats = [0.0] * len(ids)
-        if ids and not same_start(reading.cache, other.cache, reading.prompt_tokens - 1):
+        pair, n = (reading.cache, other.cache), reading.prompt_tokens - 1
+        if ids and not same_start(*pair, kv.attention_layers(reading.cache), n):
             with_sharer, without = _log_probs([reading, other], ids)
             nats = [a - b for a, b in zip(with_sharer, without, strict=True)]
         texts = token_texts(ids, reading.lm.tokenizer)

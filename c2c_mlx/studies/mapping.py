@@ -15,7 +15,7 @@ import numpy as np
 Map = Callable[[np.ndarray], np.ndarray]  # [N, in] -> [N, out]
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the mean squared channel; chosen on rows that are kept out
-HIDDEN, STEPS, ROWS, RATE = 256, 400, 256, 1e-3
+HIDDEN, STEPS, ROWS, RATE = 256, 200, 128, 2e-3
 CHECK = 25  # steps between looks at the rows that are kept out
 
 

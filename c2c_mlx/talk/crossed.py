@@ -144,14 +144,15 @@ class Crossing:
         return None if self._same(n - 1 + len(decoded.ids)) else found
 
     def _same(self, n: int) -> bool:
-        return same_start(self._fused.cache, self._silent.cache, n)
+        layers = sorted({layer for link in self._fused.links for layer in link.receiver_layers})
+        return same_start(self._fused.cache, self._silent.cache, layers, n)
 
 
-def same_start(a: kv.Cache, b: kv.Cache, n: int) -> bool:
-    """Whether two caches hold the same numbers in their first n positions."""
+def same_start(a: kv.Cache, b: kv.Cache, layers: Sequence[int], n: int) -> bool:
+    """Whether two caches hold the same numbers in their first n positions of these layers."""
     return all(
         mx.array_equal(x, y)
-        for layer in kv.attention_layers(a)
+        for layer in layers
         for x, y in zip(kv.read(a, [layer], 0, n), kv.read(b, [layer], 0, n), strict=True)
     )
 
