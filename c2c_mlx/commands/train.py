@@ -31,10 +31,14 @@ Without --out a run goes into the cache folder, where every command finds it by 
 shipped comes first, then the latest that was trained here, then what is published. `c2c-weights
 list` shows them, and the names by which --fuser takes any of them.
 
-DATA is a hub data set or a folder with train.jsonl and, if you like, valid.jsonl: one object per
-line, {"messages": [...]}, or {"prompt": ..., "completion": ...}. With --answer-with, rows without
-an answer are answered by one of the two models first: by the receiver, and the fuser learns to
-leave alone what it can do by itself; by the sharer, and the fuser learns what the sharer knows.
+DATA is a hub data set (ORG/NAME, or ORG/NAME@REVISION) or a folder with train.jsonl and, if you
+like, valid.jsonl: one object per line, {"messages": [...]}, or {"prompt": ..., "completion": ...}.
+Rows may also have conversations (from, value), instruction with input and output, or question with
+answer; --fields says what other data calls these.
+
+With --answer-with, rows without an answer are answered by one of the two models first: by the
+receiver, and the fuser learns to leave alone what it can do by itself; by the sharer, and the fuser
+learns what the sharer knows.
 A row's "answer_to" (a text or messages) is what the answering model sees instead of the prompt: the
 same in another language, with a document, a better question. Templates that tell the date tell
 26 July 2024, so that a run does not depend on the day.
@@ -76,6 +80,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA[=WEIGHT]",
         help="folder or hub data set; may be given several times",
     )
+    add(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="of each source, at most; the hub is asked for no more",
+    )
+    add(
+        "--fields",
+        type=_fields,
+        metavar="NAME=FIELD,...",
+        help="what the data calls a layout's fields: prompt=query,completion=reply",
+    )
     add("--out", metavar="DIR", help="the run's folder, and the fuser's (default: in the cache)")
     add("--answer-with", choices=ANSWERERS, help="answers rows that have no answer")
     add("--answer-tokens", type=int, metavar="N", help="of such an answer, at most (default: 40)")
@@ -104,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"{meaning} ({field.default})" if field.default != "" else meaning,
             )
     return parser
+
+
+def _fields(text: str) -> dict[str, str]:
+    """NAME=FIELD,NAME=FIELD."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and field.strip() for name, _, field in pairs):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form prompt=query,...")
+    return {name.strip(): field.strip() for name, _, field in pairs}
 
 
 def _main(args: argparse.Namespace, command: str) -> None:

@@ -79,7 +79,10 @@ def _front_matter(config: FuserConfig, provenance: Provenance) -> str:
         base_model=bases,
         license=(licence.lower() if is_short else "other") if licence else None,
         license_name=_plain(licence) if licence and not is_short else None,
-        datasets=[name for name in provenance.data if is_hub_id(name)] or None,
+        datasets=[
+            name for name in (d.partition("@")[0] for d in provenance.data) if is_hub_id(name)
+        ]
+        or None,
         model_name="+".join(base.rpartition("/")[2] for base in bases),
         eval_results=results or None,
     )

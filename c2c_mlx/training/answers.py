@@ -14,8 +14,9 @@ from mlx_lm.generate import batch_generate
 from c2c_mlx import atomic
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.training.date import on_a_fixed_day
-from c2c_mlx.training.files import ChatRow, Messages
+from c2c_mlx.training.files import ChatRow
 from c2c_mlx.training.fingerprint import of_weights
+from c2c_mlx.training.layouts import Messages
 
 BATCH = 32
 

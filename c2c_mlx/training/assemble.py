@@ -56,7 +56,8 @@ def assemble(run: RunConfig, watcher: Watcher, *, resume: bool, source: str) -> 
     """
     out, config = Path(run.out), run.train
     data = [
-        (weight, *read_source(name, bool(run.answer_with)))  # weight, to learn from, to measure on
+        # Weight, to learn from, to measure on.
+        (weight, *read_source(name, bool(run.answer_with), run.fields, run.rows or None))
         for name, weight in run.sources
     ]
     _claim(out, resume)

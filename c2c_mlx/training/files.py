@@ -1,17 +1,17 @@
-"""Chats in files and in data sets of the hub, in mlx-lm's forms. No MLX here."""
+"""Chats in files and in data sets of the hub, in any layout that is known. No MLX here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.models import hub
-
-Messages = list[dict[str, str]]
+from c2c_mlx.training.layouts import Messages, chat_of, messages_of, renamed, said
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
 
@@ -66,91 +66,104 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise C2CError(f"{path} is empty: it needs one JSON object per line")
 
 
-def chat_of(row: dict[str, Any], where: str) -> Messages:
-    """A row's chat, with an answer at its end or not: whatever mlx-lm would read it as.
-
-    `prompt` with `completion` comes before `messages`, and these before a `prompt` alone.
-
-    Raises:
-        C2CError: beginning with `where`, if the row is in none of these forms.
-    """
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if prompt is not None and completion is not None:
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise C2CError(f"{where}: 'prompt' and 'completion' must be texts")
-        return [_said("user", prompt), _said("assistant", completion)]
-    if (messages := row.get("messages")) is not None:
-        return _messages(messages, where, "'messages'")
-    if isinstance(prompt, str):
-        return [_said("user", prompt)]
-    raise C2CError(f"{where}: needs 'messages' (role, content) or 'prompt' and 'completion'")
-
-
-def read_rows(path: Path, unanswered: bool = False) -> list[ChatRow]:
+def read_rows(
+    path: Path,
+    unanswered: bool = False,
+    fields: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> list[ChatRow]:
     """Reads a file of chats; a row may also hold `answer_to` (text or messages), `own` and `cut`.
 
     Args:
         path: the file.
         unanswered: whether rows without an answer are let through.
+        fields: what the file calls the fields of a layout, see `layouts.renamed`.
+        limit: rows that are read, at most; None: all of them.
 
     Raises:
         C2CError: naming the file and the line that can't be read.
     """
-    return [_row(row, where, unanswered) for where, row in read_objects(path)]
+    rows = islice(read_objects(path), limit)
+    return [_row(renamed(row, fields or {}), where, unanswered) for where, row in rows]
 
 
-def read_source(name: str, unanswered: bool = False) -> tuple[list[ChatRow], list[ChatRow]]:
+def read_source(
+    name: str,
+    unanswered: bool = False,
+    fields: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> tuple[list[ChatRow], list[ChatRow]]:
     """Chats to learn from, and to measure on if there are any, from a folder or the hub.
 
     Args:
-        name: a folder with `train.jsonl` and perhaps `valid.jsonl`, or a data set's hub id.
+        name: a folder with `train.jsonl` and perhaps `valid.jsonl`, or a data set's hub id,
+            perhaps with `@REVISION`.
         unanswered: whether rows without an answer are let through.
+        fields: what the source calls the fields of a layout, see `layouts.renamed`.
+        limit: rows of each part that are read, at most; of a data set of the hub no more than
+            these are downloaded. None: all of them.
 
     Raises:
         C2CError: if there is no such source, or a row of it can't be read.
     """
     folder = Path(name)
-    if not folder.is_dir() and hub.is_hub_id(name):
-        return _read_hub(name, unanswered)
+    if not folder.is_dir() and hub.is_hub_id(name.partition("@")[0]):
+        train, valid = (
+            [_row(renamed(row, fields or {}), where, unanswered) for where, row in part]
+            for part in read_hub(name, limit)
+        )
+        return train, valid
     if not (folder / TRAIN).is_file():
         raise C2CError(f"--data {name}: no {TRAIN} there; see c2c-train --help for its format")
-    valid = folder / VALID
+    valid_file = folder / VALID
     return (
-        read_rows(folder / TRAIN, unanswered),
-        read_rows(valid, unanswered) if valid.is_file() else [],
+        read_rows(folder / TRAIN, unanswered, fields, limit),
+        read_rows(valid_file, unanswered, fields, limit) if valid_file.is_file() else [],
     )
 
 
-def _read_hub(name: str, unanswered: bool) -> tuple[list[ChatRow], list[ChatRow]]:
+Rows = list[tuple[str, dict[str, Any]]]  # where each is, for messages, and the row
+
+
+def read_hub(name: str, limit: int | None = None) -> tuple[Rows, Rows]:
+    """A data set's rows to train and to validate on.
+
+    Args:
+        name: its id, perhaps with `@REVISION`; or whatever else `datasets.load_dataset` takes.
+        limit: rows of each part, at most; they alone are downloaded.
+
+    Raises:
+        C2CError: if there are none, or they can't be had.
+    """
     try:
         import datasets
     except ImportError:
         raise C2CError(
             f"--data {name}: a data set of the hub needs pip install 'c2c-mlx[datasets]'"
         ) from None
+    place, _, revision = name.partition("@")
+    options = {"revision": revision or None, "streaming": limit is not None}
     try:
-        splits = list(datasets.get_dataset_split_names(name))
-        found = {
-            split: datasets.load_dataset(name, split=split)
-            for split in ("train", "validation")
+        splits = list(datasets.get_dataset_split_names(place, revision=revision or None))
+        train, valid = (
+            _numbered(datasets.load_dataset(place, split=split, **options), name, split, limit)
             if split in splits
-        }
+            else []
+            for split in ("train", "validation")
+        )
     except Exception as e:  # whatever the hub, the network and its file formats raise
         line = " ".join(str(e).split())[:200]
         raise C2CError(f"--data {name}: cannot be loaded from the hub ({line})") from None
-    if not found.get("train"):
+    if not train:
         raise C2CError(
             f"--data {name}: has no rows to train on, only {', '.join(splits) or 'nothing'}; write "
             f"those that you want into a folder's {TRAIN}"
         )
-    train, valid = (
-        [
-            _row(row, f"{name} ({split}), row {n}", unanswered)
-            for n, row in enumerate(found.get(split, []))
-        ]
-        for split in ("train", "validation")
-    )
     return train, valid
+
+
+def _numbered(rows: Iterable[dict[str, Any]], name: str, split: str, limit: int | None) -> Rows:
+    return [(f"{name} ({split}), row {n}", row) for n, row in enumerate(islice(rows, limit))]
 
 
 def _row(row: Any, where: str, unanswered: bool) -> ChatRow:
@@ -174,21 +187,8 @@ def _answer_to(row: dict[str, Any], where: str) -> Messages | None:
     if (given := row.get("answer_to")) is None:
         return None
     if isinstance(given, str):
-        return [_said("user", given)]
-    messages = _messages(given, where, "'answer_to'")
+        return [said("user", given)]
+    messages = messages_of(given, where, "'answer_to'")
     if not messages or messages[-1]["role"] != "user":
         raise C2CError(f"{where}: 'answer_to' must end with a message of the user")
     return messages
-
-
-def _messages(given: Any, where: str, name: str) -> Messages:
-    if not isinstance(given, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in given
-    ):
-        raise C2CError(f"{where}: {name} must be a list of messages, each with role and content")
-    return [_said(m["role"], m["content"]) for m in given]
-
-
-def _said(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}

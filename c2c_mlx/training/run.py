@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
+from c2c_mlx.training.layouts import check_fields
 
 # What a preset changes of FuserConfig; 'small' is the recipe that won on the embedded pair.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,8 @@ class RunConfig:
         receiver: likewise.
         data: folders or hub data sets, each perhaps with `=WEIGHT`.
         out: the run's folder, and the fuser's.
+        fields: what the data calls the fields of a layout, see `layouts.renamed`.
+        rows: of each source, at most; 0: all of them.
         answer_with: which model answers rows that have no answer; empty: none.
         answer_tokens: at most, of such an answer.
         preset: size of a new fuser.
@@ -48,6 +51,8 @@ class RunConfig:
     receiver: str
     data: tuple[str, ...]
     out: str
+    fields: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
     answer_with: Literal["", "receiver", "sharer"] = ""
     answer_tokens: int = 40
     preset: Literal["tiny", "small", "paper"] = "small"
@@ -58,6 +63,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data: at least one folder or data set is needed")
+        check_fields(self.fields)
+        if self.rows < 0:
+            raise ValueError(f"rows must not be negative, not {self.rows}")
         if self.answer_tokens < 1:
             raise ValueError(f"answer_tokens must be at least 1, not {self.answer_tokens}")
         if self.fuser and self.fuser_config:

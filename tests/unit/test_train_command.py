@@ -156,14 +156,29 @@ def test_a_run_is_never_overwritten(call: Call, chats: Path, tmp_path: Path) -> 
 def test_a_data_set_of_the_hub(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"say {i}", "completion": "so"} for i in range(4)]
     hub = ModuleType("datasets")
-    hub.get_dataset_split_names = lambda name: ["train", "test"]  # type: ignore[attr-defined]
-    hub.load_dataset = lambda name, split: rows  # type: ignore[attr-defined]
+    hub.get_dataset_split_names = lambda name, **k: ["train", "test"]  # type: ignore[attr-defined]
+    hub.load_dataset = lambda name, **k: rows  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", hub)
     code, err = call(*PAIR, *SHORT, "--data", "org/name", "--out", tmp_path / "run")
     assert code == 0 and "4 chats, 0 for validation" in err
     rows.append({"text": "?"})
     code, err = call(*PAIR, *SHORT, "--data", "org/name", "--out", tmp_path / "other")
-    assert code == 2 and "org/name (train), row 4: needs 'messages'" in err
+    assert (
+        code == 2
+        and "org/name (train), row 4: of its fields (text)" in err
+        and err.count("\n") == 1
+    )
+
+
+def test_other_fields_are_named_and_rows_limited(call: Call, tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"q": f"say {i}", "a": "so"} for i in range(9)])
+    given = [*PAIR, *SHORT, "--data", tmp_path, "--rows", "5", "--out", tmp_path / "run"]
+    code, err = call(*given, "--fields", "prompt=q,completion=b")
+    assert code == 2 and "--answer-with" in err  # there is a question, and no answer called b
+    code, err = call(*given, "--fields", "prompt=q,completion=a")
+    assert code == 0 and "5 chats, 0 for validation" in err
+    code, err = call(*given, "--fields", "query=q")
+    assert code == 2 and "fields: 'query' is not one of messages" in err
 
 
 @pytest.mark.parametrize(
@@ -182,8 +197,8 @@ def test_a_data_set_without_rows_to_train_on_is_one_line(
     words: str,
 ) -> None:
     hub = ModuleType("datasets")
-    hub.get_dataset_split_names = lambda name: splits  # type: ignore[attr-defined]
-    hub.load_dataset = lambda name, split: []  # type: ignore[attr-defined]
+    hub.get_dataset_split_names = lambda name, **k: splits  # type: ignore[attr-defined]
+    hub.load_dataset = lambda name, **k: []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", hub)
     code, err = call(*PAIR, *SHORT, "--data", "org/name", "--out", tmp_path / "run")
     assert code == 2 and words in err and err.count("\n") == 1

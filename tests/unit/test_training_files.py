@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.training.files import ChatRow, read_rows
+from c2c_mlx.training.files import ChatRow, read_hub, read_rows, read_source
+from c2c_mlx.training.layouts import chat_of
 
 
 def user(content: str) -> dict[str, str]:
@@ -49,6 +53,82 @@ def test_a_text_may_hold_any_character(tmp_path: Path, odd: str) -> None:
     assert read_rows(path) == [ChatRow([user(f"a{odd}b"), assistant("c")])] * 2
 
 
+LAYOUTS = [
+    ({"messages": [user("q"), assistant("a")], "prompt": "an identifier"}, "q"),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "q"),
+    ({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, "q"),
+    ({"conversations": [user("q"), assistant("a")]}, "q"),
+    ({"prompt": "q", "completion": "a"}, "q"),
+    ({"instruction": "q", "input": "", "output": "a"}, "q"),
+    ({"instruction": "q", "output": "a"}, "q"),
+    (
+        {"instruction": "q", "input": "about", "output": "a", "text": "### Instruction"},
+        "q\n\nabout",
+    ),
+    ({"instruction": "q", "context": "about", "response": "a", "category": "c"}, "q\n\nabout"),
+    ({"question": "q", "answer": "a", "messages": None}, "q"),
+]
+
+
+@pytest.mark.parametrize(("row", "asked"), LAYOUTS)
+def test_layouts_that_are_known(tmp_path: Path, row: Any, asked: str) -> None:
+    assert read_rows(write(tmp_path / "t.jsonl", row)) == [ChatRow([user(asked), assistant("a")])]
+
+
+def test_a_conversation_keeps_its_system_prompt_and_its_turns(tmp_path: Path) -> None:
+    turns = [("system", "s"), ("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")]
+    row = {"conversations": [{"from": who, "value": text, "weight": 1} for who, text in turns]}
+    [chat] = read_rows(write(tmp_path / "t.jsonl", row))
+    assert chat.messages == [
+        {"role": "system", "content": "s"},
+        *(user("q"), assistant("a"), user("r"), assistant("b")),
+    ]
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize(("row", "asked"), LAYOUTS)
+def test_layouts_through_the_datasets_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Any, asked: str, limit: int | None
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "train.jsonl", *[row] * 3)
+    write(tmp_path / "validation.jsonl", row)
+    parts = [{"split": s, "path": f"{s}.jsonl"} for s in ("train", "validation")]
+    card = json.dumps({"configs": [{"config_name": "default", "data_files": parts}]})
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    train, valid = read_hub(str(tmp_path), limit)
+    assert (len(train), len(valid)) == (limit or 3, 1)
+    assert [chat_of(row, where) for where, row in train] == [[user(asked), assistant("a")]] * len(
+        train
+    )
+
+
+def test_of_a_data_set_only_so_many_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, **options: Any) -> Iterator[dict[str, str]]:
+        asked.append((name, options))
+        for i in range(3):
+            yield {"question": f"q{i}", "answer": "a"}
+        raise AssertionError("more was read than was asked for")
+
+    hub = ModuleType("datasets")
+    hub.get_dataset_split_names = lambda name, revision: ["train"]  # type: ignore[attr-defined]
+    hub.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    train, valid = read_source("org/name@abc", limit=3)
+    assert [row.messages[0]["content"] for row in train] == ["q0", "q1", "q2"]
+    assert (train[0].where, valid) == ("org/name@abc (train), row 0", [])
+    assert asked == [("org/name", {"split": "train", "revision": "abc", "streaming": True})]
+
+
+def test_a_field_has_another_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"query": "q", "reply": "a"}, {"prompt": "p", "reply": "b"})
+    rows = read_rows(path, fields={"prompt": "query", "completion": "reply"})
+    assert rows == [ChatRow([user("q"), assistant("a")]), ChatRow([user("p"), assistant("b")])]
+
+
 def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> None:
     path = write(
         tmp_path / "train.jsonl",
@@ -66,7 +146,16 @@ def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> No
     [
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
-        ({}, "needs 'messages'"),
+        ({}, "of its fields (none) no chat can be made: needs 'messages'"),
+        ({"query": "q", "reply": "a", "id": 3}, "of its fields (query, reply, id)"),
+        ({"query": "q", "reply": "a", "id": 3}, "--fields prompt=query,completion=reply"),
+        ({"id": "x", "turns": [user("q")]}, "--fields messages=turns"),
+        ({"conversations": "hi"}, "'conversations' must be a list of objects"),
+        ({"conversations": [{"from": "bing", "value": "?"}]}, "one of system, human, user, gpt"),
+        ({"conversations": [{"from": "human", "value": None}]}, "and 'value'"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "'instruction' and 'input' and 'output'"),
+        ({"question": "q", "answer": 2}, "'question' and 'answer' must be texts"),
+        ({"question": "q"}, "--answer-with"),
         ({"messages": "hi"}, "'messages' must be a list"),
         ({"messages": [{"role": "user"}]}, "'messages' must be a list"),
         ({"messages": [{"role": "user", "content": 3}, assistant("a")]}, "each with role and"),
