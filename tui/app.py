@@ -294,21 +294,6 @@ class ChatApp(App[None]):
         self.main.show_pane(mode, mode in modes)
         self.main.go_to(mode if mode in modes else "c2c")
 
-    def action_gates(self) -> None:
-        """Goes to the gates, and back."""
-        panel = self.main.gate_panel
-        panel.remove_class("-hidden")
-        if panel.view.has_focus:
-            self.main.prompt.focus()
-        else:
-            self.main.go_to("gates")
-            self.call_after_refresh(panel.view.focus)
-
-    def action_hide_gates(self) -> None:
-        """Hides the gate panel, or shows it."""
-        self.main.gate_panel.toggle_class("-hidden")
-        self.main.prompt.focus()
-
     def on_gate_view_surgery(self, event: GateView.Surgery) -> None:
         """Closes or opens gates; an answer that is being given keeps the old ones."""
         loaded = self.state.loaded
@@ -328,10 +313,6 @@ class ChatApp(App[None]):
                 self.backend.weigh()
         elif not state.is_busy:
             self.main.say("ready")
-
-    def action_next_tab(self) -> None:
-        """The next pane, on a narrow terminal."""
-        self.main.next_tab()
 
     def action_help(self) -> None:
         """Keys, and what the numbers mean."""

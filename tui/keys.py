@@ -34,7 +34,7 @@ APP = (
     Key("escape", "stop", "Stop", "stop the answer; leave the editing; back to the prompt"),
     Key("ctrl+r", "again", "Again", "ask again; with other gates: the answers before and after"),
     Key("ctrl+n", "new", "New", "new conversation; the last one stays saved"),
-    Key("ctrl+g", "gates", "Gates", "go to the gates, and back"),
+    Key("ctrl+g", "screen.gates", "Gates", "go to the gates, and back"),
     Key("ctrl+l", "menu", "More", "what F1 to F9 do, without Fn: Ctrl+L, then the digit"),
     Key("ctrl+q", "quit", "Quit", "leave; the conversation is saved"),
     Key("f1", "help", "Help", "keys, and what the numbers mean"),
@@ -44,10 +44,10 @@ APP = (
     Key("f5", "export", "Export", "write Markdown and JSON into the current folder"),
     Key("f6", "sessions", "Sessions", "saved conversations: open, rename, delete"),
     Key("f7", "blind", "Blind", "vote before you see whose answer is whose"),
-    Key("f8", "hide_gates", "Hide gates", "hide the gates, or show them again"),
+    Key("f8", "screen.hide_gates", "Hide gates", "hide the gates, or show them again"),
     Key("ctrl+o", "pane('receiver')", "Receiver", "the receiver alone as another pane"),
     Key("f9", "owed", "Owed", "tint C2C's words by what they owe to the sharer, or stop it", False),
-    Key("ctrl+t", "next_tab", "Next tab", "the next pane, on a narrow terminal", False),
+    Key("ctrl+t", "screen.next_tab", "Next tab", "the next pane, on a narrow terminal", False),
     Key("ctrl+p", "command_palette", "Palette", "everything there is, themes too", False),
     Key("", "pane('sharer')", "Sharer", "the sharer alone as another pane"),
     Key("", "copy('relay')", "Copy relay", "copy the relay's latest answer"),
@@ -120,7 +120,10 @@ def bindings(keys: Sequence[Key], is_priority: bool = False) -> list[BindingType
 
 
 def actions() -> set[str]:
-    """The names of the app's actions, without what they are called with."""
+    """The names of the app's actions, without what they are called with.
+
+    Those of the screen are not among them: below a dialog there is no such screen to ask.
+    """
     return {key.action.partition("(")[0] for key in APP} - {"quit"}
 
 

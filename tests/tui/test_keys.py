@@ -12,6 +12,7 @@ from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.preview import app, until
 from c2c_mlx.tui.screens.ballot import Ballot
 from c2c_mlx.tui.screens.help import Help
+from c2c_mlx.tui.screens.main import MainScreen
 from c2c_mlx.tui.screens.sessions import Sessions
 from c2c_mlx.tui.screens.settings import Settings
 from c2c_mlx.tui.widgets.gate_view import GateView
@@ -36,8 +37,9 @@ def test_what_is_bound_is_what_is_listed_and_can_be_done(where: type) -> None:
     assert bound == listed and len(where.BINDINGS) == len(listed)
     for _, action in listed:
         name = action.partition("(")[0]
-        owner = ChatApp if name.startswith("app.") else where
-        assert hasattr(owner, f"action_{name.removeprefix('app.')}"), action
+        namespace, _, name = name.rpartition(".")
+        owner = {"app": ChatApp, "screen": MainScreen}.get(namespace, where)
+        assert hasattr(owner, f"action_{name}"), action
     single = [name for pressed, _ in listed for name in pressed.split(",")]
     assert len(single) == len(set(single))
 

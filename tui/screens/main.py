@@ -223,9 +223,23 @@ class MainScreen(Screen[None]):
         """The pane that is seen where there is room for one."""
         self._tabs.active = f"tab-{tab}"
 
-    def next_tab(self) -> None:
-        """The pane after it."""
+    def action_next_tab(self) -> None:
+        """The next pane, on a narrow terminal."""
         self._tabs.action_next_tab()
+
+    def action_gates(self) -> None:
+        """Goes to the gates, and back."""
+        self.gate_panel.remove_class("-hidden")
+        if self.gate_panel.view.has_focus:
+            self.prompt.focus()
+        else:
+            self.go_to("gates")
+            self.call_after_refresh(self.gate_panel.view.focus)
+
+    def action_hide_gates(self) -> None:
+        """Hides the gate panel, or shows it."""
+        self.gate_panel.toggle_class("-hidden")
+        self.prompt.focus()
 
     def on_tabs_tab_activated(self, event: Tabs.TabActivated) -> None:
         """One pane is seen at a time; the others keep what they have."""
