@@ -77,4 +77,6 @@ bench: setup
 	@$(BIN)/python benchmarks/help.py
 	@$(BIN)/python benchmarks/first_token.py
 	@$(BIN)/python benchmarks/response.py
+	@$(BIN)/python benchmarks/serve.py
+	@$(BIN)/python benchmarks/remote.py
 	@$(BIN)/python benchmarks/tui.py

@@ -62,6 +62,7 @@ class Engine(threading.Thread):
         # Only of the thread itself:
         self._works: list[Work] = []
         self._head: Work | None = None  # the next one, which waits for room
+        self._slices = 0  # that have been read
         self._pace = 1.0  # seconds between the ends of two jobs under load, about
         self._ended = 0.0
 
@@ -155,10 +156,10 @@ class Engine(threading.Thread):
         for work in [work for work in self._works if work.job.gone]:
             self._drop(work)
         self._admit()
-        for reading in [work for work in self._works if work.wait == "read"][:1]:
-            self._works.remove(reading)  # so that the others are before it in the next round
-            self._works.append(reading)
-            self._advance(reading)
+        reading = [work for work in self._works if work.wait == "read"]
+        for work in sorted(reading, key=lambda work: work.due)[:1]:
+            self._slices += 1
+            self._advance(work)
         for batch in self._desk.batches.values():
             batch.step()
         for work in [work for work in self._works if work.wait == "write"]:
@@ -182,6 +183,8 @@ class Engine(threading.Thread):
             return
         work, self._head = self._head, None
         work.began = time.perf_counter()
+        # A short prompt may overtake a long one by as many slices as it is shorter, and no more.
+        work.due = self._slices + work.prompt.positions // device.prefill_slice()
         self._works.append(work)
         work.job.tell(Accepted())
 

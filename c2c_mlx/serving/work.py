@@ -54,6 +54,7 @@ class Work:
     steps: Generator[Wait, None, None] = field(init=False)
     wait: Wait = "read"
     began: float = 0.0
+    due: int = 0  # in slices of all prompts: by when its own would be read if it were alone
     first: float = 0.0  # when the first token of an answer was there
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -17,6 +17,7 @@ from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.serving.job import (
     Accepted,
     Done,
+    Ended,
     Event,
     Failed,
     Full,
@@ -185,6 +186,27 @@ def test_a_long_prompt_does_not_stall_an_answer(engine, monkeypatch) -> None:
     meanwhile = order[of_long[0] : of_long[1]]  # from its acceptance to its first token
     # Some tokens have no text of their own, so there are fewer pieces than slices of two prompts.
     assert len(meanwhile) > 10 and all(isinstance(event, Piece) for _, event in meanwhile[1:])
+
+
+def test_prompts_are_read_in_their_order_but_short_ones_overtake(engine, monkeypatch) -> None:
+    monkeypatch.setattr(device, "prefill_slice", lambda: 16)
+    order: list[str] = []
+    sampling = Sampling(max_tokens=1)
+
+    def job(name: str, text: str) -> Job:
+        def emit(event: Event) -> None:
+            order.extend([name] if isinstance(event, Ended) else [])
+
+        return Job("receiver", asked(text), emit, sampling)
+
+    busy = Heard(engine, "sharer", CHATS[0], sampling=Sampling(max_tokens=300))
+    busy.until(Piece)
+    # Of the two long ones the first is first, though both are admitted before any is read.
+    for name, text in (("long", "one " * 60), ("other", "two " * 60), ("short", "x")):
+        engine.submit(job(name, text))
+    Heard(engine, "receiver", asked("three " * 70)).answers()
+    busy.job.gone = True
+    assert order == ["short", "long", "other"]
 
 
 def test_who_has_gone_leaves_within_a_token(engine) -> None:
