@@ -144,11 +144,14 @@ def main() -> None:
     parser.add_argument("what", choices=("words", "cost"))
     parser.add_argument("task", type=Path)
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--longest", action="store_true", help="the items with the longest answers")
     parser.add_argument("--json", type=Path, default=Path("crossed.json"), help="kept tokens")
     args = parser.parse_args()
     _, items = read(args.task, "generate")
     chosen = np.random.default_rng(0).permutation(len(items))[: args.limit].tolist()
     chosen_items = [items[i] for i in chosen]
+    if args.longest:
+        chosen_items = sorted(items, key=lambda item: -len(item.reference))[: args.limit]
     if args.what == "cost":
         cost(chosen_items)
         return
