@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     from c2c_mlx.evaluation.runner import Log
     from c2c_mlx.studies import study
 
-    picture = study.figure(11, 6 if args.study in ("transform", "pairs") else 4)
+    picture = study.figure(11, 6 if args.study == "transform" else 4)
     if blas.notice:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
     module = import_module(f"c2c_mlx.studies.{args.study}")

@@ -106,7 +106,9 @@ def draw(result: Result, figure: Any) -> None:
         axes.imshow(cells, cmap=colours, vmin=-worst, vmax=worst, aspect="auto")
         for (row, column), value in np.ndenumerate(cells):
             if np.isfinite(value):
-                axes.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=7)
+                ink = "white" if abs(value) > 0.6 * worst else "black"
+                said = f"{value:+.2f}"
+                axes.text(column, row, said, ha="center", va="center", fontsize=7, color=ink)
         axes.set_xticks(range(len(modes)), modes, rotation=30, ha="right", fontsize=7)
         axes.set_yticks(range(len(pairs)), [_short(pair) for pair in pairs], fontsize=7)
         axes.set_title(f"{name} minus the receiver's", fontsize=9)
