@@ -162,7 +162,7 @@ class Engine(threading.Thread):
             self._advance(work)
         for batch in self._desk.batches.values():
             batch.step()
-        for work in [work for work in self._works if work.wait == "write"]:
+        for work in [work for work in self._works if work.wait != "read"]:
             self._advance(work)
         self._desk.caches.shrink(self._budget - self._need(self._works))
 

@@ -124,7 +124,8 @@ class Failed:
 
 
 Event = Accepted | Piece | Slice | Ended | Done | Failed
-Wait = Literal["read", "write"]  # what a job at work does next: a slice of a prompt, or a token
+# What a job at work does next: a slice of a prompt, a token, or nothing before somebody else has.
+Wait = Literal["read", "write", "others"]
 
 
 @dataclass(eq=False)

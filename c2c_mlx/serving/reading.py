@@ -177,7 +177,7 @@ def _read_fused(
     tic = time.perf_counter()
     for sharer in fused.sharers:
         while isinstance(sharer, RemoteReader) and not sharer.wait(_WAIT_S):
-            yield "read"
+            yield "others"
     times.sharer += time.perf_counter() - tic
     fused.extend(prompt.aligned)
     assert fused.last is not None

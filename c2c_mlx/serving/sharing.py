@@ -55,7 +55,7 @@ def share(job: CacheJob, prompt: Prompt, caches: Caches) -> Generator[Wait, None
             slices += 1
             while slices - job.sent > UNSENT:
                 time.sleep(_PAUSE_S)
-                yield "read"
+                yield "others"
         told = stop
         yield "read"
     caches.put(key, reader, len(job.ids))

@@ -129,7 +129,9 @@ def test_slices_wait_for_a_slow_network_and_nobody_else_does(engine, monkeypatch
     job = CacheJob("receiver", [], came.put)
     job.ids, job.layers = list(range(10, 310)), [1]
     engine.submit(job)
-    assert Heard(engine, "receiver", asked("x")).answers()[0][0]
+    while came.qsize() < UNSENT:  # it has come to where it waits
+        Heard(engine, "receiver", asked("x")).answers()
+    assert Heard(engine, "receiver", asked("one more " * 60)).answers()[0][0]  # a longer one
     assert engine.status()["working"] == 1 and came.qsize() <= UNSENT + 2
     positions = 0
     while not isinstance(event := came.get(timeout=60), Done):
