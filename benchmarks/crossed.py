@@ -18,9 +18,8 @@ import c2c_mlx.blas  # noqa: F401
 
 import numpy as np
 
-from c2c_mlx import ChatSession, Fuser, load_model
+from c2c_mlx import ChatSession, Fuser, bootstrap, load_model
 from c2c_mlx.config import SamplingConfig
-from c2c_mlx.evaluation import scoring
 from c2c_mlx.evaluation.files import read
 from c2c_mlx.evaluation.modes import Modes, Reading, write
 from c2c_mlx.evaluation.owed import Owed, owed
@@ -132,7 +131,7 @@ def cost(items: Sequence[Item]) -> None:
                 f"crossed {seconds:.3f} s: {ratios[-1]:.1%}",
                 flush=True,
             )
-    low, high = scoring.interval(ratios, 0)
+    low, high = bootstrap.interval(ratios, 0)
     print(
         f"crossed / answer: median {statistics.median(ratios):.1%}, mean "
         f"{statistics.fmean(ratios):.1%} [{low:.1%}, {high:.1%}] over {len(ratios)} answers"

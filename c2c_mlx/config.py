@@ -264,6 +264,7 @@ class Provenance:
     data: tuple[str, ...] = ()
     licence: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    verdict: str = ""  # of its training run, a sentence
 
     def __post_init__(self) -> None:
         for name, value in self.metrics.items():

@@ -36,6 +36,10 @@ like, valid.jsonl: one object per line, {"messages": [...]}, or {"prompt": ..., 
 Rows may also have conversations (from, value), instruction with input and output, or question with
 answer; --fields says what other data calls these.
 
+Without a valid.jsonl up to 64 chats, and never more than a tenth, are kept out of training. At its
+end a run says what they cost C2C, the receiver alone, and C2C with another chat's sharer or none,
+and whether the fuser is worth using: in verdict.json, and on its card.
+
 With --answer-with, rows without an answer are answered by one of the two models first: by the
 receiver, and the fuser learns to leave alone what it can do by itself; by the sharer, and the fuser
 learns what the sharer knows.
@@ -200,6 +204,8 @@ def _train(config: RunConfig, resume: bool, track: str | None, command: str) -> 
             display.say(
                 f"{left_out} chats were longer than {config.train.max_tokens} tokens and left out"
             )
+        if trainer.verdict:
+            display.say(trainer.verdict["verdict"])
         name = next((name for name, run in trained.every() if run == out), config.out)
         names = ["--fuser", name, "--sharer", config.sharer, "--receiver", config.receiver]
         display.say(f"fuser saved in {out}; chat with it: {shlex.join(['c2c-chat', *names])}")

@@ -1,4 +1,4 @@
-"""What a mean over items is worth: bootstrap intervals, and differences item by item."""
+"""What a mean over items is worth: its interval, and differences item by item."""
 
 from __future__ import annotations
 
@@ -7,28 +7,7 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 10_000
-_CHUNK = 4_000_000  # numbers drawn at a time; bounds the memory
-
-
-def interval(values: Sequence[float], seed: int) -> list[float]:
-    """The 95 % percentile bootstrap interval of the mean.
-
-    Args:
-        values: one per item, at least one.
-        seed: of the resampling; the same values give the same interval.
-
-    Returns:
-        The lower and the upper end.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    rows = max(_CHUNK // len(x), 1)
-    means = np.empty(RESAMPLES)
-    for at in range(0, RESAMPLES, rows):
-        part = means[at : at + rows]
-        part[:] = x[rng.integers(len(x), size=(len(part), len(x)))].mean(axis=1)
-    return [float(end) for end in np.quantile(means, [0.025, 0.975])]
+from c2c_mlx.bootstrap import interval
 
 
 def mean(values: Sequence[float], seed: int) -> dict[str, Any]:

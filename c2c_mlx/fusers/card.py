@@ -107,6 +107,8 @@ def _origin(provenance: Provenance) -> str:
         lines.append(f"- Training steps: {provenance.steps}")
     if provenance.data:
         lines.append(f"- Data: {_plain(', '.join(provenance.data))}")
+    if provenance.verdict:
+        lines.append(f"- Verdict: {_plain(provenance.verdict)}")
     for name, value in provenance.metrics.items():
         lines.append(f"- {_plain(name)}: {value}")
     return "".join(f"{line}\n" for line in lines)

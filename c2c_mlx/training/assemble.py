@@ -22,7 +22,8 @@ from c2c_mlx.progress import Progress
 from c2c_mlx.training import checkpoints
 from c2c_mlx.training.answers import answer_rows
 from c2c_mlx.training.dataset import Dataset, Source
-from c2c_mlx.training.files import ChatRow, read_source
+from c2c_mlx.training.files import VALID, ChatRow, read_source
+from c2c_mlx.training.holdout import hold_out
 from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.start import first_examples, fuser_config, measure_inputs, new_fuser
 from c2c_mlx.training.trainer import Trainer
@@ -60,6 +61,15 @@ def assemble(run: RunConfig, watcher: Watcher, *, resume: bool, source: str) -> 
         (weight, *read_source(name, bool(run.answer_with), run.fields, run.rows or None))
         for name, weight in run.sources
     ]
+    if not any(valid for *_, valid in data):
+        rest, kept_out = hold_out([rows for _, rows, _ in data], config.seed)
+        data = [(w, rows, []) for (w, *_), rows in zip(data, rest, strict=True)]
+        data[0][2].extend(kept_out)
+        watcher.say(
+            f"no {VALID}: {len(kept_out)} chats are kept out of training, to be measured on"
+            if kept_out
+            else f"no {VALID}, and too few different chats to keep some out: nothing is measured"
+        )
     _claim(out, resume)
     group = mx.distributed.init()
     receiver, sharer, fuser = _load(run, watcher)

@@ -126,10 +126,20 @@ def response_loss(
         batch: the responses.
         recompute: whether a layer's insides are computed again for the gradient, not kept.
     """
+    return _losses(receiver, cache, batch, recompute).sum()
+
+
+def response_losses(receiver: nn.Module, cache: kv.Cache, batch: Batch) -> mx.array:
+    """As `response_loss`, but each row's own, [B]."""
+    return _losses(receiver, cache, batch, recompute=False).sum(axis=1)
+
+
+def _losses(receiver: nn.Module, cache: kv.Cache, batch: Batch, recompute: bool) -> mx.array:
+    """Of each token, [B, R]; zero where nothing counts."""
     with _recomputed(receiver) if recompute else nullcontext():
         logits = receiver(mx.array(batch.inputs), cache=cache)
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(batch.targets))
-    return (losses * mx.array(batch.mask.astype(np.float32))).sum()
+    return losses * mx.array(batch.mask.astype(np.float32))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from c2c_mlx.config import Provenance, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk
 from c2c_mlx.fusion.c2c import C2C
-from c2c_mlx.training import checkpoints, fingerprint
+from c2c_mlx.training import checkpoints, fingerprint, measure, verdict
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.checkpoints import Checkpoint, Metrics
@@ -31,6 +31,10 @@ from c2c_mlx.training.dataset import Dataset, Example, Position
 from c2c_mlx.training.prefills import Prefiller, Prefills
 
 METRICS = "metrics.jsonl"
+_NAMES = {
+    "valid": "valid_loss",
+    **{name: f"valid_{name}_loss" for name in ("receiver", "shuffled", "zeroed")},
+}
 SAVED = mx.float16  # of a saved fuser's weights: three bits more than bfloat16, and room enough
 
 
@@ -69,6 +73,7 @@ class Trainer:
         self.position: Position = (0, 0)
         self.best = math.inf
         self.measured: Metrics = {}
+        self.verdict: verdict.Verdict = {}  # until the last step is done
         self.group = mx.distributed.init()
         self.optimizer = optim.AdamW(
             learning_rate=_schedule(config),
@@ -196,9 +201,11 @@ class Trainer:
             if is_first and (self.step % c.report_every == 0 or evaluating):
                 seconds = time.perf_counter() - began
                 metrics = self._metrics(losses, (self.tokens - tokens_before) / seconds)
+                if self.finished:
+                    metrics |= self._judge()
+                elif evaluating and self.valid:
+                    metrics |= self.evaluate()
                 if evaluating and self.valid:
-                    with self._out_of_memory():
-                        metrics |= self.evaluate()
                     self.measured = metrics
                 self._log(metrics)
                 on_report(metrics)
@@ -229,35 +236,23 @@ class Trainer:
         }
 
     def evaluate(self) -> Metrics:
-        """Validation loss per token: C2C, the receiver alone, and C2C with shuffled sharers.
+        """Validation loss per token: C2C, the receiver alone, and C2C with shuffled sharers."""
+        losses, tokens = self._measure()
+        return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
-        A chat is fed by the sharer of the next longer one, whatever batch that is in; a single
-        chat has nobody to swap with, and no shuffled loss.
-        """
-        fuser = self.c2c.fuser
-        fuser.eval()
-        rows = sorted(self.valid, key=lambda e: (len(e.receiver_ids), len(e.response_ids)))
-        others = [e.with_sharer_of(o) for e, o in zip(rows, rows[1:] + rows[:1], strict=True)]
-        sums = {"valid_loss": 0.0, "valid_receiver_loss": 0.0, "valid_shuffled_loss": 0.0}
-        tokens, size = 0, self.config.batch_size
-        for at in range(0, len(rows), size):
-            batch = collate(rows[at : at + size], fuser.config.positions)
-            other = collate(others[at : at + size], fuser.config.positions)
-            prefills, fed = self.prefills(batch), self.prefills(other).sharer
-            for name, sharer, b in (
-                ("valid_loss", prefills.sharer, batch),
-                ("valid_shuffled_loss", fed, other),
-            ):
-                fused, _ = step_loss.fuse(self.c2c, prefills.own, sharer, b)
-                sums[name] += float(step_loss.response_loss(self.c2c.receiver, fused, b))
-            own = [c.copy() for c in prefills.own]
-            alone = step_loss.response_loss(self.c2c.receiver, own, batch)
-            sums["valid_receiver_loss"] += float(alone)
-            tokens += batch.tokens
-            mx.clear_cache()
-        if len(rows) == 1:
-            del sums["valid_shuffled_loss"]
-        return {name: total / tokens for name, total in sums.items()}
+    def _measure(self, zeroed: bool = False) -> tuple[measure.Losses, list[int]]:
+        with self._out_of_memory():
+            size = self.config.batch_size
+            return measure.losses(self.c2c, self.prefills, self.valid, size, zeroed)
+
+    def _judge(self) -> Metrics:
+        """Gives the verdict, and returns what `evaluate` does."""
+        losses, tokens = self._measure(zeroed=True) if self.valid else ({}, [])
+        c = self.config
+        self.verdict = verdict.judge(losses, tokens, c.seed, control=c.zero_sharer)
+        with _writing(self.folder / verdict.FILE):
+            verdict.write(self.folder, self.verdict)
+        return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
     @contextmanager
     def _out_of_memory(self) -> Iterator[None]:
@@ -288,7 +283,8 @@ class Trainer:
     def _save_fuser(self, folder: Path) -> None:
         figures = {k: v for k, v in self.measured.items() if k.startswith("valid_")}
         fuser = self.c2c.fuser
-        fuser.provenance = replace(self.provenance, steps=self.step, metrics=figures)
+        said = str(self.verdict.get("verdict", ""))
+        fuser.provenance = replace(self.provenance, steps=self.step, metrics=figures, verdict=said)
         disk.save(fuser, folder, SAVED)
 
     def save(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from c2c_mlx import bootstrap
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import choice, files, hub_tasks, number, report, scoring
 from c2c_mlx.evaluation.agreement import Agreement
@@ -188,25 +189,25 @@ def test_agreement_looks_at_sixteen_tokens() -> None:
 
 
 def test_interval_of_coin_throws_is_the_binomial_one() -> None:
-    low, high = scoring.interval([1.0] * 50 + [0.0] * 50, seed=0)
+    low, high = bootstrap.interval([1.0] * 50 + [0.0] * 50, seed=0)
     assert low == pytest.approx(0.40, abs=0.011) and high == pytest.approx(0.60, abs=0.011)
 
 
 def test_interval_of_normal_numbers_is_the_normal_one() -> None:
     x = np.random.default_rng(5).normal(3, 2, 400)
     half = 1.96 * x.std() / 20
-    assert scoring.interval(x.tolist(), 1) == pytest.approx(
+    assert bootstrap.interval(x.tolist(), 1) == pytest.approx(
         [x.mean() - half, x.mean() + half], abs=0.03
     )
 
 
 def test_intervals_are_repeatable_in_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     values = list(np.random.default_rng(2).random(37))
-    whole = scoring.interval(values, 7)
-    assert whole == scoring.interval(values, 7) != scoring.interval(values, 8)
-    monkeypatch.setattr(scoring, "_CHUNK", 37 * 11)
-    assert scoring.interval(values, 7) == whole
-    assert scoring.interval([4.0], 0) == [4.0, 4.0]
+    whole = bootstrap.interval(values, 7)
+    assert whole == bootstrap.interval(values, 7) != bootstrap.interval(values, 8)
+    monkeypatch.setattr(bootstrap, "_CHUNK", 37 * 11)
+    assert bootstrap.interval(values, 7) == whole
+    assert bootstrap.interval([4.0], 0) == [4.0, 4.0]
 
 
 def test_differences_are_paired() -> None:

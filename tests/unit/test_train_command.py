@@ -170,6 +170,22 @@ def test_a_data_set_of_the_hub(call: Call, tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+def test_without_a_valid_file_some_chats_are_kept_out(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    (chats / "valid.jsonl").unlink()
+    write(chats / "train.jsonl", [{"prompt": f"say {i}", "completion": "so"} for i in range(90)])
+    given = [*PAIR, *SHORT, "--data", chats, "--out"]
+    code, err = call(*given, tmp_path / "run")
+    assert code == 0 and "no valid.jsonl: 9 chats are kept out" in err
+    assert "81 chats, 9 for validation" in err
+    found = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert found["chats"] == 9 and found["verdict"] in err
+    call(*given, tmp_path / "cut", "--iters", "4")
+    code, err = call(*given, tmp_path / "cut", "--resume")
+    assert code == 0 and "iters was 4, is 12" in err  # the same chats are kept out again
+
+
 def test_other_fields_are_named_and_rows_limited(call: Call, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{"q": f"say {i}", "a": "so"} for i in range(9)])
     given = [*PAIR, *SHORT, "--data", tmp_path, "--rows", "5", "--out", tmp_path / "run"]

@@ -473,6 +473,38 @@ def test_reports_and_files(make: Make, tmp_path: Path) -> None:
     assert reports[-1]["tokens"] == trainer.tokens > 0
 
 
+def test_a_run_ends_with_a_verdict(make: Make, examples: list[Example], tmp_path: Path) -> None:
+    trainer = make(tmp_path, iters=2)
+    trainer.valid = examples
+    report = run(trainer)[-1]
+    found = json.loads((tmp_path / "verdict.json").read_text())
+    assert found == trainer.verdict
+    assert (found["chats"], found["tokens"]) == (11, sum(len(e.response_ids) for e in examples))
+    names = {"valid_loss": "valid_loss"}
+    names |= {f"{n}_loss": f"valid_{n}_loss" for n in ("receiver", "shuffled", "zeroed")}
+    assert [found[name] for name in names] == [report[name] for name in names.values()]
+    assert len({found[name] for name in names}) == 4
+    difference = found["valid_loss"] - found["zeroed_loss"]
+    assert found["vs_zeroed"]["mean"] == pytest.approx(difference, rel=1e-6)
+    provenance = Fuser.load(tmp_path).provenance
+    assert provenance.verdict == found["verdict"] and "on 11 chats" in provenance.verdict
+    assert f"Verdict: {found['verdict']}" in (tmp_path / "README.md").read_text()
+
+
+def test_a_stopped_run_has_no_verdict_and_the_resumed_one_that_of_a_whole(
+    make: Make, tmp_path: Path
+) -> None:
+    whole = make(tmp_path / "whole")
+    whole.run()
+    cut = make(tmp_path / "cut")
+    cut.run(stopped=lambda: cut.step == 3)
+    assert cut.verdict == {} and not (tmp_path / "cut" / "verdict.json").exists()
+    resumed = make(tmp_path / "cut")
+    resumed.resume(all_of(tmp_path / "cut")[-1])
+    resumed.run()
+    assert resumed.verdict == whole.verdict
+
+
 def test_without_validation_there_is_a_fuser_and_no_best(make: Make, tmp_path: Path) -> None:
     trainer = make(tmp_path, iters=5, eval_every=2)
     trainer.valid = []
@@ -486,6 +518,7 @@ def test_without_validation_there_is_a_fuser_and_no_best(make: Make, tmp_path: P
     assert steps == [None, None, 2, 2, 4]  # what was there when each step ended
     assert Fuser.load(tmp_path).provenance.steps == 5
     assert not (tmp_path / "best").exists()
+    assert "there are no chats" in json.loads((tmp_path / "verdict.json").read_text())["verdict"]
 
 
 def test_a_fuser_that_is_closed_loses_what_the_receiver_alone_loses(
