@@ -127,5 +127,5 @@ def describe() -> str:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what MLX raises when the memory is full, on Metal, CUDA or a CPU."""
     text = str(error).lower()
-    signs = ("unable to allocate", "attempting to allocate", "insufficient memory", "out of memory")
+    signs = ("alloc", "insufficient memory", "out of memory")  # [metal::malloc], std::bad_alloc
     return isinstance(error, (MemoryError, RuntimeError)) and any(sign in text for sign in signs)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import platform
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from c2c_mlx.commands import Parser, pair, run
 from c2c_mlx.commands.status import Status
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item, Task
 from c2c_mlx.progress import Progress
-
-if TYPE_CHECKING:
-    from c2c_mlx.evaluation.choice import Method
+from c2c_mlx.talk import relay
 
 PROGRAM = "c2c-eval"
 EPILOG = """\
@@ -41,6 +35,8 @@ NAME is one of: mmlu-redux, arc-challenge, openbookqa, c-eval, gsm8k (from the h
 
 An interrupted run leaves OUT.partial.jsonl; the same command continues it.
 """
+
+_PROMPTS_ALONE = "the fuser was made for answers, too; here prompts alone are fused"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,9 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_arguments(parser)
     add(
         "--method",
-        choices=("generate", "logits"),
+        choices=("generate", "logits", "text"),
         default="generate",
-        help="of multiple choice: read the written answer, or take the likeliest letter",
+        help="of multiple choice: read the written answer, take the likeliest letter, or take the "
+        "choice whose text is likeliest behind the question, in nats per byte (%(default)s)",
     )
     add("--limit", type=int, metavar="N", help="so many items, drawn with the seed")
     add("--crossed", action="store_true", help="note what each token of c2c owes to the sharer")
@@ -91,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    from c2c_mlx.evaluation.report import check_free
+    from c2c_mlx.evaluation.result import check_free
 
     if args.json:  # before hours of work
         check_free(args.json)
@@ -107,7 +104,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
     folders = pair.find_fusers(who) if set(names) & set(C2C_MODES) else []
 
     from c2c_mlx import blas, device
-    from c2c_mlx.evaluation import report, runner
+    from c2c_mlx.evaluation import about, report, result, runner
     from c2c_mlx.evaluation.modes import Modes
     from c2c_mlx.fusers import disk
 
@@ -116,11 +113,11 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
     settings = {
         "task": args.task,
         "kind": task.kind,
-        "items": digest(json.dumps([asdict(item) for item in items]).encode()),
+        "items": about.digest_of_items(items),
         "modes": names,
         **asdict(who),
         "sharers": list(who.sharers),
-        "fusers": [digest(disk.locate(f, disk.WEIGHTS)) for f in folders],
+        "fusers": [about.digest_of_file(disk.locate(f, disk.WEIGHTS)) for f in folders],
         "method": args.method if task.kind == "choice" else "",
         "seed": args.seed,
         "max_tokens": args.max_tokens or task.max_tokens,
@@ -140,21 +137,34 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
             n_sharers = len(folders) or int(names != ["receiver"])
             # A token has about three bytes of text; templates and answers come on top.
             longest = max(len(json.dumps(item.messages, ensure_ascii=False)) for item in items)
+            relayed = relay.BACKGROUND_TOKENS if "relay" in names else 0
             loaded = pair.load(
                 who,
                 folders,
                 n_sharers,
                 status,
                 modes=names,
-                tokens=longest // 3 + 64 + settings["max_tokens"],
+                tokens=longest // 3 + 64 + relayed + settings["max_tokens"],
                 batch=args.batch_size,
             )
+            if for_answers := any(fuser.config.fuse_response for fuser in loaded.fusers):
+                status.close()
+                print(f"{PROGRAM}: {_PROMPTS_ALONE}", file=sys.stderr)
             modes = Modes(
-                *(loaded.receiver, loaded.sharers, loaded.fusers, who.order),
-                *(items, args.seed, settings["max_tokens"]),
+                loaded.receiver,
+                loaded.sharers,
+                loaded.fusers,
+                order=who.order,
+                items=items,
+                seed=args.seed,
+                max_tokens=settings["max_tokens"],
             )
             runner.run(
-                *(task, items, names, modes, log),
+                task,
+                items,
+                names,
+                modes,
+                log,
                 batch_size=args.batch_size,
                 alone=args.latency,
                 crossed=args.crossed,
@@ -164,7 +174,15 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         if log.path:
             print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
         raise
-    about = {
+    except Exception as e:
+        if not device.is_out_of_memory(e):
+            raise
+        raise C2CError(_too_much(str(e), args.batch_size, bool(log.path))) from None
+    records = {mode: log.records[mode] for mode in names}
+    if errors := runner.all_failed(records):
+        log.remove()  # whatever is done about it, they are to be asked again
+        raise C2CError(f"every item failed in every mode, the first one because {errors[0]}")
+    facts = {
         "task": args.task,
         "command": command,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -172,16 +190,24 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "sharer": ", ".join(who.sharers),
         "fuser": ", ".join(map(str, folders)),
         "device": device.describe(),
-        "versions": versions(),
+        "versions": about.versions(),
         "settings": settings,
     }
-    records = {mode: log.records[mode] for mode in names}
-    result = report.summarise(task, items, records, about, args.seed)
-    print(f"{args.task}: {len(items)} items\n\n{report.tables(result, every_group=False)}")
+    if for_answers:
+        facts["note"] = _PROMPTS_ALONE
+    found = report.summarise(task, items, records, facts, args.seed)
+    print(f"{args.task}: {len(items)} items\n\n{report.tables(found, every_group=False)}")
     if args.json:
-        report.write(args.json, result, report.markdown(result))
+        result.write(args.json, found, report.markdown(found))
         log.remove()
-        print(f"\nwritten: {args.json}, {report.report_path(args.json)}", file=sys.stderr)
+        print(f"\nwritten: {args.json}, {result.report_path(args.json)}", file=sys.stderr)
+
+
+def _too_much(error: str, batch_size: int, is_kept: bool) -> str:
+    """What to do when the device is out of memory."""
+    smaller = f"--batch-size {batch_size // 2}" if batch_size > 1 else "smaller models"
+    continues = ", which continues where this broke off" if is_kept and batch_size > 1 else ""
+    return f"out of memory ({' '.join(error.split())[:200]}): try {smaller}{continues}"
 
 
 # --- what is asked ------------------------------------------------------------------------------
@@ -189,33 +215,18 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
 
 def _task(args: argparse.Namespace) -> tuple[Task, list[str], list[Item]]:
     """The task, its modes and its items, before anything is loaded."""
+    from c2c_mlx.evaluation import questions
+
     least = {"limit": 1, "seed": 0, "max_tokens": 1, "batch_size": 1, "latency": 0}
     for name, n in least.items():
         if (value := getattr(args, name)) is not None and value < n:
             raise C2CError(f"--{name.replace('_', '-')} {value}: must be at least {n}")
-    task, items = read_task(args.task, args.method)
+    task, items = questions.load(args.task, args.method)
     names = _modes(args.mode, task)
-    items = draw(items, args.limit, args.seed)
+    items = questions.draw(items, args.limit, args.seed)
     if "c2c-shuffled" in names and len(items) < 2:
         raise C2CError("c2c-shuffled needs at least two items; choose other modes with --mode")
     return task, names, items
-
-
-def read_task(name: str, method: Method) -> tuple[Task, list[Item]]:
-    """A task and its items, from a file or by a benchmark's name.
-
-    Raises:
-        C2CError: if it is neither, or can't be read.
-    """
-    from c2c_mlx.evaluation import files, hub_tasks
-
-    path = Path(name).expanduser()
-    if path.is_file():
-        return files.read(path, method)
-    if name in hub_tasks.BENCHMARKS:
-        return hub_tasks.read(name, method)
-    known = ", ".join(hub_tasks.BENCHMARKS)
-    raise C2CError(f"--task {name}: neither a file nor one of {known}")
 
 
 def _modes(given: str | None, task: Task) -> list[str]:
@@ -235,53 +246,21 @@ def _modes(given: str | None, task: Task) -> list[str]:
     return [mode for mode in MODES if mode in names]
 
 
-def draw(items: list[Item], limit: int | None, seed: int) -> list[Item]:
-    """So many items, spread over the whole task, in their order."""
-    if limit is None or limit >= len(items):
-        return items
-    import numpy as np
-
-    chosen = np.random.default_rng(seed).choice(len(items), limit, replace=False)
-    return [items[i] for i in sorted(chosen.tolist())]
-
-
-# --- what is said of a run ----------------------------------------------------------------------
-
-
-def digest(data: bytes | Path) -> str:
-    """Of a fuser's file, too: one that was trained on in the same folder is another one."""
-    if isinstance(data, bytes):
-        return hashlib.sha256(data).hexdigest()
-    with data.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of whatever a result may depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("c2c-mlx", "mlx", "mlx-lm", "numpy", "sacrebleu", "datasets"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 # --- two results --------------------------------------------------------------------------------
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from c2c_mlx.evaluation import report
+    from c2c_mlx.evaluation import report, result
 
     names, sides = [], []
     for text in args.compare:
         file, _, mode = text.rpartition(":")
         path, mode = (Path(file), mode) if mode in MODES else (Path(text), "c2c")
         names.append(f"{path.stem} {mode}")
-        sides.append((report.read(path), mode))
-    found = report.compare(sides[0], sides[1], args.seed)
+        sides.append((result.read(path), mode))
+    found = result.compare(sides[0], sides[1], args.seed)
     text = report.compare_table(found, names)
     print(text)
     if args.json:
-        about = dict(zip(("a", "b"), args.compare, strict=True))
-        report.write(args.json, {**about, "scores": found}, text + "\n")
+        sources = dict(zip(("a", "b"), args.compare, strict=True))
+        result.write(args.json, {**sources, "scores": found}, text + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2c_mlx.commands import Parser, pair, run
-from c2c_mlx.commands.evaluate import digest, draw, read_task, versions
 from c2c_mlx.commands.status import Status
 from c2c_mlx.config import Pair
 from c2c_mlx.errors import C2CError
@@ -99,6 +97,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     _check_out(args.out)
 
     from c2c_mlx import blas, device
+    from c2c_mlx.evaluation import about
     from c2c_mlx.evaluation.runner import Log
     from c2c_mlx.studies import study
 
@@ -117,7 +116,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     settings = {
         "study": args.study,
         "task": args.task,
-        "items": digest(json.dumps([asdict(item) for item in items]).encode()),
+        "items": about.digest_of_items(items),
         "seed": args.seed,
         "shots": args.shots,
     }
@@ -143,7 +142,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
         raise
-    about = {
+    described = {
         "study": args.study,
         "task": args.task,
         "asked": len(items),
@@ -152,15 +151,15 @@ def _run(args: argparse.Namespace, command: str) -> None:
         "receivers": ", ".join(one.receiver for one, _ in who),
         "sharers": ", ".join(", ".join(one.sharers) for one, _ in who),
         "device": device.describe(),
-        "versions": versions(),
+        "versions": about.versions(),
         "settings": settings,
     }
     text = module.report(found)
     module.draw(found, picture)
-    facts = "\n".join(f"- {k}: {v}" for k, v in about.items() if isinstance(v, (str, int)))
+    facts = "\n".join(f"- {k}: {v}" for k, v in described.items() if isinstance(v, (str, int)))
     head = f"# c2c-study {args.study}: {STUDIES[args.study]}\n\n{facts}\n\n"
     image = f"![{args.study}]({args.study}.png)\n"
-    study.write(args.out, args.study, about | found, f"{head}{text}\n{image}", picture)
+    study.write(args.out, args.study, described | found, f"{head}{text}\n{image}", picture)
     for kept in logs:
         kept.remove()
     print(text)
@@ -168,11 +167,13 @@ def _run(args: argparse.Namespace, command: str) -> None:
 
 
 def _items(args: argparse.Namespace) -> tuple[Task, list[Item]]:
+    from c2c_mlx.evaluation import questions
+
     for name, least in (("limit", 1), ("seed", 0), ("shots", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise C2CError(f"--{name} {value}: must be at least {least}")
-    task, items = read_task(args.task, "generate" if args.study == "pairs" else "logits")
-    return task, draw(items, args.limit, args.seed)
+    task, items = questions.load(args.task, "generate" if args.study == "pairs" else "logits")
+    return task, questions.draw(items, args.limit, args.seed)
 
 
 def _check_out(out: Path) -> None:
@@ -194,12 +195,13 @@ def _work(
     progress: Callable[[str, int, int], None],
 ) -> Work:
     """Loads what a study of one pair needs and no more."""
+    from c2c_mlx.evaluation import about
     from c2c_mlx.fusers import disk
     from c2c_mlx.studies.study import Work
 
     n_sharers, needs_fuser = NEEDS[args.study]
     folders = pair.find_fusers(who) if needs_fuser else []
-    fusers = [digest(disk.locate(folder, disk.WEIGHTS)) for folder in folders]
+    fusers = [about.digest_of_file(disk.locate(folder, disk.WEIGHTS)) for folder in folders]
     kept = log(args.study, **asdict(who) | {"sharers": list(who.sharers), "fusers": fusers})
     loaded = pair.load(who, folders, len(folders) or n_sharers, status)
     return Work(

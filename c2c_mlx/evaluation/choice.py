@@ -1,16 +1,18 @@
-"""Multiple choice: by what is written, or by which letter is likeliest."""
+"""Multiple choice: by what is written, by which letter is likeliest, or by which choice's text."""
 
 from __future__ import annotations
 
 import os.path
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from c2c_mlx.evaluation.task import Answer, Item, Task
-from c2c_mlx.text.tokens import response_ids
+from c2c_mlx.text.tokens import response_ids, text_ids
 
-Method: TypeAlias = Literal["generate", "logits"]
+Method: TypeAlias = Literal["generate", "logits", "text"]
+
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LEAD = "The correct answer is"
@@ -42,21 +44,42 @@ def prompt(question: str, choices: Sequence[str]) -> str:
 
 
 class Choice(Task):
-    """Accuracy, and for written answers how many of them name no choice."""
+    """Accuracy, and for written answers how many of them name no choice.
+
+    Args:
+        method: *generate*, the letter that an answer names; *logits*, the letter that is likeliest
+            behind "The correct answer is"; *text*, the choice whose text is likeliest behind the
+            question alone, without letters: -log p of its tokens, as the answering model spells
+            them and without the end of the turn, over its bytes in UTF-8, which no tokenizer
+            changes.
+    """
 
     kind = "choice"
     scores: tuple[str, ...] = ("accuracy", "invalid")
 
     def __init__(self, method: Method) -> None:
+        self.method = method
         self.writes = method == "generate"
         if not self.writes:
-            self.scores = ("accuracy",)  # some letter is always likeliest
+            self.scores = ("accuracy",)  # something is always likeliest
+
+    def asked(self, item: Item) -> Item:
+        """The published prompt around the question, unless its choices are not to be seen."""
+        if self.method == "text":
+            return item
+        *before, last = item.messages
+        content = prompt(last["content"], item.choices)
+        return replace(item, messages=[*before, {**last, "content": content}])
 
     def continuations(self, item: Item, tokenizer: Any, own: Answer | None) -> list[list[int]]:
-        """The beginning of an answer, with each letter in turn."""
-        if self.writes:
+        """The beginning of an answer with each letter in turn, or each choice's text."""
+        if self.method == "generate":
             return []
-        said = [{"role": "assistant", "content": f"{LEAD} {x}"} for x in LETTERS[: item.choices]]
+        letters = LETTERS[: len(item.choices)]
+        texts = item.choices if self.method == "text" else [f"{LEAD} {x}" for x in letters]
+        said = [{"role": "assistant", "content": text} for text in texts]
+        if self.method == "text":
+            return [text_ids([*item.messages, s], tokenizer) for s in said]
         spelled = [response_ids([*item.messages, s], tokenizer) for s in said]
         # What ends any answer, the end of the turn, says nothing about the letter.
         end = len(os.path.commonprefix([ids[::-1] for ids in spelled]))
@@ -65,9 +88,11 @@ class Choice(Task):
     def score(self, item: Item, answer: Answer, own: Answer | None) -> dict[str, float]:
         """1 or 0; a failed item is wrong, and so is an answer that names no choice."""
         if not self.writes:
-            best = min(range(len(answer.nats)), key=answer.nats.__getitem__, default=-1)
+            lengths = [len(c.encode()) if self.method == "text" else 1 for c in item.choices]
+            costs = [n / max(m, 1) for n, m in zip(answer.nats, lengths, strict=False)]
+            best = min(range(len(costs)), key=costs.__getitem__, default=-1)
             return {"accuracy": float(best == LETTERS.index(item.reference))}
-        named = extract(answer.text, item.choices)
+        named = extract(answer.text, len(item.choices))
         return {"accuracy": float(named == item.reference), "invalid": float(named is None)}
 
 

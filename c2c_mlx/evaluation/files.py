@@ -8,8 +8,8 @@ from typing import Any
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.agreement import Agreement
-from c2c_mlx.evaluation.chat import Chat
-from c2c_mlx.evaluation.choice import LETTERS, Choice, Method, prompt
+from c2c_mlx.evaluation.choice import LETTERS, Choice, Method
+from c2c_mlx.evaluation.reference import Reference
 from c2c_mlx.evaluation.task import Item, Messages, Task
 
 FORMS = "'question' with 'choices' and 'answer', 'messages', 'prompt' with or without 'completion'"
@@ -42,14 +42,15 @@ def read(path: Path, method: Method) -> tuple[Task, list[Item]]:
                 raise C2CError(f"{where}: a row of kind {kind} among rows of kind {first}")
     if not items:
         raise C2CError(f"{path} is empty: it needs one JSON object per line")
-    return make(next(iter(kinds)), method), items
+    task = make(next(iter(kinds)), method)
+    return task, [task.asked(item) for item in items]
 
 
 def make(kind: str, method: Method) -> Task:
     """The task that scores items of this kind."""
     if kind == "choice":
         return Choice(method)
-    return Chat() if kind == "chat" else Agreement()
+    return Reference() if kind == "chat" else Agreement()
 
 
 def _item(line: str, number: str, where: str) -> tuple[str, Item]:
@@ -89,8 +90,7 @@ def choice_item(row: dict[str, Any], number: str, group: str, where: str) -> Ite
         answer = letters[answer]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
         raise C2CError(f"{where}: 'answer' must be 0 to {len(choices) - 1}, or a letter")
-    messages = [{"role": "user", "content": prompt(question, choices)}]
-    return Item(number, messages, answer, len(choices), group)
+    return Item(number, [{"role": "user", "content": question}], answer, tuple(choices), group)
 
 
 def _messages(row: dict[str, Any], where: str) -> Messages:

@@ -93,15 +93,20 @@ def read(name: str, method: Method) -> tuple[Task, list[Item]]:
 
     logging.set_verbosity_error()  # its retries end in one line of ours
     b = BENCHMARKS[name]
-    items = []
+    items, where = [], b.hub
     try:
         for subset in [b.subset] if b.subset else datasets.get_dataset_config_names(b.hub):
             group = "" if b.subset else subset
+            where = f"{b.hub}, {subset}, {b.split}"
             for n, row in enumerate(datasets.load_dataset(b.hub, subset, split=b.split)):
                 items.append(b.to_item(row, f"{subset}/{n}", group))
     except C2CError:
         raise
     except Exception as e:  # whatever the hub, the network or a changed data set leads to
         reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise C2CError(f"--task {name}: cannot load {b.hub} from the hub ({reason})") from None
-    return Number() if b.to_item is gsm8k else Choice(method), [i for i in items if i is not None]
+        raise C2CError(f"--task {name}: cannot load {where} from the hub ({reason})") from None
+    task = Number() if b.to_item is gsm8k else Choice(method)
+    found = [task.asked(item) for item in items if item is not None]
+    if not found:
+        raise C2CError(f"--task {name}: no question of {b.hub} can be asked; choose another task")
+    return task, found

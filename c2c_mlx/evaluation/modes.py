@@ -122,8 +122,6 @@ class Modes:
             return replace(self._read_plain(mode, lm, messages), relayed=relayed)
         except C2CError as e:
             return e
-        except RuntimeError as e:  # MLX has no other word for a device that is out of memory
-            return C2CError(" ".join(str(e).split())[:200])
 
     def _read_plain(self, mode: str, lm: LanguageModel, messages: Messages) -> Reading:
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)

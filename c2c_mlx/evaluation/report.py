@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import scoring
 from c2c_mlx.evaluation.task import Item, Task
 from c2c_mlx.talk import relay
@@ -19,6 +15,7 @@ Record = dict[str, Any]
 Result = dict[str, Any]
 
 FEW_GROUPS = 4  # as many are shown in the terminal; the files have all
+_WIDE = 10_000  # characters: more than any row has, so that no cell is cut or broken
 NAMES = {"chrf": "chrF", "bleu": "BLEU", "nll": "NLL (nats per receiver token)"}
 
 
@@ -176,12 +173,17 @@ def _notes(modes: Mapping[str, Any]) -> list[str]:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with columns of even width."""
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    lines = [heads, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*heads, box=box.MARKDOWN)
+    for row in rows:
+        drawn.add_row(*row)
+    console = Console(width=_WIDE, force_terminal=False, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(drawn)
+    return text.get().strip()
 
 
 def _with_ends(name: str, score: Mapping[str, Any], sign: str) -> str:
@@ -198,96 +200,6 @@ def markdown(result: Result) -> str:
     facts = [*about.items(), *result["versions"].items()]
     lines = "\n".join(f"- {name}: {value}" for name, value in facts)
     return f"# c2c-eval: {result['task']}\n\n{lines}\n\n{tables(result, every_group=True)}\n"
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def write(path: Path, result: Result, report: str) -> None:
-    """Writes a result and, beside it, its report; neither is ever half there.
-
-    Raises:
-        C2CError: if one of them is there already or can't be written.
-    """
-    check_free(path)
-    data = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
-    for target, text in ((path, data), (report_path(path), report)):
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, target)
-        except OSError as e:
-            partial.unlink(missing_ok=True)
-            raise C2CError(f"{target}: cannot write ({e.strerror})") from None
-
-
-def report_path(path: Path) -> Path:
-    """Where the report of a result stands."""
-    return path.with_suffix(".md")
-
-
-def check_free(path: Path) -> None:
-    """Refuses a place where a result is.
-
-    Raises:
-        C2CError: if there is a file already, or no folder for it.
-    """
-    for target in (path, report_path(path)):
-        if target.exists():
-            raise C2CError(f"--json {path}: {target} is there already; name another file")
-    if not path.parent.is_dir():
-        raise C2CError(f"--json {path}: there is no folder {path.parent}")
-
-
-def read(path: Path) -> Result:
-    """Reads a result.
-
-    Raises:
-        C2CError: if it is none.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(result["modes"], dict) or not isinstance(result["items"], list):
-            raise TypeError
-        return dict(result)
-    except OSError as e:
-        raise C2CError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise C2CError(f"{path}: not a result of c2c-eval --json") from None
-
-
-# --- two results --------------------------------------------------------------------------------
-
-
-def compare(a: tuple[Result, str], b: tuple[Result, str], seed: int) -> Result:
-    """The difference between two results, a mode of each, item by item.
-
-    Raises:
-        C2CError: if a mode is not there, or the items are not the same.
-    """
-    for result, mode in (a, b):
-        if mode not in result["modes"]:
-            raise C2CError(f"no mode {mode} in that result; it has {', '.join(result['modes'])}")
-    if a[0]["items"] != b[0]["items"]:
-        raise C2CError(
-            "the two results are of different items: the same --task, --limit and --seed"
-        )
-    items = a[0]["items"]
-    records = [
-        {r["id"]: r["scores"] for r in result["modes"][mode]["items"]} for result, mode in (a, b)
-    ]
-    found: Result = {}
-    for name in a[0]["modes"][a[1]]["scores"]:
-        found[name] = {}
-        for group in ("", *a[0]["groups"]):
-            ids = [i["id"] for i in items if not group or i["group"] == group]
-            x, y = ({i: of[i][name] for i in ids if name in of[i]} for of in records)
-            found[name][group or "all"] = {
-                "a": scoring.mean(list(x.values()), seed),
-                "b": scoring.mean(list(y.values()), seed),
-                "difference": scoring.difference(x, y, seed),
-            }
-    return found
 
 
 def compare_table(found: Result, names: Sequence[str]) -> str:

@@ -123,6 +123,13 @@ def run(
             progress(mode, len(done), len(items))
 
 
+def all_failed(records: Mapping[str, Mapping[str, Record]]) -> list[str]:
+    """Why each record came to nothing; empty if a single one did not."""
+    found = [record.get("error") for of_mode in records.values() for record in of_mode.values()]
+    errors = [error for error in found if error is not None]
+    return errors if len(errors) == len(found) else []
+
+
 def _ask(
     task: Task,
     batch: list[Item],

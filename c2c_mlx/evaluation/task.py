@@ -21,7 +21,7 @@ class Item:
     id: str  # unique in its task: a line number, or a benchmark's subset and row
     messages: Messages  # ends with the user's
     reference: str = ""  # the right answer; empty if the receiver's own answer is the reference
-    choices: int = 0  # in multiple choice, how many there are
+    choices: tuple[str, ...] = ()  # of multiple choice
     group: str = ""  # scores are reported per group, too
 
 
@@ -55,6 +55,10 @@ class Task(ABC):
     modes: ClassVar[tuple[str, ...]] = MODES  # those that make sense, in their order
     writes = True  # whether modes have to write an answer
     max_tokens = 64  # of an answer, unless the user says otherwise
+
+    def asked(self, item: Item) -> Item:
+        """The item with the user's message as the models read it."""
+        return item
 
     def continuations(self, item: Item, tokenizer: Any, own: Answer | None) -> list[list[int]]:
         """Answers whose probability is asked for, as token ids of the answering model.

@@ -58,14 +58,32 @@ def response_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]
     They run up to and including the first end-of-turn token, and end with one in any case. The
     remainder is encoded on its own, so that the prompt's ids stay what they are.
     """
-    prompt = render(messages[:-1], tokenizer)
-    full = render(messages, tokenizer, add_generation_prompt=False)
+    rest, rewritten = _rest(messages, tokenizer)
     ends = end_ids(tokenizer)
-    rewritten = not full.startswith(prompt)
-    rest = str(messages[-1].get("content") or "") if rewritten else full[len(prompt) :]
     ids = encode(rest, tokenizer)[0]
     stop = None if rewritten else next((i for i, token in enumerate(ids) if token in ends), None)
     return ids[: stop + 1] if stop is not None else [*ids, *ends[:1]]
+
+
+def text_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Those of `response_ids` that hold the last message's text, without what ends a turn.
+
+    A last token that holds more than text is among them. There is always at least one id.
+    """
+    rest = _rest(messages, tokenizer)[0]
+    text = str(messages[-1].get("content") or "").strip()
+    ids, first, _ = encode(rest, tokenizer)
+    end = rest.find(text) + len(text) if text in rest else len(rest)
+    return ids[: max(int((first < end).sum()), 1)] or end_ids(tokenizer)[:1]
+
+
+def _rest(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, bool]:
+    """What follows the prompt `messages[:-1]`; the text alone if the template rewrites that."""
+    prompt = render(messages[:-1], tokenizer)
+    full = render(messages, tokenizer, add_generation_prompt=False)
+    if full.startswith(prompt):
+        return full[len(prompt) :], False
+    return str(messages[-1].get("content") or ""), True
 
 
 def encode(text: str, tokenizer: Tokenizer) -> tuple[list[int], Ints, Ints]:

@@ -22,7 +22,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.text.alignment import align_chat
 from c2c_mlx.text.answer import AnswerAlignment
 from c2c_mlx.text.rendering import render
-from c2c_mlx.text.tokens import _COUNTERPARTS, align_ids, encode, response_ids
+from c2c_mlx.text.tokens import _COUNTERPARTS, align_ids, encode, response_ids, text_ids
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -561,6 +561,15 @@ ANSWER = {"role": "assistant", "content": "a dog"}
 def test_the_response_ends_with_one_end_of_turn(template, expected):
     tokenizer = wrapped("bytes", template)
     assert tokenizer.decode(response_ids([user("hi"), ANSWER], tokenizer)) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN, TRIM, THINK])
+def test_the_text_of_a_response_is_without_what_ends_it(template):
+    tokenizer = wrapped("bytes", template)
+    ids = text_ids([user("hi"), ANSWER], tokenizer)
+    assert tokenizer.decode(ids).strip() == "a dog"
+    assert response_ids([user("hi"), ANSWER], tokenizer)[: len(ids)] == ids
+    assert len(text_ids([user("hi"), ANSWER | {"content": ""}], tokenizer)) == 1
 
 
 def test_an_end_of_turn_that_is_not_the_eos_token_ends_the_response():

@@ -16,8 +16,8 @@ import pytest
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, SamplingConfig
 from c2c_mlx.evaluation import runner
-from c2c_mlx.evaluation.chat import Chat
 from c2c_mlx.evaluation.modes import Modes
+from c2c_mlx.evaluation.reference import Reference
 from c2c_mlx.evaluation.task import C2C_MODES, Item
 from c2c_mlx.events import Crossed, Finished
 from c2c_mlx.fusion import kv
@@ -246,7 +246,7 @@ def test_an_evaluation_notes_what_a_chat_says(
     modes = Modes(receiver, [sharer], [other], "sequential", items, 0, SAMPLING.max_tokens)
     log, names = runner.Log(None, {}), ["receiver", *C2C_MODES]
     runner.run(
-        Chat(),
+        Reference(),
         items,
         names,
         modes,

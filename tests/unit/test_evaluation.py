@@ -12,11 +12,11 @@ import pytest
 
 from c2c_mlx import bootstrap
 from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation import choice, files, hub_tasks, number, report, scoring
+from c2c_mlx.evaluation import choice, files, hub_tasks, number, report, result, scoring
 from c2c_mlx.evaluation.agreement import Agreement
-from c2c_mlx.evaluation.chat import Chat
 from c2c_mlx.evaluation.choice import Choice
 from c2c_mlx.evaluation.number import Number
+from c2c_mlx.evaluation.reference import Reference
 from c2c_mlx.evaluation.task import Answer, Item
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "extras" / "answers.json"
@@ -141,7 +141,7 @@ def test_the_prompt_is_the_published_one() -> None:
 
 
 def test_chat_scores() -> None:
-    task, item = Chat(), Item("1", [], "Tom has a house with a pool.")
+    task, item = Reference(), Item("1", [], "Tom has a house with a pool.")
     right = task.score(item, Answer(item.reference, [1], [2.0], 4), None)
     assert right == {"chrf": pytest.approx(100), "bleu": pytest.approx(100), "nll": 0.5}
     close = task.score(item, Answer("Tom has a big house.", [1], [2.0], 4), None)
@@ -151,8 +151,8 @@ def test_chat_scores() -> None:
 
 
 def test_choice_scores() -> None:
-    item = Item("1", [], "B", 3)
-    written, likeliest = Choice("generate"), Choice("logits")
+    item = Item("1", [], "B", ("one", "two", "three"))
+    written, likeliest, text = map(Choice, ("generate", "logits", "text"))
     assert written.score(item, Answer("B. Rome"), None) == {"accuracy": 1, "invalid": 0}
     assert written.score(item, Answer("C"), None) == {"accuracy": 0, "invalid": 0}
     assert written.score(item, Answer("Answer: Berlin"), None) == {"accuracy": 0, "invalid": 1}
@@ -160,6 +160,21 @@ def test_choice_scores() -> None:
     assert likeliest.score(item, Answer(nats=[3, 1, 2]), None) == {"accuracy": 1}
     assert likeliest.score(item, Answer(nats=[1, 3, 2]), None) == {"accuracy": 0}
     assert likeliest.score(item, Answer(), None) == {"accuracy": 0}
+    # Nats per byte: 4.5 / 3, 4.4 / 3 and 6 / 5.
+    assert text.score(item, Answer(nats=[4.5, 4.4, 6]), None) == {"accuracy": 0}
+    assert text.score(item, Answer(nats=[4.5, 4.4, 8]), None) == {"accuracy": 1}
+    assert text.score(item, Answer(), None) == {"accuracy": 0}
+    long = Item("1", [], "A", ("é" * 5, "e" * 9))  # bytes, not characters
+    assert text.score(long, Answer(nats=[9, 8.5]), None) == {"accuracy": 1}
+
+
+def test_only_letters_are_chosen_among_choices_that_are_shown() -> None:
+    item = files.choice_item(MULTIPLE, "1", "", "here")
+    assert item.messages == Choice("text").asked(item).messages
+    for method in ("generate", "logits"):
+        shown = Choice(method).asked(item)
+        assert shown.messages[0]["content"] == choice.prompt("who?", ["a", "b", "c"])
+        assert shown.choices == item.choices == ("a", "b", "c")
 
 
 def test_number_scores() -> None:
@@ -235,8 +250,8 @@ MULTIPLE = {"question": "who?", "choices": ["a", "b", "c"], "answer": 1, "subjec
 @pytest.mark.parametrize(
     ("row", "kind", "reference", "group"),
     [
-        (CHAT | {"lang": "fr"}, Chat, "ho", "fr"),
-        ({"prompt": "hi", "completion": "ho"}, Chat, "ho", ""),
+        (CHAT | {"lang": "fr"}, Reference, "ho", "fr"),
+        ({"prompt": "hi", "completion": "ho"}, Reference, "ho", ""),
         (ASKED, Agreement, "", ""),
         ({"prompt": "hi"}, Agreement, "", ""),
         (MULTIPLE, Choice, "B", "s"),
@@ -300,7 +315,8 @@ def test_mmlu_redux_mends_what_its_authors_found() -> None:
     row = {"question": "q?", "choices": ["w", "x", "y", "z"], "answer": 1, "error_type": "ok"}
     item = hub_tasks.mmlu_redux(row, "anatomy/0", "anatomy")
     assert item is not None
-    assert (item.reference, item.group, item.id, item.choices) == ("B", "anatomy", "anatomy/0", 4)
+    assert (item.reference, item.group, item.id) == ("B", "anatomy", "anatomy/0")
+    assert item.choices == ("w", "x", "y", "z")
     wrong = row | {"error_type": "wrong_groundtruth"}
     mended = [wrong | {"correct_answer": x} for x in ("3", "D", None)]
     found = [hub_tasks.mmlu_redux(m, "n", "") for m in mended]
@@ -316,12 +332,12 @@ def test_mmlu_redux_mends_what_its_authors_found() -> None:
 def test_other_benchmarks() -> None:
     labelled = {"text": ["ice", "fire"], "label": ["1", "2"]}
     arc = hub_tasks.arc({"question": "hot?", "choices": labelled, "answerKey": "2"}, "n", "")
-    assert arc.reference == "B" and "A. ice\nB. fire\n" in arc.messages[0]["content"]
+    assert arc.reference == "B" and arc.choices == ("ice", "fire")
     row = {"question_stem": "hot?", "choices": labelled | {"label": ["A", "B"]}, "answerKey": "A"}
     assert hub_tasks.openbookqa(row, "n", "").reference == "A"
     row = {"question": "热？", "A": "冰", "B": "火", "C": "水", "D": "土", "answer": "B"}
     ceval = hub_tasks.ceval(row, "n", "logic")
-    assert (ceval.reference, ceval.choices, ceval.group) == ("B", 4, "logic")
+    assert (ceval.reference, ceval.choices, ceval.group) == ("B", ("冰", "火", "水", "土"), "logic")
     row = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
     gsm8k = hub_tasks.gsm8k(row, "n", "")
     assert gsm8k.reference == "4" and "How many?" in gsm8k.messages[0]["content"]
@@ -336,15 +352,16 @@ def test_a_benchmark_without_datasets_says_what_to_install(monkeypatch: pytest.M
 def test_chat_scores_without_sacrebleu_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(C2CError, match=r"pip install 'c2c-mlx\[eval\]'"):
-        Chat()
+        Reference()
 
 
 # --- reports
 
 
-def result() -> report.Result:
+def made() -> report.Result:
     items = [
-        Item(str(i), [{"role": "user", "content": "q"}], "B", 2, "ab"[i % 2]) for i in range(6)
+        Item(str(i), [{"role": "user", "content": "q"}], "B", ("a", "b"), "ab"[i % 2])
+        for i in range(6)
     ]
     said = {"receiver": "ABABAB", "c2c": "BBBBBB"}
     records = {}
@@ -373,7 +390,7 @@ def result() -> report.Result:
 
 
 def test_a_result_has_what_the_contract_names() -> None:
-    found = result()
+    found = made()
     modes = found["modes"]
     assert modes["receiver"]["scores"]["accuracy"]["mean"] == 0.5
     assert modes["c2c"]["scores"]["accuracy"]["mean"] == pytest.approx(5 / 6)
@@ -389,7 +406,7 @@ def test_a_result_has_what_the_contract_names() -> None:
 
 
 def test_tables_show_groups_and_failures() -> None:
-    found = result()
+    found = made()
     text = report.tables(found, every_group=True)
     assert "| a        | c2c      | 3 | 1.000 [1.000, 1.000] | +1.000 [+1.000, +1.000] |" in text
     assert "- c2c, item 5: too long" in text
@@ -399,36 +416,36 @@ def test_tables_show_groups_and_failures() -> None:
 
 
 def test_results_are_compared_item_by_item() -> None:
-    found = report.compare((result(), "c2c"), (result(), "receiver"), 0)
+    found = result.compare((made(), "c2c"), (made(), "receiver"), 0)
     assert found["accuracy"]["all"]["difference"]["mean"] == pytest.approx(2 / 6)
     assert found["accuracy"]["b"]["difference"]["mean"] == pytest.approx(-1 / 3)
     assert "+0.333" in report.compare_table(found, ["x", "y"])
     with pytest.raises(C2CError, match="no mode relay in that result; it has receiver, c2c"):
-        report.compare((result(), "relay"), (result(), "c2c"), 0)
-    other = result()
+        result.compare((made(), "relay"), (made(), "c2c"), 0)
+    other = made()
     other["items"] = other["items"][:3]
     with pytest.raises(C2CError, match="different items"):
-        report.compare((other, "c2c"), (result(), "c2c"), 0)
+        result.compare((other, "c2c"), (made(), "c2c"), 0)
 
 
 def test_a_result_is_never_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    report.write(path, {"a": 1}, "first")
+    result.write(path, {"a": 1}, "first")
     with pytest.raises(C2CError, match="is there already"):
-        report.write(path, {"a": 2}, "second")
+        result.write(path, {"a": 2}, "second")
     assert (
         json.loads(path.read_text()) == {"a": 1} and path.with_suffix(".md").read_text() == "first"
     )
     (tmp_path / "s.md").write_text("notes of somebody")
     with pytest.raises(C2CError, match=r"s\.md is there already"):
-        report.write(tmp_path / "s.json", {}, "")
+        result.write(tmp_path / "s.json", {}, "")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.md", "s.md"]
     with pytest.raises(C2CError, match="there is no folder"):
-        report.check_free(tmp_path / "no" / "r.json")
+        result.check_free(tmp_path / "no" / "r.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"modes": 1, "items": []}'])
 def test_what_is_no_result_is_not_compared(tmp_path: Path, text: str) -> None:
     (tmp_path / "r").write_text(text)
     with pytest.raises(C2CError, match="not a result"):
-        report.read(tmp_path / "r")
+        result.read(tmp_path / "r")

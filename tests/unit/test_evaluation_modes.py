@@ -207,7 +207,7 @@ def test_an_item_that_is_too_long_fails_alone(make: Make) -> None:
 
 
 def test_letters_are_compared_behind_the_beginning_of_an_answer(make: Make) -> None:
-    modes, item = make(), Item("1", ITEMS[0].messages, "B", 4)
+    modes, item = make(), Item("1", ITEMS[0].messages, "B", tuple("abcd"))
     for lm in (modes.receiver, modes.sharers[0]):
         assert lm is not None
         asked = Choice("logits").continuations(item, lm.tokenizer, None)

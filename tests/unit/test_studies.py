@@ -17,9 +17,9 @@ from c2c_mlx import Fuser, LanguageModel
 from c2c_mlx.commands import study as command
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation.chat import Chat
 from c2c_mlx.evaluation.choice import Choice
 from c2c_mlx.evaluation.files import choice_item
+from c2c_mlx.evaluation.reference import Reference
 from c2c_mlx.evaluation.runner import Log
 from c2c_mlx.evaluation.task import Item
 from c2c_mlx.fusion import kv
@@ -43,7 +43,7 @@ def make(receiver: LanguageModel, sharer: LanguageModel) -> MakeWork:
             "sharers": [sharer],
             "fusers": [],
             "order": "sequential",
-            "task": Chat(),
+            "task": Reference(),
             "items": ITEMS,
             "log": Log(None, {}),
             "seed": 0,
@@ -126,8 +126,10 @@ def test_enrich_has_three_conditions_of_which_one_is_longer(make: MakeWork) -> N
 
 def test_choices_are_weighed_among_their_letters(make: MakeWork) -> None:
     row = {"question": "who?", "choices": ["a", "b", "c", "d"], "answer": 2}
-    items = [choice_item(row | {"question": f"who {i}?"}, str(i), "", "row") for i in range(5)]
-    found = enrich.run(make(task=Choice("logits"), items=items, shots=1))
+    task = Choice("logits")
+    rows = [row | {"question": f"who {i}?"} for i in range(5)]
+    items = [task.asked(choice_item(row, str(i), "", "row")) for i, row in enumerate(rows)]
+    found = enrich.run(make(task=task, items=items, shots=1))
     scores = found["conditions"]["receiver"]["scores"]
     assert set(scores) == {"nll", "accuracy"}
     assert abs(scores["nll"]["mean"] - np.log(4)) < 1 and 0 <= scores["accuracy"]["mean"] <= 1

@@ -10,7 +10,7 @@ from c2c_mlx.evaluation.task import Answer, Item, Task
 from c2c_mlx.text.tokens import response_ids
 
 
-class Chat(Task):
+class Reference(Task):
     """NLL of the reference, and chrF and BLEU (sacrebleu) of the greedy answer.
 
     Raises:
