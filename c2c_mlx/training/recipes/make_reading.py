@@ -1,0 +1,377 @@
+"""The recipe `reading`: a fuser that lends understanding and knowledge, not translations alone.
+
+`python -m c2c_mlx.training.recipes.make_reading DATA OUT` reads a folder with translation, german,
+trivia and english, and writes OUT/PART/train.jsonl and valid.jsonl for each part of the mixture,
+what was dropped (OUT/dropped), and what is measured afterwards (OUT/eval). Answers are the
+receiver's own, given once and kept in OUT/answers.jsonl, so that an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from c2c_mlx.atomic import write_text
+from c2c_mlx.training.recipes import frames
+
+Row = dict[str, Any]
+Parts = dict[str, list[Row]]
+
+TOKENS = {"reading": 40, "english": 20}
+VALID = {"reading": 64, "translation": 32, "english": 32, "trivia": 32, "conversations": 16}
+# Of the rows that could be made; answers take the receiver a quarter of a second each.
+TAKEN = {"reading": 1472, "translation": 600, "english": 330, "trivia": 420}
+SENTENCES = 1800  # per language, with a frame
+BARE = 300  # per language, questions and statements as they are
+TRANSLATIONS = 1000  # per language
+ENGLISH = 900
+TWINS = 170  # prompts of `reading` in English
+TRIVIA = 1500
+CONVERSATIONS = 110
+RECURS = 4  # an answer that begins like this many others says nothing about its sentence
+
+_PHRASINGS = (
+    re.compile(r"^Translate to English: (.*)$", re.S),
+    re.compile(r"^What does this mean in English\?\n(.*)$", re.S),
+    re.compile(r"^(.*)\n\nSay that in English\.$", re.S),
+)
+# Answered by the receiver as if it were meant, with "I'm sorry for your loss".
+_PERSONAL = re.compile(r"\b(?:I|me|my|mine|myself|you|your|yours)\b")
+_REFUSAL = re.compile(
+    r"\b(?:I'm sorry|I am sorry|I apologi[sz]e|as an AI|as a (?:language|digital|chat)|I'm an AI|"
+    r"I am an AI|AI (?:assistant|language)|I'm here to help|I don't have (?:personal|the ability|"
+    r"enough|any)|I do not have|could you please|please provide|I'm (?:not able|unable)|"
+    r"chatbot|"
+    r"(?:I'm|I am) (?:happy|ready|glad) to|digital assistant|"
+    r"SmolLM|Hugging Face|creative AI|(?:How|What) can I (?:help|assist)|"
+    r"classic (?:example|trope)|logical fallacy|metaphorical|idiomatic)",
+    re.I,
+)
+
+
+_CAPITAL = {
+    "fr": "Quelle est la capitale {} ?",
+    "de": "Was ist die Hauptstadt von {}?",
+    "zh": "{}的首都是哪里？",
+    "es": "¿Cuál es la capital de {}?",
+}
+# The country, its capital, and the country in French (with "of"), German, Chinese and Spanish.
+CAPITALS = (
+    ("France", "Paris", "de la France", "Frankreich", "法国", "Francia"),
+    ("Germany", "Berlin", "de l'Allemagne", "Deutschland", "德国", "Alemania"),
+    ("Italy", "Rome", "de l'Italie", "Italien", "意大利", "Italia"),
+    ("Spain", "Madrid", "de l'Espagne", "Spanien", "西班牙", "España"),
+    ("Portugal", "Lisbon", "du Portugal", "Portugal", "葡萄牙", "Portugal"),
+    ("Greece", "Athens", "de la Grèce", "Griechenland", "希腊", "Grecia"),
+    ("Russia", "Moscow", "de la Russie", "Russland", "俄罗斯", "Rusia"),
+    ("Japan", "Tokyo", "du Japon", "Japan", "日本", "Japón"),
+    ("China", "Beijing", "de la Chine", "China", "中国", "China"),
+    ("Egypt", "Cairo", "de l'Égypte", "Ägypten", "埃及", "Egipto"),
+    ("Poland", "Warsaw", "de la Pologne", "Polen", "波兰", "Polonia"),
+    ("Austria", "Vienna", "de l'Autriche", "Österreich", "奥地利", "Austria"),
+    ("Sweden", "Stockholm", "de la Suède", "Schweden", "瑞典", "Suecia"),
+    ("Norway", "Oslo", "de la Norvège", "Norwegen", "挪威", "Noruega"),
+    ("Ireland", "Dublin", "de l'Irlande", "Irland", "爱尔兰", "Irlanda"),
+    ("Cuba", "Havana", "de Cuba", "Kuba", "古巴", "Cuba"),
+    ("Thailand", "Bangkok", "de la Thaïlande", "Thailand", "泰国", "Tailandia"),
+    ("Iraq", "Baghdad", "de l'Irak", "Irak", "伊拉克", "Irak"),
+    ("Hungary", "Budapest", "de la Hongrie", "Ungarn", "匈牙利", "Hungría"),
+    ("South Korea", "Seoul", "de la Corée du Sud", "Südkorea", "韩国", "Corea del Sur"),
+)
+
+
+class Sentence(NamedTuple):
+    """A foreign sentence and its English twin."""
+
+    text: str
+    english: str
+    lang: str
+
+
+def sentences(path: Path) -> list[Sentence]:
+    """The pairs of a translation file, without the phrasing around them."""
+    found = []
+    for row in _lines(path):
+        asked, said = (m["content"] for m in row["messages"])
+        text = next(m[1] for p in _PHRASINGS if (m := p.match(asked)))
+        found.append(Sentence(text.replace("\u202f", " ").strip(), said, row["lang"]))
+    return found
+
+
+def build(data: Path, seed: int = 0) -> tuple[Parts, Parts]:
+    """All parts but the conversations, unanswered: to train on, and for validation."""
+    draw = random.Random(seed)
+    held = {
+        s.english for p in ("translation", "german") for s in sentences(data / p / "valid.jsonl")
+    }
+    pool: dict[str, list[Sentence]] = {"fr": [], "zh": []}
+    seen: set[str] = set(held)
+    for s in sentences(data / "translation" / "train.jsonl"):
+        if s.english not in seen and s.text not in seen:
+            seen |= {s.english, s.text}
+            pool[s.lang].append(s)
+    parts: Parts = {"reading": [], "translation": []}
+    for lang, found in pool.items():
+        draw.shuffle(found)
+        questions = [s for s in found if s.english.endswith("?") and _words(s) >= 4]
+        told = [s for s in found if _is_told(s)]
+        bare = questions[: BARE * 3 // 4] + told[: BARE // 4]
+        framed = told[BARE // 4 :][:SENTENCES]
+        used = {s.text for s in bare + framed}
+        rest = [s for s in found if s.text not in used and _words(s) >= 4]
+        parts["reading"] += [_row(s.text, answer_to=s.english, lang=lang) for s in bare]
+        for n, s in enumerate(framed):
+            parts["reading"].append(_framed(frames.TRAINED[n % len(frames.TRAINED)], s, draw))
+        for n, s in enumerate(rest[:TRANSLATIONS]):
+            asked = _phrase(frames.TRANSLATE[n % len(frames.TRANSLATE)], s, draw, own=0.4)
+            parts["translation"].append(_row(asked, s.english, lang=lang))
+    prompts = [row["prompt"] for row in _lines(data / "english" / "prompts.jsonl")]
+    short = [p for p in dict.fromkeys(prompts) if len(p) <= 240]
+    draw.shuffle(short)
+    parts["english"] = [{**_row(p), "own": True} for p in short[:ENGLISH]]
+    parts["trivia"] = _trivia(data / "trivia" / "train.jsonl", draw)
+    for rows in parts.values():
+        draw.shuffle(rows)
+    valid = {name: rows[: VALID[name]] for name, rows in parts.items()}
+    train = {name: rows[VALID[name] :][: TAKEN[name]] for name, rows in parts.items()}
+    return train, valid
+
+
+def evaluation(data: Path, per_group: int, seed: int = 3) -> Parts:
+    """What is measured afterwards, of sentences and prompts that nothing above has seen.
+
+    `reading` wants the receiver's answers to the English twins; a row's `lang` is its language and
+    whether its frame was trained.
+    """
+    draw = random.Random(seed)
+    parts: Parts = {"reading": [], "translation": [], "facts": []}
+    for part in ("translation", "german"):
+        found: dict[str, list[Sentence]] = {}
+        for s in sentences(data / part / "valid.jsonl"):
+            found.setdefault(s.lang, []).append(s)
+        for lang, some in found.items():
+            parts["translation"] += [
+                _row(f"Translate to English: {s.text}", s.english, lang=lang)
+                for s in some[:per_group]
+            ]
+            told = [s for s in some if _is_told(s, 4)]
+            draw.shuffle(told)
+            known = [frames.TRAINED[n].en for n in (0, 1, 4, 6, 9, 12)]
+            # Twice as many as wanted: generic answers are dropped here, too.
+            for n, s in enumerate(told[: 4 * per_group]):
+                is_known = n % 2 == 0
+                frame = (known if is_known else frames.HELD_OUT)[n // 2 % 6]
+                group = f"{lang} {'trained' if is_known else 'new'}"
+                parts["reading"].append(
+                    _row(frame.format(s.text), answer_to=frame.format(s.english), lang=group)
+                )
+    for name, city, *asked in CAPITALS:
+        for lang, text in zip(("fr", "de", "zh", "es"), asked, strict=True):
+            question = _CAPITAL[lang].format(text)
+            parts["facts"].append(_row(question, f"The capital of {name} is {city}.", lang=lang))
+    prompts = [row["prompt"] for row in _lines(data / "english" / "prompts.jsonl")]
+    used = {r["messages"][0]["content"] for rows in build(data) for r in rows["english"]}
+    rest = [p for p in dict.fromkeys(prompts) if p not in used and len(p) <= 240]
+    draw.shuffle(rest)
+    twins = [r["answer_to"] for r in parts["reading"][::5]]
+    parts["english"] = [_row(p) for p in [*rest[:per_group], *twins[: per_group // 3]]]
+    return parts
+
+
+def conversations(parts: Parts, seed: int, count: int) -> list[Row]:
+    """Two and three turns of answered rows: foreign after English, English after foreign.
+
+    The last turn wants the answer that it has as a first one: the receiver's own, to the English
+    twin, or to the turn itself if that is English.
+    """
+    draw = random.Random(seed)
+    reading = [r for r in parts["reading"] if len(r["messages"][0]["content"]) < 90]
+    english = [r for r in parts["english"] if len(r["messages"][0]["content"]) < 90]
+    kinds = [reading, english, parts["translation"]]
+    rows = []
+    for n in range(count):
+        # The last turn: foreign, English, or a translation that is asked for.
+        last = (0, 1, 0, 1, 2)[n % 5]
+        before = [0 if last == 1 else 1] if n % 3 else [1, 0] if last else [0, 1]
+        turns = [draw.choice(kinds[kind]) for kind in before]
+        seen: list[dict[str, str]] = []
+        for turn in turns:
+            asked, said = turn["messages"]
+            seen += [asked, {**said, "content": _first_sentence(said["content"])}]
+        end = draw.choice(kinds[last])
+        more: Row = {key: end[key] for key in ("own", "cut", "lang") if key in end}
+        rows.append({"messages": [*seen, *end["messages"]], **more})
+    return rows
+
+
+def informative(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Answered rows that are worth learning from, and those that are dropped.
+
+    Dropped: refusals, answers that go round in circles, and those whose beginning many rows share,
+    whatever their sentences say.
+    """
+    beginnings = Counter(b for row in rows if (b := _beginning(row)))
+    whole = Counter(_said(row).lower() for row in rows)
+    kept: list[Row] = []
+    dropped: list[Row] = []
+    for row in rows:
+        said = _said(row)
+        generic = beginnings[_beginning(row)] >= RECURS or whole[said.lower()] > 1
+        bad = len(said) < 2 or _REFUSAL.search(said) is not None or generic or _circles(said)
+        bad = bad or any(c > "\u2fff" for c in said)  # not English, or half a character
+        (dropped if bad else kept).append(row)
+    return kept, dropped
+
+
+def _twin(row: Row) -> Row:
+    messages = [{"role": "user", "content": row["answer_to"]}, row["messages"][-1]]
+    cut = {"cut": True} if row.get("cut") else {}
+    return {"messages": messages, "own": True, **cut}
+
+
+def _framed(frame: frames.Frame, s: Sentence, draw: random.Random) -> Row:
+    return _row(
+        _phrase(frame, s, draw, own=0.35), answer_to=frame.en.format(s.english), lang=s.lang
+    )
+
+
+def _phrase(frame: frames.Frame, s: Sentence, draw: random.Random, own: float) -> str:
+    """The frame around the sentence, sometimes in the sentence's own language."""
+    native: str = getattr(frame, s.lang)
+    return (native if draw.random() < own else frame.en).format(s.text)
+
+
+def _trivia(path: Path, draw: random.Random) -> list[Row]:
+    """Questions that can be asked without their choices; the answer is the right choice's text."""
+    rows = []
+    for item in _lines(path):
+        right = item["choices"][item["answer"]]
+        if len(item["question"]) <= 160 and sum(map(len, item["choices"])) <= 120:
+            if not re.search(r"\b(?:of these|of the above|none)\b", right, re.I):
+                rows.append((item["question"], right))
+    draw.shuffle(rows)
+    plain = re.compile(r"\b(?:these|the following|none|above)\b", re.I)
+    good = [(q, a) for q, a in rows if len(q) <= 120 and len(a) <= 40 and not plain.search(q + a)]
+    return [
+        _row(frames.QUIZ[n % len(frames.QUIZ)].format(question), right)
+        for n, (question, right) in enumerate(good[:TRIVIA])
+    ]
+
+
+def _row(asked: str, said: str | None = None, **more: Any) -> Row:
+    messages = [{"role": "user", "content": asked}]
+    if said is not None:
+        messages.append({"role": "assistant", "content": said})
+    return {"messages": messages, **more}
+
+
+def _words(s: Sentence) -> int:
+    return len(s.english.split())
+
+
+def _is_told(s: Sentence, words: int = 6) -> bool:
+    """A statement about others, long enough to say something."""
+    return not s.english.endswith("?") and _words(s) >= words and not _PERSONAL.search(s.english)
+
+
+def _said(row: Row) -> str:
+    said: str = row["messages"][-1]["content"]
+    return said
+
+
+def _beginning(row: Row) -> str:
+    """The first six words."""
+    words = re.findall(r"\w+", _said(row).lower())
+    return " ".join(words[:6]) if len(words) >= 6 else ""
+
+
+def _circles(text: str) -> bool:
+    """Whether three words in a row come three times."""
+    words = re.findall(r"\w+", text.lower())
+    threes = Counter(zip(words, words[1:], words[2:], strict=False))
+    return max(threes.values(), default=0) >= 3
+
+
+def _first_sentence(text: str) -> str:
+    """Up to a full stop, for what only leads up to the last turn."""
+    found = re.match(r"(.{12,}?[.!?])(?:\s|$)", text, re.S)
+    return found[1] if found else text
+
+
+def _lines(path: Path) -> Iterable[Any]:
+    return [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n") if x.strip()]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def answer(rows: list[Row], lm: Any, path: Path, max_tokens: int) -> list[Row]:
+    """The rows with the receiver's answers; those that have one come back as they are."""
+    from c2c_mlx.training.answers import answer_rows
+    from c2c_mlx.training.files import ChatRow
+
+    def asked(row: Row) -> ChatRow:
+        to = row.get("answer_to")
+        if isinstance(to, str):
+            to = [{"role": "user", "content": to}]
+        return ChatRow(row["messages"], own=row.get("own", False), answer_to=to)
+
+    def progress(done: int, total: int) -> None:
+        print(f"{done} of {total} answers", file=sys.stderr, flush=True)
+
+    chats = answer_rows([asked(r) for r in rows], lm, path, max_tokens, False, progress)
+    found = []
+    for row, chat in zip(rows, chats, strict=True):
+        new = {**row, "messages": chat.messages}
+        if chat.cut:
+            new["cut"] = True
+        found.append(new)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Builds, answers, drops what is generic, and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--receiver", default="smollm2-135m")
+    parser.add_argument("--per-group", type=int, default=60, help="of what is measured")
+    args = parser.parse_args(argv)
+    from c2c_mlx.models.load import load_model
+
+    lm = load_model(args.receiver)
+    kept_answers = args.out / "answers.jsonl"
+    train, valid = build(args.data)
+    for split, parts, seed in (("train", train, 1), ("valid", valid, 2)):
+        for name in ("english", "reading"):
+            parts[name] = answer(parts[name], lm, kept_answers, TOKENS[name])
+        # The same in English is the receiver's own to answer: the language tells the two apart.
+        twins = parts["reading"][: TWINS if split == "train" else VALID["english"] // 2]
+        parts["english"] += [_twin(row) for row in twins]
+        parts["reading"], dropped = informative(parts["reading"])
+        write(args.out / "dropped" / f"{split}.jsonl", dropped)
+        for name, rows in parts.items():  # what is done can be used before all is
+            write(args.out / name / f"{split}.jsonl", rows)
+        count = CONVERSATIONS if split == "train" else VALID["conversations"]
+        parts["conversations"] = conversations(parts, seed, count)
+        write(args.out / "conversations" / f"{split}.jsonl", parts["conversations"])
+        print(split, {name: len(rows) for name, rows in parts.items()}, "dropped", len(dropped))
+    measured = evaluation(args.data, args.per_group)
+    read = answer(measured["reading"], lm, kept_answers, TOKENS["reading"])
+    measured["reading"] = informative(read)[0]
+    for name, rows in measured.items():
+        write(args.out / "eval" / f"{name}.jsonl", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The recipe `reading` from a small folder: nothing leaks or is generic, all is repeatable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from c2c_mlx.training.recipes import frames, make_reading
+from c2c_mlx.training.recipes.make_reading import (
+    Row,
+    build,
+    conversations,
+    evaluation,
+    informative,
+    sentences,
+)
+
+
+def pair(n: int, lang: str, phrasing: str = "Translate to English: {}") -> Row:
+    """A row as it stands in the project's text."""
+    asked = phrasing.format(f"Phrase numéro {n} en {lang}.")
+    said = f"The old farmer number {n} sold horses in {lang}."
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return {"messages": messages, "lang": lang}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder laid out like the project's text; the first valid sentence is in train, too."""
+    train = [pair(n, lang) for lang in ("fr", "zh") for n in range(300)]
+    held = [pair(n, lang) for lang in ("fr", "zh") for n in (0, 900, 901)]
+    quiz = [
+        {"question": f"Who was {n}?", "choices": ["Ann", "Bob"], "answer": n % 2} for n in range(80)
+    ]
+    quiz.append({"question": "Which of these?", "choices": ["Eve", "Bob"], "answer": 0})
+    write(tmp_path / "translation" / "train.jsonl", train)
+    write(tmp_path / "translation" / "valid.jsonl", held)
+    write(tmp_path / "german" / "valid.jsonl", [pair(n, "de") for n in (902, 903)])
+    write(tmp_path / "trivia" / "train.jsonl", quiz)
+    prompts = [{"prompt": f"Is {n} even?"} for n in range(1200)]
+    write(tmp_path / "english" / "prompts.jsonl", prompts)
+    return tmp_path
+
+
+def write(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_sentence_is_found_in_every_phrasing(tmp_path: Path) -> None:
+    phrasings = ("Translate to English: {}", "What does this mean in English?\n{}")
+    rows = [pair(1, "fr", p) for p in (*phrasings, "{}\n\nSay that in English.")]
+    write(tmp_path / "f.jsonl", rows)
+    assert {s.text for s in sentences(tmp_path / "f.jsonl")} == {"Phrase numéro 1 en fr."}
+
+
+def test_no_held_out_sentence_or_frame_is_trained(data: Path) -> None:
+    train, valid = build(data)
+    everything = json.dumps([train, valid], ensure_ascii=False)
+    for n in (0, 900, 901, 902, 903):
+        assert f"number {n} " not in everything
+    for frame in frames.HELD_OUT:
+        assert frame not in {f.en for f in frames.TRAINED}
+    measured = evaluation(data, 4)
+    used = {r["messages"][0]["content"] for r in train["english"] + valid["english"]}
+    assert not used & {r["messages"][0]["content"] for r in measured["english"]}
+    assert "these" not in json.dumps(train["trivia"] + valid["trivia"])
+
+
+def test_the_parts_do_not_overlap_and_come_out_the_same_again(data: Path) -> None:
+    train, valid = build(data)
+    assert (train, valid) == build(data)
+    for name, rows in train.items():
+        assert not [row for row in rows if row in valid[name]]
+    assert all(row["own"] for row in train["english"])
+    assert not any("own" in row for row in train["reading"] + train["trivia"])
+    assert all("Phrase" not in row["answer_to"] for row in train["reading"])
+
+
+def answered(text: str) -> Row:
+    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry for any misunderstanding.",
+        "As an AI, no.",
+        "It is red, so red, it is red, so red, it is red, so red.",
+        "彼は",
+        "!",
+    ],
+)
+def test_a_generic_answer_is_dropped(text: str) -> None:
+    good = answered("The farmer sells his horse at the market.")
+    assert informative([answered(text), good]) == ([good], [answered(text)])
+
+
+def test_answers_that_begin_alike_are_dropped() -> None:
+    alike = [answered(f"The speaker feels a mix of things about {n}.") for n in range(4)]
+    assert informative(alike) == ([], alike)
+    assert informative(alike[:3]) == (alike[:3], [])
+
+
+def test_conversations_mix_languages_and_keep_whose_answer_it_is() -> None:
+    def row(asked: str, **more: Any) -> Row:
+        return {**answered(f"Answer to {asked}, at length. And more."), **more} | {
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": f"Answer to {asked}, at length. And more."},
+            ]
+        }
+
+    parts = {
+        "reading": [row("Oui ?", answer_to="Yes?", lang="fr", cut=True)],
+        "english": [row("No?", own=True)],
+        "translation": [row("Traduis : non", lang="fr")],
+    }
+    rows = conversations(parts, 0, 30)
+    assert {len(r["messages"]) for r in rows} == {4, 6}
+    for r in rows:
+        asked = [m["content"] for m in r["messages"] if m["role"] == "user"]
+        assert len(set(asked)) > 1
+        assert r.get("own", False) == (asked[-1] == "No?")
+        assert r.get("cut", False) == (asked[-1] == "Oui ?")
+        assert r["messages"][1]["content"].endswith("at length.")  # what leads up is short
+
+
+def test_frames_have_one_place_for_the_sentence() -> None:
+    for frame in (*frames.TRAINED, *frames.TRANSLATE):
+        assert all(text.count("{}") == 1 for text in frame)
+    assert all(text.count("{}") == 1 for text in (*frames.HELD_OUT, *frames.QUIZ))
+    assert len(make_reading.CAPITALS) == len({c[0] for c in make_reading.CAPITALS})
