@@ -209,6 +209,24 @@ class FusedCache:
         if not held_back:
             kv.copy_state(self.own.cache, self.cache)
         border = stop - held_back
+        held, traces = self._append(texts, start, border, stop)
+        times.append(time.perf_counter())
+        self._fused_from = sources[:, :border]
+        *sharers, own, fusing = np.diff(times).tolist()
+        costs = sum(unread[:-1]), sum(sharers), own, fusing
+        while self.fusions and self.fusions[-1].start >= start:  # fused anew
+            self.fusions.pop()
+        self.fusions.append(Fusion(start, stop, *costs, tuple(texts), traces))
+        return held
+
+    def _append(
+        self, texts: Sequence[TokenAlignment], start: int, border: int, stop: int
+    ) -> tuple[Layers, tuple[list[Trace], ...]]:
+        """Fuses [start, stop) part by part, and appends what stands before `border`.
+
+        Returns:
+            What stands behind it, and what each link did.
+        """
         traces: tuple[list[Trace], ...] = tuple([] for _ in self.links)
         rest: list[Layers] = []
         chunks = self._own_chunks([(start, border), (max(start, border), stop)])
@@ -224,19 +242,12 @@ class FusedCache:
             if stop - start > device.prefill_chunk():
                 mx.clear_cache()
         kv.hide(self.cache, padding(texts[0].receiver_ids[start:border], start))
-        held = {
-            layer: tuple(mx.concatenate([part[layer][kind] for part in rest], 2) for kind in (0, 1))
-            for layer in (rest[0] if rest else ())
-        }
+        held: Layers = {}
+        for layer in rest[0] if rest else ():
+            keys = mx.concatenate([part[layer][0] for part in rest], axis=2)
+            held[layer] = keys, mx.concatenate([part[layer][1] for part in rest], axis=2)
         mx.eval(held, [trace[2:] for of in traces for trace in of])
-        times.append(time.perf_counter())
-        self._fused_from = sources[:, :border]
-        *sharers, own, fusing = np.diff(times).tolist()
-        costs = sum(unread[:-1]), sum(sharers), own, fusing
-        while self.fusions and self.fusions[-1].start >= start:  # fused anew
-            self.fusions.pop()
-        self.fusions.append(Fusion(start, stop, *costs, tuple(texts), traces))
-        return held  # type: ignore[return-value]
+        return held, traces
 
     def _sources(self, texts: Sequence[TokenAlignment], stop: int) -> np.ndarray:
         """[1 + 2 links, stop] what each position is fused from.
