@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from c2c_mlx import atomic
 from c2c_mlx.commands import Parser, pair, run
 from c2c_mlx.commands.status import Status
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
@@ -311,10 +311,5 @@ def _save(session: ChatSession, name: str) -> None:
         raise C2CError("/save needs a file: /save chat.json")
     path = Path(name).expanduser()
     text = json.dumps({mode: session.messages(mode) for mode in session.history}, indent=2)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as e:
-        raise C2CError(f"{path}: cannot write ({e.strerror})") from None
+    atomic.write_text(path, text + "\n")
     print(f"saved to {path}")

@@ -23,14 +23,15 @@ PROGRAM = "c2c-eval"
 EPILOG = """\
 examples:
   c2c-eval --task valid.jsonl --json result.json
-  c2c-eval --task trivia.jsonl --method logits --mode receiver,sharer,c2c --limit 200
+  c2c-eval --task trivia.jsonl --method text --mode receiver,sharer,c2c --limit 200
   c2c-eval --task arc-challenge --sharer qwen --receiver llama --fuser my-fuser --json arc.json
   c2c-eval --compare mine.json twin.json:c2c-zeroed    # item by item, without any model
 
 FILE holds one object per line, and its keys say what it is: 'question', 'choices' and 'answer'
-(multiple choice); 'messages', or 'prompt' and 'completion' (a reference answer: its NLL, and chrF
-and BLEU of what is written); 'prompt' alone, or 'messages' that end with the user's (how far a mode
-leaves the receiver's own answers alone). Rows with 'lang' or 'subject' are reported per group, too.
+(multiple choice); 'messages', 'prompt' and 'completion', or another layout that c2c-train reads (a
+reference answer: its NLL, and chrF and BLEU of what is written); the same without an answer (how
+far a mode leaves the receiver's own answers alone). Rows with 'lang' or 'subject' are reported per
+group, too.
 NAME is one of: mmlu-redux, arc-challenge, openbookqa, c-eval, gsm8k (from the hub).
 
 An interrupted run leaves OUT.partial.jsonl; the same command continues it.

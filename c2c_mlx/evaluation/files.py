@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +9,31 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.agreement import Agreement
 from c2c_mlx.evaluation.choice import LETTERS, Choice, Method
 from c2c_mlx.evaluation.reference import Reference
-from c2c_mlx.evaluation.task import Item, Messages, Task
-
-FORMS = "'question' with 'choices' and 'answer', 'messages', 'prompt' with or without 'completion'"
+from c2c_mlx.evaluation.task import Item, Task
+from c2c_mlx.training.files import read_objects
+from c2c_mlx.training.layouts import UnknownLayout, chat_of
 
 
 def read(path: Path, method: Method) -> tuple[Task, list[Item]]:
     """Reads a file of one kind of rows.
 
     Args:
-        path: JSON lines; `lang` or `subject` of a row is its group.
+        path: JSON lines, multiple choice or chats in the layouts that `c2c-train` reads; `lang` or
+            `subject` of a row is its group.
         method: of multiple choice.
 
     Raises:
         C2CError: naming the file and the line that can't be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028 in a text
-    except (OSError, UnicodeDecodeError) as e:
-        raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     items: list[Item] = []
     kinds: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            kind, item = _item(line, str(number), where)
-            kinds.setdefault(kind, where)
-            items.append(item)
-            if len(kinds) > 1:
-                first = next(iter(kinds))
-                raise C2CError(f"{where}: a row of kind {kind} among rows of kind {first}")
-    if not items:
-        raise C2CError(f"{path} is empty: it needs one JSON object per line")
+    for where, row in read_objects(path):
+        kind, item = _item(row, where.rpartition(" ")[2], where)
+        kinds.setdefault(kind, where)
+        items.append(item)
+        if len(kinds) > 1:
+            first = next(iter(kinds))
+            raise C2CError(f"{where}: a row of kind {kind} among rows of kind {first}")
     task = make(next(iter(kinds)), method)
     return task, [task.asked(item) for item in items]
 
@@ -53,23 +45,22 @@ def make(kind: str, method: Method) -> Task:
     return Reference() if kind == "chat" else Agreement()
 
 
-def _item(line: str, number: str, where: str) -> tuple[str, Item]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise C2CError(f"{where}: not JSON") from None
-    if not isinstance(row, dict):
-        raise C2CError(f"{where}: needs {FORMS}")
+def _item(row: dict[str, Any], number: str, where: str) -> tuple[str, Item]:
     group = next((row[k] for k in ("lang", "subject") if isinstance(row.get(k), str)), "")
     if "choices" in row:
         return "choice", choice_item(row, number, group, where)
-    messages = _messages(row, where)
-    if messages[-1]["role"] == "user":
+    try:
+        messages = chat_of(row, where)
+    except UnknownLayout as e:
+        raise C2CError(f"{e}, or 'choices' with 'question' and 'answer'") from None
+    asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip():
+        raise C2CError(f"{where}: a message of the user must come before the answer")
+    if asked == messages:
         return "agreement", Item(number, messages, group=group)
-    *messages, last = messages
-    if not last["content"].strip():
+    if not messages[-1]["content"].strip():
         raise C2CError(f"{where}: the reference answer is empty")
-    return "chat", Item(number, messages, last["content"], group=group)
+    return "chat", Item(number, asked, messages[-1]["content"], group=group)
 
 
 def choice_item(row: dict[str, Any], number: str, group: str, where: str) -> Item:
@@ -91,25 +82,3 @@ def choice_item(row: dict[str, Any], number: str, group: str, where: str) -> Ite
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
         raise C2CError(f"{where}: 'answer' must be 0 to {len(choices) - 1}, or a letter")
     return Item(number, [{"role": "user", "content": question}], answer, tuple(choices), group)
-
-
-def _messages(row: dict[str, Any], where: str) -> Messages:
-    """The whole chat, the reference answer last if there is one."""
-    if "prompt" in row:
-        said = [row["prompt"], *([row["completion"]] if "completion" in row else [])]
-        if not all(isinstance(text, str) for text in said):
-            raise C2CError(f"{where}: 'prompt' and 'completion' must be texts")
-        roles = ("user", "assistant")
-        messages = [{"role": r, "content": t} for r, t in zip(roles, said, strict=False)]
-    else:
-        given = row.get("messages")
-        if not isinstance(given, list) or not all(
-            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-            for m in given
-        ):
-            raise C2CError(f"{where}: needs {FORMS}")
-        messages = [{"role": m["role"], "content": m["content"]} for m in given]
-    asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip():
-        raise C2CError(f"{where}: a message of the user must come before the answer")
-    return messages

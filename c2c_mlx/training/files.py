@@ -11,7 +11,15 @@ from typing import Any
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.models import hub
-from c2c_mlx.training.layouts import Messages, chat_of, messages_of, renamed, said
+from c2c_mlx.training.layouts import (
+    Messages,
+    UnknownLayout,
+    chat_of,
+    example,
+    messages_of,
+    renamed,
+    said,
+)
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
 
@@ -167,7 +175,13 @@ def _numbered(rows: Iterable[dict[str, Any]], name: str, split: str, limit: int 
 
 
 def _row(row: Any, where: str, unanswered: bool) -> ChatRow:
-    messages = chat_of(row, where)
+    try:
+        messages = chat_of(row, where)
+    except UnknownLayout as e:
+        advice = (
+            f"where they are called otherwise, --fields names them, as in --fields {example(row)}"
+        )
+        raise C2CError(f"{e}; {advice}") from None
     if not messages or (len(messages) < 2 and messages[-1]["role"] != "user"):
         raise C2CError(f"{where}: the assistant's message must come after at least one more")
     role = messages[-1]["role"]

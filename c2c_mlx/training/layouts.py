@@ -35,6 +35,10 @@ _ROLES = {
 }
 
 
+class UnknownLayout(C2CError):
+    """A row that is in no layout, by the names of its fields."""
+
+
 def renamed(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """A row with its fields under names that are known.
 
@@ -65,7 +69,8 @@ def chat_of(row: Row, where: str) -> Messages:
     Then come conversations and the other pairs, and last a question alone.
 
     Raises:
-        C2CError: beginning with `where`, if the row is in no layout that is known.
+        UnknownLayout: beginning with `where`, if the row is in no layout that is known.
+        C2CError: beginning with `where`, if it is in one, and broken.
     """
     question, about, answer = _PAIRS[0]
     if _has(row, question, answer):
@@ -80,9 +85,8 @@ def chat_of(row: Row, where: str) -> Messages:
     for question, about, _ in _PAIRS:
         if isinstance(row.get(question), str):
             return _asked(row, question, about, None, where)
-    raise C2CError(
-        f"{where}: of its fields ({', '.join(row) or 'none'}) no chat can be made: needs {KNOWN}; "
-        f"where they are called otherwise, --fields names them, as in --fields {_example(row)}"
+    raise UnknownLayout(
+        f"{where}: of its fields ({', '.join(row) or 'none'}) no chat can be made: needs {KNOWN}"
     )
 
 
@@ -137,7 +141,7 @@ def _conversation(given: Any, where: str) -> Messages:
     return chat
 
 
-def _example(row: Row) -> str:
+def example(row: Row) -> str:
     """What one might type for this row: a guess from what its fields hold."""
     for name, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):

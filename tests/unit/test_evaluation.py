@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,8 @@ MULTIPLE = {"question": "who?", "choices": ["a", "b", "c"], "answer": 1, "subjec
     [
         (CHAT | {"lang": "fr"}, Reference, "ho", "fr"),
         ({"prompt": "hi", "completion": "ho"}, Reference, "ho", ""),
+        ({"prompt": "hi", "completion": "ho", "messages": []}, Reference, "ho", ""),
+        ({"instruction": "hi", "input": "", "output": "ho"}, Reference, "ho", ""),
         (ASKED, Agreement, "", ""),
         ({"prompt": "hi"}, Agreement, "", ""),
         (MULTIPLE, Choice, "B", "s"),
@@ -277,8 +280,8 @@ def test_rows_say_which_task_they_are(
     [
         ([], "is empty"),
         (["{"], "line 1: not JSON"),
-        (["[1]"], "line 1: needs 'question'"),
-        ([{"text": "x"}], "line 1: needs 'question'"),
+        (["[1]"], "line 1: not a JSON object"),
+        ([{"text": "x"}], "'completion'.*, or 'choices' with"),
         ([CHAT, MULTIPLE], "line 2: a row of kind choice among rows of kind chat"),
         ([CHAT, ASKED], "line 2: a row of kind agreement among rows of kind chat"),
         ([MULTIPLE | {"answer": 3}], "'answer' must be 0 to 2"),
@@ -287,13 +290,13 @@ def test_rows_say_which_task_they_are(
         ([MULTIPLE | {"choices": ["a"]}], "1 choices"),
         ([MULTIPLE | {"choices": "abc"}], "'choices' must be a list"),
         ([MULTIPLE | {"question": " "}], "'question' must be a text"),
-        ([{"prompt": 5}], "must be texts"),
-        ([{"prompt": "a", "completion": None}], "must be texts"),
+        ([{"prompt": 5}], "no chat can be made"),
+        ([{"prompt": "a", "completion": 1}], "must be texts"),
         ([{"prompt": "a", "completion": " "}], "the reference answer is empty"),
         ([{"prompt": ""}], "a message of the user"),
         ([{"messages": []}], "a message of the user"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], "a message of the user"),
-        ([{"messages": [{"role": "user"}]}], "needs 'question'"),
+        ([{"messages": [{"role": "user"}]}], "each with role and content"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, rows: list[Any], words: str) -> None:
@@ -347,6 +350,27 @@ def test_a_benchmark_without_datasets_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(C2CError, match=r"pip install 'c2c-mlx\[datasets\]'"):
         hub_tasks.read("gsm8k", "generate")
+
+
+def test_a_benchmark_that_the_hub_has_otherwise_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No split of that name in one subset; and one without a question that can be asked."""
+    rows = {"algebra": [{"error_type": "expert", "answer": 0}] * 2}
+
+    def load_dataset(hub: str, subset: str, split: str) -> Any:
+        if subset not in rows:
+            raise ValueError(f'Unknown split "{split}". Should be one of ["train"].')
+        return rows[subset]
+
+    names = ["algebra", "law"]
+    fake = SimpleNamespace(get_dataset_config_names=lambda hub: names, load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(C2CError, match=r'law, test from the hub \(Unknown split "test"'):
+        hub_tasks.read("mmlu-redux", "generate")
+    names.remove("law")
+    with pytest.raises(C2CError, match="no question of edinburgh-dawg/mmlu-redux-2.0"):
+        hub_tasks.read("mmlu-redux", "generate")
 
 
 def test_chat_scores_without_sacrebleu_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
