@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -47,13 +50,18 @@ A row's "answer_to" (a text or messages) is what the answering model sees instea
 same in another language, with a document, a better question. Templates that tell the date tell
 26 July 2024, so that a run does not depend on the day.
 
+--plan says how long a run will take here and what it needs, and trains nothing; --time 2h chooses
+the number of steps, the schedule and the evaluations, so that the run ends in time.
+
 --resume continues exactly, and refuses a run with other models, chats or settings. What is reported
-and kept may change, and --iters: the learning rate then follows the new length.
+and kept may change, and --iters: the learning rate then follows the new length. With --time it
+keeps the number of steps that was planned.
 
 The file of --config is YAML with any of these flags as keys (answer_with, batch_size, ...), data as
 a list or as DATA: WEIGHT, and fuser_config: fields of the fuser that the preset does not fix.
 """
 
+_BESIDE = ("track", "time")  # what a file may also have
 TRACKERS = ("wandb", "swanlab")
 ANSWERERS = ("receiver", "sharer")
 _TRAIN = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -101,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--answer-tokens", type=int, metavar="N", help="of such an answer, at most (default: 40)")
     add("--preset", choices=PRESETS, help="size of the fuser (default: small)")
     add("--fuser", metavar="DIR", help="start from this fuser instead of a fresh one")
+    add("--time", metavar="TIME", help="as many steps as end in time: 90s, 15m, 2h, 1h30m")
+    add("--plan", action="store_true", help="say what would happen, after a probe of ten steps")
+    add("--json", action="store_true", help="with --plan: as one object")
     add("--resume", action="store_true", help="continue the run in --out exactly")
     add("--track", choices=TRACKERS, help="also report there (needs the extra of that name)")
     add("--plot", type=Path, metavar="RUN", help="only draw a run's curves into RUN/curves.png")
@@ -126,6 +137,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """When a run is to end, on the clock of `time.monotonic`; what of it was given otherwise."""
+
+    deadline: float
+    fixed: set[str]
+
+
+def _seconds(text: str) -> float:
+    """90s, 15m, 2h, 1h30m."""
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.replace(" ", ""))
+    try:
+        parts = [float(part or 0) for part in found.groups()] if found else [0.0]
+    except ValueError:
+        parts = [0.0]
+    seconds = sum(n * unit for n, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not seconds > 0:
+        raise C2CError(f"--time {text}: give hours, minutes or seconds, as in 2h, 15m or 1h30m")
+    return seconds
+
+
 def _fields(text: str) -> dict[str, str]:
     """NAME=FIELD,NAME=FIELD."""
     pairs = [part.partition("=") for part in text.split(",")]
@@ -135,18 +167,28 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def _main(args: argparse.Namespace, command: str) -> None:
+    began = time.monotonic()
     if args.plot:
         from c2c_mlx.training.plot import plot
 
         print(plot(args.plot))
         return
-    given = {name: getattr(args, name, None) for name in (*_RUN, *_TRAIN, "track")}
+    if args.json and not args.plan:
+        raise C2CError("--json is for --plan; a run writes its figures into metrics.jsonl")
+    given = {name: getattr(args, name, None) for name in (*_RUN, *_TRAIN, *_BESIDE)}
     values = _config_file(args.config) if args.config else {}
     values |= {name: value for name, value in given.items() if value is not None}
-    track = values.pop("track", None)
+    track, limit = (values.pop(name, None) for name in _BESIDE)
     if track not in (None, *TRACKERS):
         raise C2CError(f"{args.config}: 'track' must be one of {', '.join(TRACKERS)}")
-    _train(_described(values, args.resume), args.resume, track, command)
+    timing = Timing(began + _seconds(str(limit)), set(values)) if limit is not None else None
+    if timing and "iters" in values:
+        raise C2CError("--time finds the number of steps: leave --iters out, or --time")
+    config = _described(values, args.resume)
+    if args.plan:
+        _plan(config, timing, args.json, command)
+    else:
+        _train(config, args.resume, timing, track, command)
 
 
 def _described(values: dict[str, Any], resume: bool) -> RunConfig:
@@ -167,19 +209,51 @@ def _described(values: dict[str, Any], resume: bool) -> RunConfig:
     return from_dict(RunConfig, described, "arguments")
 
 
-def _train(config: RunConfig, resume: bool, track: str | None, command: str) -> None:
+def _plan(config: RunConfig, timing: Timing | None, as_json: bool, command: str) -> None:
+    import c2c_mlx.blas  # noqa: F401
+
+    from c2c_mlx.training import plan
+    from c2c_mlx.training.assemble import assemble
+    from c2c_mlx.training.display import Display
+
+    with Display(plan.PROBE) as display:
+        trainer = assemble(config, display, resume=False, source=command, dry=True)
+        if timing:
+            pace = plan.fit(trainer, timing.deadline, timing.fixed)
+        else:
+            pace = plan.probe(trainer)
+        found = plan.describe(config, trainer, pace)
+    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(plan.lines(found)))
+
+
+def _train(
+    config: RunConfig, resume: bool, timing: Timing | None, track: str | None, command: str
+) -> None:
     import c2c_mlx.blas  # noqa: F401
 
     import mlx.core as mx
 
     from c2c_mlx.fusers import trained
-    from c2c_mlx.training import interrupt
+    from c2c_mlx.training import checkpoints, interrupt, plan
     from c2c_mlx.training.assemble import assemble
     from c2c_mlx.training.display import Display, tracker
 
-    is_first, out, iters = mx.distributed.init().rank() == 0, Path(config.out), config.train.iters
-    with Display(iters, is_first) as display:
+    is_first, out = mx.distributed.init().rank() == 0, Path(config.out)
+    if resume and timing and (there := checkpoints.all_of(out)):
+        # What was planned stays: another length would be another run.
+        length = plan.with_iters(config.train, checkpoints.iters_of(there[-1]), timing.fixed)
+        config = dataclasses.replace(config, train=length)
+    with Display(config.train.iters, is_first) as display:
         trainer = assemble(config, display, resume=resume, source=command)
+        if timing and not resume:
+            pace = plan.fit(trainer, timing.deadline, timing.fixed)
+            length = trainer.config
+            config = dataclasses.replace(config, train=length)
+            display.iters = length.iters
+            display.say(
+                f"{length.iters} steps fit into the time: about {plan.told(pace.seconds(length))}"
+            )
+        iters = config.train.iters
         if trainer.finished:
             display.say(f"finished already: {trainer.step} steps; a larger --iters goes on")
             return
@@ -228,7 +302,7 @@ def _config_file(path: Path) -> dict[str, Any]:
         raise C2CError(f"{path}: not YAML ({' '.join(str(e).split())})") from None
     if not isinstance(values, dict):
         raise C2CError(f"{path}: expected keys with values, such as iters: 1000")
-    names = sorted((*_RUN, *_TRAIN, "track"))
+    names = sorted((*_RUN, *_TRAIN, *_BESIDE))
     if unknown := [name for name in values if name not in names]:
         raise C2CError(f"{path}: unknown key '{unknown[0]}' (known: {', '.join(names)})")
     if isinstance(data := values.get("data"), dict):

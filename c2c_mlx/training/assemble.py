@@ -42,7 +42,9 @@ class Watcher(Protocol):
         """Something else that takes long."""
 
 
-def assemble(run: RunConfig, watcher: Watcher, *, resume: bool, source: str) -> Trainer:
+def assemble(
+    run: RunConfig, watcher: Watcher, *, resume: bool, source: str, dry: bool = False
+) -> Trainer:
     """Makes everything that a run needs, in the calling thread.
 
     Args:
@@ -50,6 +52,7 @@ def assemble(run: RunConfig, watcher: Watcher, *, resume: bool, source: str) -> 
         watcher: told how far this is.
         resume: whether to continue from the latest checkpoint in `run.out`.
         source: where the fuser comes from, for its card: a command.
+        dry: nothing will be trained: no folder is made, but where answers have to be kept.
 
     Raises:
         C2CError: if something named is not there or does not fit, a run is in `run.out` already, or
@@ -70,7 +73,7 @@ def assemble(run: RunConfig, watcher: Watcher, *, resume: bool, source: str) -> 
             if kept_out
             else f"no {VALID}, and too few different chats to keep some out: nothing is measured"
         )
-    _claim(out, resume)
+    _claim(out, resume, make=not dry or bool(run.answer_with))
     group = mx.distributed.init()
     receiver, sharer, fuser = _load(run, watcher)
     fuser.train()
@@ -103,13 +106,15 @@ def assemble(run: RunConfig, watcher: Watcher, *, resume: bool, source: str) -> 
     return trainer
 
 
-def _claim(out: Path, resume: bool) -> None:
+def _claim(out: Path, resume: bool, make: bool) -> None:
     """Makes the run's folder; a run that is there is continued or left alone, never overwritten."""
     has_run = bool(checkpoints.all_of(out))
     if resume and not has_run:
         raise C2CError(f"--resume: no checkpoint in {out}; leave --resume out to start a run")
     if not resume and (has_run or (out / disk.CONFIG).exists()):
         raise C2CError(f"--out {out}: a run or fuser is there; --resume it, or name another folder")
+    if not make:
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

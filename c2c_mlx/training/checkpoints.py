@@ -115,6 +115,15 @@ def read(folder: Path) -> Checkpoint:
         ) from None
 
 
+def iters_of(folder: Path) -> int:
+    """How many steps the run of one of `all_of` was to have.
+
+    Raises:
+        C2CError: as `read` does.
+    """
+    return int(read(folder).settings["iters"])
+
+
 def settings_of(
     config: TrainConfig, fuser: FuserConfig, weights: tuple[str, str], chats: str, processes: int
 ) -> Settings:

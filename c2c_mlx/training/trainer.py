@@ -65,34 +65,45 @@ class Trainer:
         provenance: Provenance | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.c2c, self.train, self.valid = c2c, train, valid
-        self.config, self.folder = config, folder
+        self.c2c, self.train, self.valid, self.folder = c2c, train, valid, folder
         self.provenance, self.say = provenance or Provenance(), say
+        self.group = mx.distributed.init()
+        self._weights = fingerprint.of_weights(c2c.receiver), fingerprint.of_weights(c2c.sharer)
+        self._chats = train.fingerprint()
+        self.prefills = Prefiller(
+            c2c,
+            Path(config.prefill_cache) if config.prefill_cache else None,
+            config.prefill_cache_gb,
+            config.zero_sharer,
+            self._weights,
+            say,
+        )
+        self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
+        self.begin(config)
+
+    def begin(self, config: TrainConfig) -> None:
+        """Stands before the first step of a run that goes on like this; the fuser stays as it is.
+
+        Args:
+            config: what the trainer was made with, but perhaps for `iters` and how often what is
+                told and kept.
+        """
+        self.config = config
         self.step = 0
         self.tokens = 0
         self.position: Position = (0, 0)
         self.best = math.inf
         self.measured: Metrics = {}
         self.verdict: verdict.Verdict = {}  # until the last step is done
-        self.group = mx.distributed.init()
         self.optimizer = optim.AdamW(
             learning_rate=_schedule(config),
             betas=list(config.betas),
             weight_decay=config.weight_decay,
         )
-        weights = fingerprint.of_weights(c2c.receiver), fingerprint.of_weights(c2c.sharer)
+        size = self.group.size()
         self.settings = checkpoints.settings_of(
-            config, c2c.fuser.config, weights, train.fingerprint(), self.group.size()
+            config, self.c2c.fuser.config, self._weights, self._chats, size
         )
-        self.prefills = Prefiller(
-            c2c,
-            Path(config.prefill_cache) if config.prefill_cache else None,
-            config.prefill_cache_gb,
-            config.zero_sharer,
-            weights,
-            say,
-        )
-        self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
 
     # --- one step -----------------------------------------------------------------------------
 
@@ -191,7 +202,7 @@ class Trainer:
         began, losses, tokens_before = time.perf_counter(), [], self.tokens
         unsaved = False
         while not self.finished and not stopped():
-            with self._out_of_memory():
+            with self.fitting():
                 drawn = [next(stream) for _ in range(c.accumulate)]
                 losses.append(self.train_step([rows for _, rows in drawn]))
             self.position = drawn[-1][0]
@@ -241,7 +252,7 @@ class Trainer:
         return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
     def _measure(self, zeroed: bool = False) -> tuple[measure.Losses, list[int]]:
-        with self._out_of_memory():
+        with self.fitting():
             size = self.config.batch_size
             return measure.losses(self.c2c, self.prefills, self.valid, size, zeroed)
 
@@ -255,7 +266,7 @@ class Trainer:
         return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
     @contextmanager
-    def _out_of_memory(self) -> Iterator[None]:
+    def fitting(self) -> Iterator[None]:
         """Turns what MLX raises when the memory is full into advice."""
         try:
             yield

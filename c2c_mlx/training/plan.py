@@ -1,0 +1,185 @@
+"""How long a run takes, from a few steps that leave no trace, and how many end in a given time."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
+from typing import Any
+
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+
+from c2c_mlx.config import TrainConfig
+from c2c_mlx.errors import C2CError
+from c2c_mlx.fusion.fuser import parameters
+from c2c_mlx.models import memory
+from c2c_mlx.models.load import find_folder
+from c2c_mlx.training import measure
+from c2c_mlx.training.dataset import WINDOW, Example
+from c2c_mlx.training.run import RunConfig
+from c2c_mlx.training.trainer import Trainer
+
+PROBE = 10  # steps that are timed
+_RHYTHM = ("eval_every", "save_every")
+_EVALUATIONS = 4  # of a run that is too short for the usual rhythm
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that things take on this machine.
+
+    Attributes:
+        step: one optimiser step, on average.
+        evaluation: one look at all chats that are only measured.
+        peak_gb: of memory, while this was measured.
+    """
+
+    step: float
+    evaluation: float
+    peak_gb: float
+
+    def seconds(self, config: TrainConfig) -> float:
+        """Of a whole run; the verdict measures a third more than an evaluation does."""
+        evaluations = math.ceil(config.iters / config.eval_every) + 1 / 3
+        return config.iters * self.step + evaluations * self.evaluation
+
+
+def probe(trainer: Trainer) -> Pace:
+    """Times steps over batches of all lengths, then puts the trainer back to where it was.
+
+    Raises:
+        C2CError: if they don't fit into the memory, or the loss is not finite.
+    """
+    c, fuser = trainer.config, trainer.c2c.fuser
+    stream = trainer.train.batches(c.batch_size, c.seed)
+    first = takewhile(lambda drawn: drawn[0][0] == 0, islice(stream, WINDOW))
+    drawn = [rows for _, rows in first]
+    drawn.sort(key=_columns)
+    # The means of ten equal parts: the lengths of batches differ more than anything else does.
+    typical = [drawn[int((i + 0.5) * len(drawn) / PROBE)] for i in range(PROBE)]
+    before = fuser.parameters()
+    with trainer.fitting():
+        trainer.train_step([drawn[-1]] * c.accumulate)  # the longest; and a first step is slower
+        began = time.perf_counter()
+        for rows in typical:
+            trainer.train_step([rows] * c.accumulate)
+        step = (time.perf_counter() - began) / PROBE
+        evaluation = 0.0
+        if trainer.valid:
+            part = trainer.valid[: c.batch_size]
+            began = time.perf_counter()
+            measure.losses(trainer.c2c, trainer.prefills, part, c.batch_size)
+            evaluation = (time.perf_counter() - began) * len(trainer.valid) / len(part)
+    fuser.update(before)
+    trainer.begin(c)
+    return Pace(step, evaluation, mx.get_peak_memory() / 1e9)
+
+
+def fitted(config: TrainConfig, seconds: float, pace: Pace, fixed: set[str]) -> TrainConfig:
+    """The longest run that ends in time, its schedule and its evaluations made for that.
+
+    Args:
+        config: the run's.
+        seconds: that are left.
+        pace: of this run on this machine.
+        fixed: fields that stay as they are.
+
+    Raises:
+        C2CError: if not even one step fits.
+    """
+    low, high = 0, max(int(seconds / pace.step), 1) + 1  # `low` steps fit, `high` don't
+    while high - low > 1:
+        middle = (low + high) // 2
+        if pace.seconds(with_iters(config, middle, fixed)) <= seconds:
+            low = middle
+        else:
+            high = middle
+    if not low:
+        least = pace.seconds(with_iters(config, 1, fixed))
+        raise C2CError(
+            f"--time: {max(seconds, 0):.0f} s are left of it after loading and ten steps of probe, "
+            f"and a single step with its evaluation takes {least:.0f} s: give it more"
+        )
+    return with_iters(config, low, fixed)
+
+
+def with_iters(config: TrainConfig, iters: int, fixed: set[str]) -> TrainConfig:
+    """A run of so many steps, evaluated and saved at least four times but for what is `fixed`."""
+    every = min(200, math.ceil(iters / _EVALUATIONS))
+    rhythm: dict[str, Any] = {name: every for name in _RHYTHM if name not in fixed}
+    return replace(config, iters=iters, **rhythm)
+
+
+def fit(trainer: Trainer, deadline: float, fixed: set[str]) -> Pace:
+    """Gives a run that has not begun the length that ends by `deadline`, for all its processes.
+
+    Args:
+        trainer: its `begin` is called.
+        deadline: on the clock of `time.monotonic`.
+        fixed: fields of its configuration that stay as they are.
+
+    Raises:
+        C2CError: as `probe` and `fitted` do.
+    """
+    pace = probe(trainer)
+    mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed).iters
+    is_first = trainer.group.rank() == 0
+    iters = mx.distributed.all_sum(mx.array(mine if is_first else 0), group=trainer.group)
+    trainer.begin(with_iters(trainer.config, int(iters), fixed))
+    return pace
+
+
+def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
+    """What a run will do, for `--json`; `lines` tells people."""
+    c, fuser = trainer.config, trainer.c2c.fuser
+    chats = sum(len(s.rows) for s in trainer.train.sources)
+    receiver, sharer = find_folder(run.receiver), find_folder(run.sharer)
+    size = sum(p.size for p in parameters(fuser).values())
+    return {
+        "data": [name for name, _ in run.sources],
+        "chats": chats,
+        "valid_chats": len(trainer.valid),
+        "steps": c.iters,
+        "chats_per_step": c.batch_size * c.accumulate,
+        "epochs": c.iters * c.batch_size * c.accumulate / chats,
+        "step_s": pace.step,
+        "evaluation_s": pace.evaluation,
+        "hours": pace.seconds(c) / 3600,
+        "memory": memory.training(receiver, sharer, fuser.config, c).record(),
+        "probe_peak_gb": pace.peak_gb,
+        "fuser_parameters": size,
+        "fuser_gb": 2 * size / 1e9,
+        "out": run.out,
+    }
+
+
+def lines(plan: dict[str, Any]) -> list[str]:
+    """A plan for people."""
+    return [
+        f"data: {plan['chats']} chats from {', '.join(plan['data'])}; {plan['valid_chats']} more "
+        "to measure on",
+        f"steps: {plan['steps']} of {plan['chats_per_step']} chats, {plan['epochs']:.1f} times "
+        "through the data",
+        f"time: about {told(3600 * plan['hours'])} ({plan['step_s']:.2f} s a step, "
+        f"{plan['evaluation_s']:.1f} s an evaluation)",
+        f"memory: about {plan['memory']['total_gb']:.1f} GB of {plan['memory']['limit_gb']:.1f} GB "
+        f"if the longest chats meet; ten steps took {plan['probe_peak_gb']:.1f} GB",
+        f"fuser: {plan['fuser_parameters'] / 1e6:.2f} M parameters, "
+        f"{1e3 * plan['fuser_gb']:.1f} MB",
+        f"out: {plan['out']}",
+    ]
+
+
+def told(seconds: float) -> str:
+    """A time as a person would say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _columns(rows: list[Example]) -> int:
+    """What a batch costs, roughly: its longest prompt and answer."""
+    return max(len(e.receiver_ids) for e in rows) + max(len(e.response_ids) for e in rows)
