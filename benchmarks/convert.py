@@ -29,6 +29,7 @@ from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import parameters
 from c2c_mlx.fusion.layers import last_aligned
+from c2c_mlx.text.alignment import TokenAlignment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 from torch_files import dumps, tensor, write_zip  # noqa: E402
@@ -134,7 +135,9 @@ def measure(c2c: C2C) -> None:
     for _ in range(RUNS):
         fused = FusedCache(c2c)
         tic = time.perf_counter()
-        cache = fused.extend(ids, ids, np.arange(TOKENS), np.zeros(TOKENS, np.int32))
+        cache = fused.extend(
+            [TokenAlignment(ids, ids, np.arange(TOKENS), np.zeros(TOKENS, np.int32))]
+        )
         mx.eval(c2c.receiver(mx.array(ids[-1:])[None], cache=cache))
         total = time.perf_counter() - tic
         assert fused.last is not None

@@ -38,7 +38,7 @@ def main() -> None:
             strategy=fuser.config.alignment,
         )
         tic = time.perf_counter()
-        prefix.extend(aligned.receiver_ids, aligned.sharer_ids, aligned.index, aligned.message)
+        prefix.extend([aligned])
         seconds, last = time.perf_counter() - tic, prefix.last
         assert last is not None
         return seconds, (last.stop - last.start, last.sharer_tokens)
