@@ -12,7 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import numpy as np
 
-from c2c_mlx.atomic import write_text
+from c2c_mlx.atomic import overwriting, write_text
 from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import scoring
@@ -158,10 +158,9 @@ def figure(width: float, height: float) -> Any:
 
 def write(out: Path, name: str, result: Result, report: str, picture: Any) -> None:
     """Writes `NAME.png`, `report.md` and, when these are there, `result.json`."""
-    partial = out / f".{name}.partial.png"
     try:
-        picture.savefig(partial, dpi=90)
-        partial.replace(out / f"{name}.png")
+        with overwriting(out / f"{name}.png") as partial:
+            picture.savefig(partial, dpi=90)
     except OSError as e:
         raise C2CError(f"{out}: cannot write there ({e.strerror})") from None
     write_text(out / "report.md", report)

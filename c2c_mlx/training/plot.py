@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from c2c_mlx.atomic import overwriting
 from c2c_mlx.errors import C2CError
 
 VALID = {
@@ -44,9 +45,11 @@ def plot(run: Path) -> Path:
     gates.set_xlabel("step")
     losses.set_title(run.resolve().name)
     target = run / "curves.png"
-    partial = run / ".curves.partial.png"
-    figure.savefig(partial, dpi=150)
-    partial.replace(target)
+    try:
+        with overwriting(target) as partial:
+            figure.savefig(partial, dpi=150)
+    except OSError as e:
+        raise C2CError(f"{target} cannot be written ({e.strerror or e}): make room there") from None
     return target
 
 
