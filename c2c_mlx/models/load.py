@@ -181,7 +181,9 @@ def open_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     config = _read_json(folder / "config.json")
     if remote.is_of_one(folder):  # weights that nobody will ever evaluate
         kind, arguments = remote.classes(folder)
-        return kind(arguments), config
+        model = kind(arguments)
+        model.set_dtype(device.dtype_of(mx.bfloat16))  # as the caches are that will come from it
+        return model, config
     check_weights(folder)
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True)

@@ -120,14 +120,14 @@ def sampler(sampling: SamplingConfig, choice: int = 0) -> Sampler | None:
         if sampling.top_p < 1:
             logprobs = apply_top_p(logprobs, sampling.top_p)
         key = mx.random.key(int(numbers.integers(2**63)))
-        return mx.random.categorical(logprobs.astype(mx.float32) / sampling.temp, key=key)
+        return mx.random.categorical(logprobs / sampling.temp, key=key)
 
     return sample
 
 
 def weigh(tokenizer: Any, token: int, logprobs: mx.array, top: int) -> Token:
     """How likely a token was, with so many of the likeliest ones; logprobs are [V]."""
-    values = np.array(logprobs.astype(mx.float32))
+    values = np.array(logprobs)
     likeliest = np.argpartition(values, -top)[-top:] if top else np.zeros(0, int)
     likeliest = likeliest[np.argsort(-values[likeliest], kind="stable")]
 

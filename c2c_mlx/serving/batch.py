@@ -19,6 +19,7 @@ from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.serving.answer import Answer, sampler
 from c2c_mlx.serving.job import Piece, Wait
 from c2c_mlx.serving.reading import Reading, Team
+from c2c_mlx.talk.decode import in_float32
 from c2c_mlx.text.answer import AnswerAlignment
 
 Tell = Callable[[Answer, Piece], None]
@@ -39,7 +40,7 @@ class Batch:
 
     def _start(self) -> BatchGenerator:
         return BatchGenerator(
-            self.lm.model,
+            in_float32(self.lm.model),
             stop_tokens=[[token] for token in self.lm.tokenizer.eos_token_ids],
             completion_batch_size=self.slots,
             prefill_batch_size=self.slots,
@@ -123,7 +124,7 @@ def write_fused(
     ]
     steps = generate_step(
         mx.array(prompt.ids[-1:]),
-        fused.answering(alignments),
+        in_float32(fused.answering(alignments)),
         max_tokens=sampling.max_tokens,
         sampler=sampler(sampling, answer.choice),
         prompt_cache=fused.cache,

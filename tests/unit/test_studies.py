@@ -27,6 +27,8 @@ from c2c_mlx.studies import enrich, gates, layers, mapping, rank, transform
 from c2c_mlx.studies.examples import Enriching, with_examples
 from c2c_mlx.studies.study import Work
 
+# Of a key that RoPE has turned back; the spacing of bfloat16 is 2^-8 of a number.
+ROUNDING = {mx.float32: 1e-5, mx.bfloat16: 2**-6, mx.float16: 2**-9}
 TEXTS = ("who wrote it", "and when", "the quick brown", "a house by the sea", "read this", "jumps")
 ITEMS = [
     Item(str(i), [{"role": "user", "content": f"{TEXTS[i % 6]} {i}"}], f"{TEXTS[-i % 6]} he did")
@@ -65,6 +67,12 @@ def fuser(receiver: LanguageModel, sharer: LanguageModel) -> Fuser:
     return fuser
 
 
+def difference(a: mx.array, b: mx.array) -> float:
+    """The largest, over the largest number."""
+    a, b = (x.astype(mx.float32) for x in (a, b))
+    return float((mx.abs(a - b).max() / mx.abs(b).max()).item())
+
+
 # --- enrich, layers ---------------------------------------------------------------------------
 
 
@@ -76,11 +84,11 @@ def test_enriching_moves_a_question_back_and_keeps_what_it_read(receiver: Langua
     every = kv.attention_layers(caches.alone)
     alone, enriched = (kv.read(c, every, 0, n) for c in (caches.alone, caches.enriched))
     # The first layer sees tokens alone: moved back, its keys are what they were without examples.
-    np.testing.assert_allclose(enriched.keys[0], alone.keys[0], atol=1e-4)
-    np.testing.assert_allclose(enriched.values[0], alone.values[0], atol=1e-4)
-    assert np.abs(np.array(enriched.values[-1] - alone.values[-1])).max() > 1e-2
+    assert difference(enriched.keys[0], alone.keys[0]) < ROUNDING[alone.keys.dtype]
+    assert difference(enriched.values[0], alone.values[0]) < ROUNDING[alone.keys.dtype]
+    assert difference(enriched.values[-1], alone.values[-1]) > 1e-2
     tail = kv.read(caches.few_shot, every, caches.few_shot_tokens - 6, caches.few_shot_tokens - 1)
-    np.testing.assert_array_equal(enriched.values[..., -5:, :], tail.values)
+    assert difference(enriched.values[..., -5:, :], tail.values) == 0
 
 
 def test_without_examples_nothing_is_enriched(receiver: LanguageModel) -> None:
@@ -89,7 +97,7 @@ def test_without_examples_nothing_is_enriched(receiver: LanguageModel) -> None:
     for a, b in zip(
         *(kv.read(c, every, 0, n) for c in (caches.alone, caches.enriched)), strict=True
     ):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert difference(a, b) < ROUNDING[a.dtype]
 
 
 def test_a_template_that_tells_turns_apart_is_refused(receiver: LanguageModel) -> None:
@@ -140,7 +148,8 @@ def test_layers_are_ranked_on_one_half_and_cumulated_on_the_other(make: MakeWork
     found = layers.run(work)
     assert sorted(found["ranked"]) == [0, 1, 2, 3] and found["questions"] == [4, 4]
     means = {of["layer"]: of["difference"]["mean"] for of in found["single"]}
-    assert abs(means[0]) < 1e-5  # the first layer can't be enriched
+    # The first layer can't be enriched; its keys were rounded once more on their way back.
+    assert abs(means[0]) < ROUNDING[kv.dtype_of(work.receiver.model)]
     assert [means[layer] for layer in found["ranked"]] == sorted(means.values())
     together = {of["condition"]: of for of in found["together"]}
     assert together["best 1"]["layers"] == [found["ranked"][0]]
@@ -205,7 +214,7 @@ def test_watching_a_model_leaves_it_as_it_was(make: MakeWork, receiver: Language
     read = transform._inputs(receiver.model, [0, 2], ids, cache)
     assert set(read) == {0, 2} and read[0][0].shape[:2] == (1, 3)
     assert [type(layer.self_attn) for layer in receiver.model.layers] == before
-    np.testing.assert_array_equal(receiver.model(ids), logits)
+    assert difference(receiver.model(ids), logits) == 0
 
 
 # --- gates ------------------------------------------------------------------------------------
