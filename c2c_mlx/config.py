@@ -262,7 +262,8 @@ class Provenance:
     source: str = ""  # a command, or the published checkpoint
     steps: int = 0
     data: tuple[str, ...] = ()
-    licence: str = ""
+    data_licence: str = ""
+    licence: str = ""  # of the fuser itself
     metrics: dict[str, float] = field(default_factory=dict)
     verdict: str = ""  # of its training run, a sentence
 

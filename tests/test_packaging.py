@@ -39,6 +39,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {str(p) for p in sources} <= set(names)
     assert {"c2c_mlx/weights/registry.toml", "c2c_mlx/tui/__init__.py"} <= set(names)
     assert "c2c_mlx/doctor/projector.safetensors" in names
+    recipes = ROOT / "c2c_mlx" / "training" / "recipes"
+    texts = [p for p in recipes.rglob("*") if p.suffix in (".yaml", ".xz", ".md")]
+    assert len(texts) > 10 and {str(p.relative_to(ROOT)) for p in texts} <= set(names)
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 

@@ -52,7 +52,7 @@ def without_fuser(error: NoFuserError) -> str:
     """What can be done about it on the command line."""
     return (
         f": name one with --fuser, train one with 'c2c-train --sharer {error.sharer} --receiver "
-        f"{error.receiver} --data DIR', or take --mode relay"
+        f"{error.receiver}', or take --mode relay"
     )
 
 

@@ -16,26 +16,37 @@ from typing import Any, get_args, get_origin, get_type_hints
 from c2c_mlx.commands import Parser, run
 from c2c_mlx.config import TrainConfig, from_dict
 from c2c_mlx.errors import C2CError
+from c2c_mlx.training import recipe
 from c2c_mlx.training.run import PRESETS, RunConfig
 
 PROGRAM = "c2c-train"
 EPILOG = """\
 examples:
-  c2c-train --sharer qwen --receiver llama --data chats   # then c2c-chat finds the fuser itself
-  c2c-train --config run.yaml --iters 4000        # flags override the file
-  c2c-train --sharer gemma3-270m --receiver smollm2-135m --data chats --out runs/mine
+  c2c-train --sharer qwen --receiver llama        # then c2c-chat finds the fuser itself
+  c2c-train --sharer qwen --receiver llama --plan # what that would do, and how long it takes
+  c2c-train --sharer qwen --receiver llama --time 2h
+  c2c-train --recipe list                         # what there is to learn from
+  c2c-train --sharer qwen --receiver llama --recipe reading
+  c2c-train --recipe run.yaml --iters 4000        # flags override the file
   c2c-train --sharer qwen --receiver llama --data chats=3 --data more=1 --out runs/mine
   c2c-train ... --out runs/mine --resume          # continue exactly where it stopped
   c2c-train --plot runs/mine                      # draw its curves, train nothing
-  mlx.launch -n 2 -- c2c-train --config run.yaml  # share each batch between two processes
+  mlx.launch -n 2 -- c2c-train --recipe run.yaml  # share each batch between two processes
   c2c-chat --sharer gemma3-270m --receiver smollm2-135m --fuser runs/mine
 
 Without --out a run goes into the cache folder, where every command finds it by its pair: what is
 shipped comes first, then the latest that was trained here, then what is published. `c2c-weights
 list` shows them, and the names by which --fuser takes any of them.
 
-DATA is a hub data set (ORG/NAME, or ORG/NAME@REVISION) or a folder with train.jsonl and, if you
-like, valid.jsonl: one object per line, {"messages": [...]}, or {"prompt": ..., "completion": ...}.
+Without --data a recipe is taken: chat, from the hub, or reading, whose text lies in the package, if
+the hub can't be had. A recipe is a file of YAML with any of these flags as keys (answer_with,
+batch_size, ...), data as a list or as DATA: WEIGHT, fuser_config: fields of the fuser that the
+preset does not fix, and for people why and licence. Several may be given, the later over the
+earlier; --config is another word for --recipe. Every run keeps what it was told as run.yaml.
+
+DATA is a hub data set (ORG/NAME, or ORG/NAME@REVISION), mine:sessions, or a folder with train.jsonl
+and, if you like, valid.jsonl: one object per line, {"messages": [...]}, or {"prompt": ...,
+"completion": ...}.
 Rows may also have conversations (from, value), instruction with input and output, or question with
 answer; --fields says what other data calls these.
 
@@ -53,12 +64,9 @@ same in another language, with a document, a better question. Templates that tel
 --plan says how long a run will take here and what it needs, and trains nothing; --time 2h chooses
 the number of steps, the schedule and the evaluations, so that the run ends in time.
 
---resume continues exactly, and refuses a run with other models, chats or settings. What is reported
-and kept may change, and --iters: the learning rate then follows the new length. With --time it
-keeps the number of steps that was planned.
-
-The file of --config is YAML with any of these flags as keys (answer_with, batch_size, ...), data as
-a list or as DATA: WEIGHT, and fuser_config: fields of the fuser that the preset does not fix.
+--resume continues exactly, as run.yaml says where a flag is left out, and refuses a run with other
+models, chats or settings. What is reported and kept may change, and --iters: the learning rate then
+follows the new length. With --time it keeps the number of steps that was planned.
 """
 
 _BESIDE = ("track", "time")  # what a file may also have
@@ -66,6 +74,7 @@ TRACKERS = ("wandb", "swanlab")
 ANSWERERS = ("receiver", "sharer")
 _TRAIN = [field.name for field in dataclasses.fields(TrainConfig)]
 _RUN = [field.name for field in dataclasses.fields(RunConfig) if field.name != "train"]
+_KNOWN = (*_RUN, *_TRAIN, *_BESIDE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +92,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="YAML with what is not given as a flag")
+    add(
+        "--recipe",
+        "--config",
+        action="append",
+        metavar="NAME|FILE",
+        help="YAML with what is not given as a flag; 'list' shows those that are here",
+    )
     add("--sharer", metavar="MODEL", help="alias, folder or hub id")
     add("--receiver", metavar="MODEL", help="alias, folder or hub id")
     add(
@@ -175,38 +190,72 @@ def _main(args: argparse.Namespace, command: str) -> None:
         return
     if args.json and not args.plan:
         raise C2CError("--json is for --plan; a run writes its figures into metrics.jsonl")
-    given = {name: getattr(args, name, None) for name in (*_RUN, *_TRAIN, *_BESIDE)}
-    values = _config_file(args.config) if args.config else {}
-    values |= {name: value for name, value in given.items() if value is not None}
+    if "list" in (args.recipe or ()):
+        print(recipe.table())
+        return
+    values = _values(args)
+    told = dict(values)
     track, limit = (values.pop(name, None) for name in _BESIDE)
     if track not in (None, *TRACKERS):
-        raise C2CError(f"{args.config}: 'track' must be one of {', '.join(TRACKERS)}")
+        raise C2CError(f"'track' must be one of {', '.join(TRACKERS)}")
     timing = Timing(began + _seconds(str(limit)), set(values)) if limit is not None else None
     if timing and "iters" in values:
         raise C2CError("--time finds the number of steps: leave --iters out, or --time")
-    config = _described(values, args.resume)
+    config = from_dict(RunConfig, _nested(values), "arguments")
     if args.plan:
         _plan(config, timing, args.json, command)
     else:
-        _train(config, args.resume, timing, track, command)
+        _train(config, args.resume, timing, track, command, told)
 
 
-def _described(values: dict[str, Any], resume: bool) -> RunConfig:
-    """The run that flags and file describe; without --out it is one of the pair's in the cache."""
-    for name in ("sharer", "receiver", "data"):
-        if values.get(name) is None:
+def _values(args: argparse.Namespace) -> dict[str, Any]:
+    """What describes the run: recipes, the later over the earlier, and flags over all of them.
+
+    A run that is resumed was described before; without --out it is one of the pair's in the cache,
+    without --data a recipe's.
+    """
+    given: dict[str, Any] = {}
+    for name in args.recipe or ():
+        given = _over(given, recipe.read(name, _KNOWN))
+    flags = {name: getattr(args, name, None) for name in _KNOWN}
+    given = _over(given, {name: value for name, value in flags.items() if value is not None})
+    if args.resume and given.get("out") is not None:
+        given = _over(_told(Path(str(given["out"]))), given)
+    for name in ("sharer", "receiver"):
+        if given.get(name) is None:
             raise C2CError(f"--{name} is missing; c2c-train --help has examples")
-    if values.get("out") is None:
+    if given.get("out") is None:
         from c2c_mlx.fusers import trained
 
-        pair = str(values["receiver"]), str(values["sharer"])
-        known = trained.runs(*pair)
-        if resume and not known:
+        pair = str(given["receiver"]), str(given["sharer"])
+        there = trained.runs(*pair)
+        if args.resume and not there:
             raise C2CError("--resume: no run of this pair is in the cache; name it with --out")
-        values = values | {"out": str(known[-1] if resume else trained.next_run(*pair))}
+        out = there[-1] if args.resume else trained.next_run(*pair)
+        given = _over(_told(out) if args.resume else {}, given | {"out": str(out)})
+    if given.get("data") is None:
+        name, line = recipe.default()
+        print(line, file=sys.stderr)
+        given = _over(recipe.read(name, _KNOWN), given)
+    return given
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """What two say of a run; the length that `above` gives takes the place of any other."""
+    lengths = {"iters", "time"}
+    if lengths & above.keys():
+        below = {name: value for name, value in below.items() if name not in lengths}
+    return below | above
+
+
+def _told(out: Path) -> dict[str, Any]:
+    """What a run was told when it began; nothing of one that kept no such file."""
+    return recipe.read(str(out / recipe.FILE), _KNOWN) if (out / recipe.FILE).exists() else {}
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
     described = {name: value for name, value in values.items() if name not in _TRAIN}
-    described["train"] = {name: value for name, value in values.items() if name in _TRAIN}
-    return from_dict(RunConfig, described, "arguments")
+    return described | {"train": {k: v for k, v in values.items() if k in _TRAIN}}
 
 
 def _plan(config: RunConfig, timing: Timing | None, as_json: bool, command: str) -> None:
@@ -227,7 +276,12 @@ def _plan(config: RunConfig, timing: Timing | None, as_json: bool, command: str)
 
 
 def _train(
-    config: RunConfig, resume: bool, timing: Timing | None, track: str | None, command: str
+    config: RunConfig,
+    resume: bool,
+    timing: Timing | None,
+    track: str | None,
+    command: str,
+    told: dict[str, Any],
 ) -> None:
     import c2c_mlx.blas  # noqa: F401
 
@@ -245,6 +299,8 @@ def _train(
         config = dataclasses.replace(config, train=length)
     with Display(config.train.iters, is_first) as display:
         trainer = assemble(config, display, resume=resume, source=command)
+        if is_first:
+            recipe.write(out / recipe.FILE, told)
         if timing and not resume:
             pace = plan.fit(trainer, timing.deadline, timing.fixed)
             length = trainer.config
@@ -288,25 +344,3 @@ def _train(
                 f"stopped at step {trainer.step} of {iters}; the same with --resume goes on"
             )
             raise KeyboardInterrupt
-
-
-def _config_file(path: Path) -> dict[str, Any]:
-    """A run's description in YAML, its data made a list."""
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    except yaml.YAMLError as e:
-        raise C2CError(f"{path}: not YAML ({' '.join(str(e).split())})") from None
-    if not isinstance(values, dict):
-        raise C2CError(f"{path}: expected keys with values, such as iters: 1000")
-    names = sorted((*_RUN, *_TRAIN, *_BESIDE))
-    if unknown := [name for name in values if name not in names]:
-        raise C2CError(f"{path}: unknown key '{unknown[0]}' (known: {', '.join(names)})")
-    if isinstance(data := values.get("data"), dict):
-        values["data"] = [f"{folder}={weight}" for folder, weight in data.items()]
-    elif isinstance(data, str):
-        values["data"] = [data]
-    return values

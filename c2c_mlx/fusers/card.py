@@ -107,6 +107,8 @@ def _origin(provenance: Provenance) -> str:
         lines.append(f"- Training steps: {provenance.steps}")
     if provenance.data:
         lines.append(f"- Data: {_plain(', '.join(provenance.data))}")
+    if provenance.data_licence:
+        lines.append(f"- Licence of the data: {_plain(provenance.data_licence)}")
     if provenance.verdict:
         lines.append(f"- Verdict: {_plain(provenance.verdict)}")
     for name, value in provenance.metrics.items():

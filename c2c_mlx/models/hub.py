@@ -110,9 +110,37 @@ def push(folder: Path, files: Sequence[str], hub_id: str, *, private: bool) -> s
         return str(commit.commit_url)
 
 
+def is_offline() -> bool:
+    """Whether the user wants no request to be made (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def check_data_set(hub_id: str) -> None:
+    """Asks the hub whether this user may read a data set.
+
+    Args:
+        hub_id: `org/name`.
+
+    Raises:
+        C2CError: if not, or the hub can't be asked.
+    """
+    from huggingface_hub import HfApi
+
+    with _in_one_line(hub_id, "download", kind="datasets/"):
+        HfApi().auth_check(hub_id, repo_type="dataset")
+
+
 @contextmanager
-def _in_one_line(hub_id: str, what: str) -> Iterator[None]:
-    """Says what to do about each way in which the hub fails; `what` is the noun for the job."""
+def _in_one_line(hub_id: str, what: str, kind: str = "") -> Iterator[None]:
+    """Says what to do about each way in which the hub fails.
+
+    Args:
+        hub_id: `org/name`.
+        what: the noun for the job.
+        kind: what stands before the id in the address of its page.
+    """
     from httpx2 import ConnectError, HTTPError, TimeoutException
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -146,7 +174,7 @@ def _in_one_line(hub_id: str, what: str) -> Iterator[None]:
         raise C2CError(f"the {what} of {hub_id} needs the hub: unset HF_HUB_OFFLINE") from e
     except GatedRepoError as e:
         raise C2CError(
-            f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id}, "
+            f"{hub_id} is gated: accept its terms at https://huggingface.co/{kind}{hub_id}, "
             "then log in with `hf auth login`"
         ) from e
     except LocalTokenNotFoundError as e:

@@ -22,7 +22,7 @@ from c2c_mlx.progress import Progress
 from c2c_mlx.training import checkpoints
 from c2c_mlx.training.answers import answer_rows
 from c2c_mlx.training.dataset import Dataset, Source
-from c2c_mlx.training.files import VALID, ChatRow, read_source
+from c2c_mlx.training.files import VALID, ChatRow, answers_for, read_source
 from c2c_mlx.training.holdout import hold_out
 from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.start import first_examples, fuser_config, measure_inputs, new_fuser
@@ -59,11 +59,8 @@ def assemble(
             there is none to resume, or one with other settings.
     """
     out, config = Path(run.out), run.train
-    data = [
-        # Weight, to learn from, to measure on.
-        (weight, *read_source(name, bool(run.answer_with), run.fields, run.rows or None))
-        for name, weight in run.sources
-    ]
+    # Weight, to learn from, to measure on.
+    data = [(weight, *_read(run, name)) for name, weight in run.sources]
     if not any(valid for *_, valid in data):
         rest, kept_out = hold_out([rows for _, rows, _ in data], config.seed)
         data = [(w, rows, []) for (w, *_), rows in zip(data, rest, strict=True)]
@@ -88,7 +85,8 @@ def assemble(
     alignment = fuser.config.alignment
     train = Dataset(sources, receiver.tokenizer, sharer.tokenizer, alignment, config.max_tokens)
     examples = [e for e in map(train.example, valid) if e is not None]
-    provenance = Provenance(source=source, data=tuple(name for name, _ in run.sources))
+    names = tuple(name for name, _ in run.sources)
+    provenance = Provenance(source=source, data=names, data_licence=run.licence)
     trainer = Trainer(c2c, train, examples, config, out, provenance, watcher.say)
     if resume:
         trainer.resume(checkpoints.all_of(out)[-1])
@@ -104,6 +102,13 @@ def assemble(
     if left_out := len(valid) - len(examples):
         watcher.say(f"{left_out} of the chats for validation are longer than {config.max_tokens}")
     return trainer
+
+
+def _read(run: RunConfig, name: str) -> tuple[list[ChatRow], list[ChatRow]]:
+    parts = read_source(name, bool(run.answer_with), run.fields, run.rows or None)
+    if run.answer_with != "receiver":
+        return parts
+    return answers_for(parts[0], run.receiver), answers_for(parts[1], run.receiver)
 
 
 def _claim(out: Path, resume: bool, make: bool) -> None:

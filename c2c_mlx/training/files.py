@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import lzma
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.models import hub
+from c2c_mlx.models import hub, registry
+from c2c_mlx.training import own_chats
 from c2c_mlx.training.layouts import (
     Messages,
     UnknownLayout,
@@ -20,8 +23,11 @@ from c2c_mlx.training.layouts import (
     renamed,
     said,
 )
+from c2c_mlx.training.recipe import FOLDER as RECIPES
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
+PACKED = ".xz"  # what a file's name may end with, too
+PACKAGE, SESSIONS = "package:", "mine:sessions"  # sources that are no folder and not on the hub
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class ChatRow:
         messages: role and content, in order.
         own: the answer is the receiver's own, so the sharer has nothing to add.
         cut: the answer was cut at a limit: that it ends there is not taught.
+        by: the model that gave the answer; empty: a person, or nobody says.
         answer_to: what the answering model sees of a row without an answer, where it is not what
             the fused receiver sees: the same in another language, with a document, a better prompt.
         where: file and line, for messages.
@@ -40,6 +47,7 @@ class ChatRow:
     messages: Messages
     own: bool = False
     cut: bool = False
+    by: str = ""
     answer_to: Messages | None = None
     where: str = field(default="", compare=False)
 
@@ -54,8 +62,10 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         C2CError: if the file can't be read or is empty, or a line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028 in a text
-    except (OSError, UnicodeDecodeError) as e:
+        packed = path.read_bytes()
+        text = lzma.decompress(packed) if path.suffix == PACKED else packed
+        lines = text.decode().split("\n")  # not at U+2028 in a text
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as e:
         raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     n_rows = 0
     for number, line in enumerate(lines, 1):
@@ -80,7 +90,7 @@ def read_rows(
     fields: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> list[ChatRow]:
-    """Reads a file of chats; a row may also hold `answer_to` (text or messages), `own` and `cut`.
+    """Reads a file of chats; rows may also hold `answer_to` (text or messages), `own`, `cut`, `by`.
 
     Args:
         path: the file.
@@ -104,8 +114,9 @@ def read_source(
     """Chats to learn from, and to measure on if there are any, from a folder or the hub.
 
     Args:
-        name: a folder with `train.jsonl` and perhaps `valid.jsonl`, or a data set's hub id,
-            perhaps with `@REVISION`.
+        name: a folder with `train.jsonl` and perhaps `valid.jsonl`, either perhaps packed
+            (`.xz`); `package:` and a folder of the recipes; `mine:sessions`, what was asked in the
+            app; or a data set's hub id, perhaps with `@REVISION`.
         unanswered: whether rows without an answer are let through.
         fields: what the source calls the fields of a layout, see `layouts.renamed`.
         limit: rows of each part that are read, at most; of a data set of the hub no more than
@@ -114,23 +125,35 @@ def read_source(
     Raises:
         C2CError: if there is no such source, or a row of it can't be read.
     """
-    folder = Path(name)
-    if not folder.is_dir() and hub.is_hub_id(name.partition("@")[0]):
-        train, valid = (
-            [_row(renamed(row, fields or {}), where, unanswered) for where, row in part]
-            for part in read_hub(name, limit)
-        )
-        return train, valid
-    if not (folder / TRAIN).is_file():
-        raise C2CError(f"--data {name}: no {TRAIN} there; see c2c-train --help for its format")
-    valid_file = folder / VALID
-    return (
-        read_rows(folder / TRAIN, unanswered, fields, limit),
-        read_rows(valid_file, unanswered, fields, limit) if valid_file.is_file() else [],
+    train, valid = (
+        [_row(renamed(row, fields or {}), where, unanswered) for where, row in part]
+        for part in _objects(name, limit)
     )
+    return train, valid
 
 
 Rows = list[tuple[str, dict[str, Any]]]  # where each is, for messages, and the row
+
+
+def _objects(name: str, limit: int | None) -> tuple[Rows, Rows]:
+    """A source's rows to train and to validate on, as they are."""
+    if name == SESSIONS:
+        return list(islice(own_chats.rows(), limit)), []
+    folder = Path(name)
+    if name.startswith(PACKAGE):
+        folder = RECIPES / name.removeprefix(PACKAGE)
+    elif not folder.is_dir() and hub.is_hub_id(name.partition("@")[0]):
+        return read_hub(name, limit)
+    train, valid = (
+        next((p for p in (folder / file, folder / f"{file}{PACKED}") if p.is_file()), None)
+        for file in (TRAIN, VALID)
+    )
+    if train is None:
+        raise C2CError(f"--data {name}: no {TRAIN} there; see c2c-train --help for its format")
+    return (
+        list(islice(read_objects(train), limit)),
+        list(islice(read_objects(valid), limit)) if valid else [],
+    )
 
 
 def read_hub(name: str, limit: int | None = None) -> tuple[Rows, Rows]:
@@ -150,6 +173,11 @@ def read_hub(name: str, limit: int | None = None) -> tuple[Rows, Rows]:
             f"--data {name}: a data set of the hub needs pip install 'c2c-mlx[datasets]'"
         ) from None
     place, _, revision = name.partition("@")
+    if on_hub := hub.is_hub_id(place):
+        # What it warns of is said here in one line.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        if not hub.is_offline():  # then a data set that is kept here does
+            hub.check_data_set(place)  # at once; the library tries for half a minute
     options = {"revision": revision or None, "streaming": limit is not None}
     try:
         splits = list(datasets.get_dataset_split_names(place, revision=revision or None))
@@ -160,6 +188,8 @@ def read_hub(name: str, limit: int | None = None) -> tuple[Rows, Rows]:
             for split in ("train", "validation")
         )
     except Exception as e:  # whatever the hub, the network and its file formats raise
+        if on_hub:
+            hub.check_data_set(place)  # says it better, if the hub is why
         line = " ".join(str(e).split())[:200]
         raise C2CError(f"--data {name}: cannot be loaded from the hub ({line})") from None
     if not train:
@@ -194,7 +224,31 @@ def _row(row: Any, where: str, unanswered: bool) -> ChatRow:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise C2CError(f"{where}: '{name}' must be true or false")
-    return ChatRow(messages, **flags, answer_to=_answer_to(row, where), where=where)
+    by = row.get("by") or ""
+    if not isinstance(by, str):
+        raise C2CError(f"{where}: 'by' must be the name of the model that answered")
+    return ChatRow(messages, **flags, by=by, answer_to=_answer_to(row, where), where=where)
+
+
+def answers_for(rows: list[ChatRow], receiver: str) -> list[ChatRow]:
+    """Rows for a receiver: where another model's own answer stands, this one's is wanted.
+
+    Args:
+        rows: chats; an answer `by` a model is the receiver's own, or to what `answer_to` says.
+        receiver: the model argument.
+
+    Returns:
+        The rows; those that another model answered without their answer. What can't be asked
+        again, for nobody knows to what the answer was, is left out.
+    """
+    alias = registry.alias_of(receiver) or receiver
+    mine = [row for row in rows if row.by in ("", alias) or row.own or row.answer_to]
+    return [
+        row
+        if row.by in ("", alias)
+        else replace(row, messages=row.messages[:-1], own=False, cut=False, by="")
+        for row in mine
+    ]
 
 
 def _answer_to(row: dict[str, Any], where: str) -> Messages | None:

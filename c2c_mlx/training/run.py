@@ -35,10 +35,11 @@ class RunConfig:
     Attributes:
         sharer: alias, folder or hub id.
         receiver: likewise.
-        data: folders or hub data sets, each perhaps with `=WEIGHT`.
+        data: sources as `files.read_source` knows them, each perhaps with `=WEIGHT`.
         out: the run's folder, and the fuser's.
         fields: what the data calls the fields of a layout, see `layouts.renamed`.
         rows: of each source, at most; 0: all of them.
+        licence: of the data, for the fuser's card.
         answer_with: which model answers rows that have no answer; empty: none.
         answer_tokens: at most, of such an answer.
         preset: size of a new fuser.
@@ -53,6 +54,7 @@ class RunConfig:
     out: str
     fields: dict[str, str] = field(default_factory=dict)
     rows: int = 0
+    licence: str = ""
     answer_with: Literal["", "receiver", "sharer"] = ""
     answer_tokens: int = 40
     preset: Literal["tiny", "small", "paper"] = "small"

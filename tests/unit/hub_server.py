@@ -73,10 +73,14 @@ def answer(hub: Hub, request: BaseHTTPRequestHandler) -> None:
     path = urlsplit(request.path).path
     hub.requests.append(f"{request.command} {path}")
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-    if request.command == "POST":
+    if request.command == "POST" and "/paths-info/" not in path:
         write(hub, request, path, body)
     elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+|/tree/\w+)?", path):
         describe(hub, request, match[1], (match[2] or "").startswith("/tree"))
+    elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/.+)?", path):
+        describe_data(hub, request, match[1], match[2] or "", body)
+    elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/\w+/(.+)", path):
+        send_file(hub, request, match[1], unquote(match[2]))
     elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path):
         send_file(hub, request, match[1], unquote(match[2]))
     else:
@@ -96,6 +100,26 @@ def describe(hub: Hub, request: BaseHTTPRequestHandler, repository: str, as_tree
     send_json(
         request, {"id": repository, "sha": commit(files), "siblings": siblings, "private": False}
     )
+
+
+def describe_data(
+    hub: Hub, request: BaseHTTPRequestHandler, repository: str, what: str, body: bytes
+) -> None:
+    """A data set as `datasets` asks for it."""
+    files = hub.repositories.get(repository)
+    if files is None:
+        return fail(request, 404, "RepoNotFound")
+    if what == "/auth-check":
+        if repository in hub.gated:
+            return fail(request, 403, "GatedRepo")
+        return send_json(request, {})
+    entries = [{"type": "file", "path": p, "size": len(f), "oid": oid(f)} for p, f in files.items()]
+    if what.startswith("/tree"):
+        return send_json(request, entries)
+    if what.startswith("/paths-info"):
+        wanted = json.loads(body)["paths"]
+        return send_json(request, [e for e in entries if e["path"] in wanted])
+    describe(hub, request, repository, as_tree=False)
 
 
 def send_file(hub: Hub, request: BaseHTTPRequestHandler, repository: str, path: str) -> None:

@@ -19,6 +19,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from rich.console import Console
 
 from c2c_mlx import Fuser
@@ -53,6 +54,11 @@ def chats(tmp_path: Path) -> Path:
     write(folder / "train.jsonl", rows)
     write(folder / "valid.jsonl", rows[:4])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -67,10 +67,13 @@ def test_train_without_a_place_then_list_and_remove(
     assert "--fuser receiver+sharer/1" in re.sub(r"\s+", " ", said)
     folder = store.find_for_pair(receiver, sharer, None)
     assert disk.read_description(folder)[1].steps == 2
-    assert train.main([*arguments, "--iters", "2", "--batch-size", "2", "--resume"]) == 2
+    assert train.main([*arguments, "--preset", "small", "--resume"]) == 2
     assert (
         "fuser_config.hidden_dim was 64" in capsys.readouterr().err
     )  # it found the run, which was another one
+    assert train.main([*arguments, "--iters", "3", "--resume"]) == 0  # the rest as it was told
+    assert disk.read_description(folder)[1].steps == 3
+    capsys.readouterr()
     assert weights.main(["list"]) == 0
     assert re.search(r"receiver\+sharer/1 +\S+ \wB +trained here", capsys.readouterr().out)
     assert weights.main(["remove", "receiver+sharer/1"]) == 0

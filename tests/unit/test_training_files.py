@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training.files import ChatRow, read_hub, read_rows, read_source
@@ -117,6 +118,7 @@ def test_of_a_data_set_only_so_many_rows_are_streamed(monkeypatch: pytest.Monkey
     hub.get_dataset_split_names = lambda name, revision: ["train"]  # type: ignore[attr-defined]
     hub.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     train, valid = read_source("org/name@abc", limit=3)
     assert [row.messages[0]["content"] for row in train] == ["q0", "q1", "q2"]
     assert (train[0].where, valid) == ("org/name@abc (train), row 0", [])
@@ -165,6 +167,7 @@ def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> No
         ({"prompt": "q"}, "--answer-with"),
         ({"prompt": "q", "completion": 4}, "must be texts"),
         ({"prompt": "q", "completion": "a", "cut": "yes"}, "'cut' must be true or false"),
+        ({"prompt": "q", "completion": "a", "by": 3}, "'by' must be the name of the model"),
         ({"prompt": "q", "completion": "a", "answer_to": 3}, "'answer_to' must be a list"),
         ({"prompt": "q", "completion": "a", "answer_to": [assistant("a")]}, "end with a message"),
     ],

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from c2c_mlx.atomic import write_text
-from c2c_mlx.training.recipes import frames
+from c2c_mlx.training.recipes import frames, pack
 
 Row = dict[str, Any]
 Parts = dict[str, list[Row]]
@@ -370,6 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     measured["reading"] = informative(read)[0]
     for name, rows in measured.items():
         write(args.out / "eval" / f"{name}.jsonl", rows)
+    print(pack.pack(args.out, args.out / "packed", args.receiver), "bytes for the package")
     return 0
 
 
