@@ -1,6 +1,8 @@
 """Sixteen C2C conversations at once against one after the other, and 20 turns against c2c-chat.
 
 All of it goes through a real endpoint of this machine, with the embedded pair.
+
+python benchmarks/serve.py [turns] [at-once] [long]
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import statistics
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +49,8 @@ def main() -> None:
         fuser = Fuser.load(store.find_folder(name))
         return Team(receiver, [sharer], [link(receiver, sharer, fuser)])
 
-    chat = in_c2c_chat(load())
+    parts = sys.argv[1:] or ["turns", "at-once", "long"]
+    chat = in_c2c_chat(load()) if "turns" in parts else []
     mx.clear_cache()
     engine = Engine(load, SamplingConfig())
     engine.start()
@@ -57,9 +61,12 @@ def main() -> None:
     thread.start()
     port = bound.getsockname()[1]
     try:
-        turns(port, chat)
-        at_once(port)
-        beside_a_long_prompt(port)
+        if "turns" in parts:
+            turns(port, chat)
+        if "at-once" in parts:
+            at_once(port)
+        if "long" in parts:
+            beside_a_long_prompt(port)
     finally:
         server.should_exit = True
         thread.join()

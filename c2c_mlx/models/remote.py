@@ -98,6 +98,8 @@ class Remote:
             try:
                 connection.request(method, path, data, headers)
                 response = connection.getresponse()
+                if connection.sock:  # whoever answers may keep it open; the response has its own
+                    connection.sock.close()
             except Exception:
                 connection.close()
                 raise
@@ -160,6 +162,8 @@ def classes(folder: Path) -> tuple[Any, Any]:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # No public name leads to these classes: `load_model(strict=False)` does without weights,
+        # but sanitises them, which some models (Gemma 3's, with pictures) can't do to none.
         kind, arguments = mlx_lm.utils._get_classes(config)
         return kind, arguments.from_dict(config)
     except Exception as e:  # whatever a wrong field leads to inside mlx-lm
@@ -343,6 +347,8 @@ def _exactly(response: http.client.HTTPResponse, size: int) -> bytes:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"it says nothing for {PATIENCE_S:.0f} s"
+    if isinstance(error, http.client.IncompleteRead):
+        return "it ended too early"
     if isinstance(error, SafetensorError | KeyError | IndexError):
         return "it sends what is no safetensors of keys and values"
     text = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]

@@ -7,11 +7,13 @@ import signal
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from c2c_mlx.errors import C2CError
+from c2c_mlx.serving.refusal import Refusal
 
 CONNECTIONS = 256
 HEADER_BYTES = 1 << 14
@@ -21,13 +23,16 @@ DRAIN_S = 120  # for answers that are being written when the server is told to e
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which alone would wait for headers for ever."""
+    """uvicorn's, which alone would wait for headers for ever, and refuse in plain text."""
 
     _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """The clock begins to run."""
+        """The clock begins to run, and one connection too many is told so, whatever it asks."""
         super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            full = Refusal(503, f"{CONNECTIONS} connections are open already: try again", wait_s=1)
+            self.app = full.response()
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -39,6 +44,18 @@ class Protocol(H11Protocol):
             self._patience = None
         elif is_over and not self._patience:
             self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is refused with an object, as everything else is."""
+        response = Refusal(400, msg).response()
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=response.body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing to wait for."""
@@ -79,7 +96,6 @@ def make_server(app: Starlette) -> uvicorn.Server:
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=CONNECTIONS,
             h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=DRAIN_S,

@@ -268,7 +268,9 @@ NONSENSE = {
 }
 
 
-@pytest.mark.parametrize("what", [*NONSENSE, "no http", "a stall", "a stall in a slice"])
+@pytest.mark.parametrize(
+    "what", [*NONSENSE, "no http", "half a chunk", "a stall", "a stall in a slice"]
+)
 def test_who_fails_in_mid_turn_costs_one_line(
     receiver, sharer, tiny_pair, url, monkeypatch, what
 ) -> None:
@@ -279,6 +281,9 @@ def test_who_fails_in_mid_turn_costs_one_line(
     def behave(connection: socket.socket) -> None:
         if what == "no http":
             connection.sendall(b"nonsense\r\n\r\n")
+        elif what == "half a chunk":  # as a server sends that is killed
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            connection.sendall(head + b"40\r\n" + GOOD[:10])
         elif what == "a stall":
             release.wait(60)
         else:
@@ -296,6 +301,7 @@ def test_who_fails_in_mid_turn_costs_one_line(
                 answer(chat, QUESTIONS[1])
         release.set()
         assert "\n" not in str(failed.value)
+        assert what != "half a chunk" or "it ended too early" in str(failed.value)
         assert answer(chat, QUESTIONS[1], "receiver").text
     with pytest.raises(C2CError, match="refused"):
         answer(chat, QUESTIONS[1])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import socket
 from collections.abc import Callable, Iterator
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,8 @@ from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.serving.job import Accepted, Job, Sampling
 
 QUESTION = asked("Who wrote it?")
+# Clients that go away, bodies, and lines of HTTP; docs/experiments.md has the last large run.
+CLIENTS, BODIES, LINES = map(int, os.environ.get("C2C_MLX_HOSTILE", "100,150,60").split(","))
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +326,29 @@ def test_bodies_and_patience_have_bounds(port, monkeypatch) -> None:
             assert slow.recv(1 << 16) == b""  # it is hung up
     with socket.create_connection(("127.0.0.1", port), timeout=60) as long:
         long.sendall(head + b"X: " + b"x" * (2 * server.HEADER_BYTES))
-        assert long.recv(1 << 16).startswith(b"HTTP/1.1 400")
+        assert refused(long) == (400, "invalid_request_error")
+
+
+def refused(connection: socket.socket) -> tuple[int, str]:
+    """Status, and the type of the error object, of an answer after which nothing comes."""
+    answer = HTTPResponse(connection)
+    answer.begin()
+    assert answer.headers["content-type"] == "application/json"
+    error = json.loads(answer.read())["error"]
+    assert error["message"] and {"param", "code"} <= error.keys()
+    return answer.status, error["type"]
+
+
+def test_what_the_server_itself_refuses_is_an_object_too(port, monkeypatch) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as nonsense:
+        nonsense.sendall(b"nonsense\r\n\r\n")
+        assert refused(nonsense) == (400, "invalid_request_error")
+    assert send(port, None, "GET", "/health")[0] == 200
+    monkeypatch.setattr(server, "CONNECTIONS", 0)
+    status, told, headers = send(port, None, "GET", "/health")
+    assert status == 503 and told["error"]["type"] == "server_error"
+    assert "connections are open already" in told["error"]["message"]
+    assert headers["retry-after"] == "1"
 
 
 # --- who goes away, and who means no good --------------------------------------------------------
@@ -333,7 +358,7 @@ def test_clients_that_go_away_leave_nothing_behind(engine, port) -> None:
     rng = random.Random(0)
     right = send(port, chat(max_tokens=16))[1]["choices"]
     before = mx.get_active_memory()
-    for number in range(100):
+    for number in range(CLIENTS):
         body = chat(
             model=rng.choice(["c2c", "relay", "receiver"]),
             messages=asked(f"{number} " * rng.randint(1, 60)),
@@ -391,7 +416,7 @@ broken = st.tuples(valid, st.dictionaries(field_names, json_values, max_size=3))
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=BODIES, deadline=None, suppress_health_check=[*HealthCheck])
 @given(body=st.one_of(broken, json_values, st.binary(max_size=50)), data=st.data())
 def test_nothing_that_is_sent_is_an_error_of_ours(port, body, data) -> None:
     if isinstance(body, dict) and body.get("max_tokens") is None:
@@ -415,7 +440,7 @@ def test_nothing_that_is_sent_is_an_error_of_ours(port, body, data) -> None:
         assert json.loads(text)["choices"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=LINES, deadline=None, suppress_health_check=[*HealthCheck])
 @given(
     method=st.sampled_from(["GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "\x00"]),
     path=st.text(st.characters(max_codepoint=255), max_size=30),
