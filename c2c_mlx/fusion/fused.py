@@ -305,7 +305,8 @@ class FusedCache:
         def gated(end: int) -> Iterator[tuple[int, Layers]]:
             of_all = messages[None, waiting[0][0] : end]
             decided = link.fuser.gate([change for *_, change in waiting], of_all)
-            for (at, layers, _), change in zip(waiting, decided, strict=True):
+            settled = (change.unless_shut() for change in decided)
+            for (at, layers, _), change in zip(waiting, settled, strict=True):
                 traces.append(Trace.of(change, at))
                 yield at, _added(layers, change, link.receiver_layers)
             waiting.clear()

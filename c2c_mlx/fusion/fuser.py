@@ -26,6 +26,8 @@ from c2c_mlx.fusion.project import GROUP, KV, Slices, message_mean, project, sof
 # Statistics and what gates are decided by: float32 whatever the rest is in.
 FLOAT32 = ("gate_logit", "input_mean", "input_scale", "output_scale")
 
+SHUT = 0.5  # where a message gate stands that lets nothing through at inference
+
 
 class StackedLinear(nn.Module):
     """One linear layer per slice: weight [..., out, in], bias [..., out]."""
@@ -72,6 +74,15 @@ class Change:
             layers[kind][layer] = layers[kind][layer] + delta
         keys, values = (mx.stack(x) for x in layers)
         return keys, values
+
+    def unless_shut(self) -> Change:
+        """The same, or zeros where the message gate leaves nothing of it.
+
+        To find out, the votes are evaluated; the rest of the pass then is never computed.
+        """
+        if self.message_weight is None or mx.any(self.message_weight > SHUT).item():
+            return self
+        return replace(self, delta=mx.zeros_like(self.delta), weight=mx.zeros_like(self.weight))
 
 
 class Fuser(nn.Module):
@@ -226,7 +237,7 @@ class Fuser(nn.Module):
             if m is not None:
                 delta = delta * m.astype(delta.dtype)
                 # As the paper's gate: soft while it learns, then nothing is added below a half.
-                here = None if self.training else m > 0.5
+                here = None if self.training else m > SHUT
             if messages is not None:
                 at = messages[:, end - delta.shape[3] : end]
                 if (at < 0).any():

@@ -17,6 +17,7 @@ from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.link import Link
 from c2c_mlx.fusion.project import KV
 from c2c_mlx.fusion.reader import Progress, Reader
+from c2c_mlx.fusion.states import States
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.answer import AnswerAlignment
 from c2c_mlx.text.words import token_texts
@@ -48,6 +49,7 @@ class Decoded:
     Attributes:
         prompt: the receiver's, n ids.
         fused: whether the answer was fused while it was being written.
+        states: of the receiver while it wrote, below what is fused; None: they were not kept.
         ids: N ids, the end of the turn included.
         log_probs: of each of them.
         text: what was shown; a stop string is not.
@@ -55,6 +57,7 @@ class Decoded:
 
     prompt: list[int]
     fused: bool = False
+    states: States | None = None
     ids: list[int] = field(default_factory=list)
     log_probs: list[mx.array] = field(default_factory=list)
     text: str = ""
@@ -80,10 +83,16 @@ class Decoded:
         return tuple(found)
 
 
+def watched(fused: FusedCache) -> States:
+    """The receiver, for decoding, which keeps what weighing the answer would compute again."""
+    first = min(layer for link in fused.links for layer in link.receiver_layers)
+    return States(fused.own.model, first)
+
+
 class Crossing:
     """A second fused cache of a conversation, in which every sharer is silent.
 
-    What both caches have in common, the receiver's own, is read once.
+    What both have in common, the models' own caches, is read once.
 
     Args:
         fused: the conversation's caches.
@@ -93,7 +102,9 @@ class Crossing:
         self._fused = fused
         links = [Silent(link) for link in fused.links]
         self._silent = FusedCache(*links, order=fused.order)
-        self._silent.own = _Borrowed(fused.own)
+        borrowed = {reader: _Borrowed(reader) for reader in (fused.own, *fused.sharers)}
+        self._silent.own = borrowed[fused.own]
+        self._silent.sharers = [borrowed[reader] for reader in fused.sharers]
 
     def fuse_anew(self) -> None:
         """Forgets what was fused, when a fuser has changed."""
@@ -102,9 +113,10 @@ class Crossing:
     def of(self, decoded: Decoded, tokenizer: Any, over_receiver: bool = False) -> Crossed:
         """How much likelier each token of the latest answer is than with a silent sharer.
 
-        It costs one pass of the receiver over the answer, or none where nothing crossed; and the
-        first time in a conversation a pass of the fuser over the prompt. In half precision a figure
-        is as coarse as the model's logits, about 0.1 nat.
+        It costs one pass over the answer of the receiver's layers from the first fused one on (of
+        all of them if the answer was fused, too), or none where nothing crossed; and a pass of the
+        fuser over what is new of the prompt. In half precision a figure is as coarse as the model's
+        logits, about 0.1 nat.
 
         Args:
             decoded: the answer.
@@ -130,14 +142,16 @@ class Crossing:
     def _silent_log_probs(self, decoded: Decoded) -> mx.array | None:
         """[N] log p of each token with a silent sharer; None where nothing crossed."""
         assert self._fused.last is not None
-        n = len(decoded.prompt)
-        texts = [silenced(text) for text in self._fused.last.texts]
+        n, texts = len(decoded.prompt), self._fused.last.texts
         prompts = [_beginning(text, n) for text in texts]
         cache = self._silent.extend(prompts)
         if not decoded.fused:
             if self._same(n - 1):
                 return None
-            return log_probs_of(self._fused.own.model, cache, decoded.prompt[-1], decoded.ids)
+            model: Any = self._fused.own.model
+            if decoded.states:
+                model = decoded.states.above(self._fused.cache)
+            return log_probs_of(model, cache, decoded.prompt[-1], decoded.ids)
         pairs = zip(prompts, texts, strict=True)
         model = self._silent.answering([_Written(*pair) for pair in pairs])
         found = log_probs_of(model, cache, decoded.prompt[-1], decoded.ids)
@@ -161,7 +175,7 @@ def log_probs_of(model: Any, cache: kv.Cache, last: int, answer: Sequence[int]) 
     """The log-probability of each id of an answer, by teacher forcing; the cache grows by them.
 
     Args:
-        model: an mlx-lm model, or what `FusedCache.answering` gives.
+        model: an mlx-lm model, or what `FusedCache.answering` or `States.above` gives.
         cache: all of the prompt but its last id.
         last: that id.
         answer: N ids.

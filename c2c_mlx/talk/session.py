@@ -33,7 +33,7 @@ from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import gate_report, links, relay
 from c2c_mlx.talk.cost import Cost
-from c2c_mlx.talk.crossed import Crossing, Decoded
+from c2c_mlx.talk.crossed import Crossing, Decoded, watched
 from c2c_mlx.talk.decode import Piece, begins_thinking, decode
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.answer import AnswerAlignment
@@ -329,10 +329,10 @@ class ChatSession:
         cost.new_prompt_tokens = fusion.stop - fusion.start + 1
         cost.sharer_s, cost.receiver_s = fusion.sharer_s, fusion.receiver_s
         cost.fuse_s = fusion.fuse_s
-        model: Any = lm.model
+        self._decoded = decoded = Decoded(ids, self.fuse_response, watched(self._fused))
+        model: Any = decoded.states
         if self.fuse_response:
             model = self._fused.answering(self._alignments(messages, prompts))
-        self._decoded = decoded = Decoded(ids, self.fuse_response)
         try:
             for piece in self._decode(lm, model, cache, ids, sampling, lm.stop_strings, cost):
                 decoded.add(piece.token, piece.text, piece.log_prob)

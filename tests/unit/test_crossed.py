@@ -132,7 +132,6 @@ def test_a_sharer_owes_itself_nothing(
     make: MakeSession, fuser: Fuser, fuse_response: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both caches go through other code; with one sharer they must come to the same."""
-    monkeypatch.setattr(crossed, "silenced", lambda text: text)
     monkeypatch.setattr(crossed.Crossing, "_same", lambda self, n: False)
     monkeypatch.delattr(crossed.Silent, "read_sharer")
     # Under span, what feeds an answer's end may still change while it is being written.
@@ -196,6 +195,31 @@ def test_it_costs_one_pass_over_the_answer(
         counted.positions = 0
         told(session)
         assert counted.positions == n
+
+
+def test_what_stands_below_the_fused_layers_is_not_computed_again(
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper = Fuser(replace(fuser.config, layer_map=((2, 3), (3, 5))))
+    upper.gate_logit = mx.ones_like(upper.gate_logit)
+    upper.eval()
+    session = ChatSession(receiver, sharer, upper, sampling=SAMPLING)
+    ask(session, "Who wrote it?")
+    told(session)  # makes its caches, with a look at the model
+    layers, computed = [id(layer) for layer in receiver.model.layers], []
+    block = type(receiver.model.layers[0])
+    compute = block.__call__
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        computed.append(layers.index(id(self)))
+        return compute(self, *args, **options)
+
+    monkeypatch.setattr(block, "__call__", noted)
+    found = told(session)
+    assert computed == [2, 3]
+    session._decoded.states = None
+    np.testing.assert_allclose(found.nats, told(session).nats, atol=NEAR)
+    assert computed == [2, 3, 0, 1, 2, 3] and any(found.nats)
 
 
 def test_a_stopped_answer_is_told_as_far_as_it_was_shown(make: MakeSession) -> None:
