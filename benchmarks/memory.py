@@ -35,6 +35,7 @@ from c2c_mlx.fusion.layers import last_aligned
 from c2c_mlx.fusion.link import Link
 from c2c_mlx.models import memory, registry
 from c2c_mlx.models.load import find_folder, open_model
+from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.training.dataset import Dataset, Source
 from c2c_mlx.training.files import ChatRow
@@ -166,8 +167,8 @@ def training(preset: Literal["small", "paper"], batch_size: int, lighter: bool) 
             trainer.train_step([[example] * batch_size])
             print(f"  a step: {mx.get_peak_memory() / 1e9:.2f} GB in use")
     prompt = max(len(example.receiver_ids), len(example.sharer_ids))
-    folders = receiver.path, sharer.path
-    return memory.training(*folders, config, train, prompt, len(example.response_ids))
+    sizes = ModelSize.read(receiver.path), ModelSize.read(sharer.path)
+    return memory.training(*sizes, config, train, [(prompt, len(example.response_ids))])
 
 
 def measure(args: argparse.Namespace, case: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,10 @@ def memory_limit() -> int:
             physical = min(physical, int((Path("/sys/fs/cgroup") / file).read_text()))
         except (OSError, ValueError):
             pass
+    for which in (resource.RLIMIT_DATA, resource.RLIMIT_AS):  # ulimit -d, ulimit -v
+        allowed, _ = resource.getrlimit(which)
+        if allowed != resource.RLIM_INFINITY:
+            physical = min(physical, allowed)
     return int(0.9 * physical)  # the rest is the system's
 
 

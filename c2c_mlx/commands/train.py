@@ -73,7 +73,7 @@ _BESIDE = ("track", "time")  # what a file may also have
 TRACKERS = ("wandb", "swanlab")
 ANSWERERS = ("receiver", "sharer")
 _TRAIN = [field.name for field in dataclasses.fields(TrainConfig)]
-_RUN = [field.name for field in dataclasses.fields(RunConfig) if field.name != "train"]
+_RUN = [f.name for f in dataclasses.fields(RunConfig) if f.name not in ("train", "given")]
 _KNOWN = (*_RUN, *_TRAIN, *_BESIDE)
 
 
@@ -152,14 +152,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """When a run is to end, on the clock of `time.monotonic`; what of it was given otherwise."""
-
-    deadline: float
-    fixed: set[str]
-
-
 def _seconds(text: str) -> float:
     """90s, 15m, 2h, 1h30m."""
     found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.replace(" ", ""))
@@ -198,14 +190,17 @@ def _main(args: argparse.Namespace, command: str) -> None:
     track, limit = (values.pop(name, None) for name in _BESIDE)
     if track not in (None, *TRACKERS):
         raise C2CError(f"'track' must be one of {', '.join(TRACKERS)}")
-    timing = Timing(began + _seconds(str(limit)), set(values)) if limit is not None else None
-    if timing and "iters" in values:
+    deadline = began + _seconds(str(limit)) if limit is not None else None
+    if deadline and "iters" in values:
         raise C2CError("--time finds the number of steps: leave --iters out, or --time")
-    config = from_dict(RunConfig, _nested(values), "arguments")
+    # A run that is resumed goes on with what was chosen for it, whatever it was told first.
+    flags = [name for name in _TRAIN if getattr(args, name, None) is not None]
+    given = flags if args.resume else [name for name in _TRAIN if name in values]
+    config = from_dict(RunConfig, _nested(values) | {"given": given}, "arguments")
     if args.plan:
-        _plan(config, timing, args.json, command)
+        _plan(config, deadline, args.json, command)
     else:
-        _train(config, args.resume, timing, track, command, told)
+        _train(config, args.resume, deadline, track, command, told)
 
 
 def _values(args: argparse.Namespace) -> dict[str, Any]:
@@ -258,7 +253,8 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     return described | {"train": {k: v for k, v in values.items() if k in _TRAIN}}
 
 
-def _plan(config: RunConfig, timing: Timing | None, as_json: bool, command: str) -> None:
+def _plan(config: RunConfig, deadline: float | None, as_json: bool, command: str) -> None:
+    """Plans on the clock of `time.monotonic`."""
     import c2c_mlx.blas  # noqa: F401
 
     from c2c_mlx.training import plan
@@ -267,8 +263,8 @@ def _plan(config: RunConfig, timing: Timing | None, as_json: bool, command: str)
 
     with Display(plan.PROBE) as display:
         trainer = assemble(config, display, resume=False, source=command, dry=True)
-        if timing:
-            pace = plan.fit(trainer, timing.deadline, timing.fixed)
+        if deadline:
+            pace = plan.fit(trainer, deadline, {*config.given})
         else:
             pace = plan.probe(trainer)
         found = plan.describe(config, trainer, pace)
@@ -278,7 +274,7 @@ def _plan(config: RunConfig, timing: Timing | None, as_json: bool, command: str)
 def _train(
     config: RunConfig,
     resume: bool,
-    timing: Timing | None,
+    deadline: float | None,
     track: str | None,
     command: str,
     told: dict[str, Any],
@@ -293,29 +289,27 @@ def _train(
     from c2c_mlx.training.display import Display, tracker
 
     is_first, out = mx.distributed.init().rank() == 0, Path(config.out)
-    if resume and timing and (there := checkpoints.all_of(out)):
+    fixed = set(told)
+    if resume and deadline and (there := checkpoints.all_of(out)):
         # What was planned stays: another length would be another run.
-        length = plan.with_iters(config.train, checkpoints.iters_of(there[-1]), timing.fixed)
-        config = dataclasses.replace(config, train=length)
+        iters = int(checkpoints.settings_in(there[-1])["iters"])
+        config = dataclasses.replace(config, train=plan.with_iters(config.train, iters, fixed))
     with Display(config.train.iters, is_first) as display:
         trainer = assemble(config, display, resume=resume, source=command)
         if is_first:
             recipe.write(out / recipe.FILE, told)
-        if timing and not resume:
-            pace = plan.fit(trainer, timing.deadline, timing.fixed)
-            length = trainer.config
-            config = dataclasses.replace(config, train=length)
-            display.iters = length.iters
-            display.say(
-                f"{length.iters} steps fit into the time: about {plan.told(pace.seconds(length))}"
-            )
-        iters = config.train.iters
+        if deadline and not resume:
+            pace = plan.fit(trainer, deadline, fixed)
+            display.iters = trainer.config.iters
+            lasts = plan.told(pace.seconds(trainer.config))
+            display.say(f"{display.iters} steps fit into the time: about {lasts}")
+        train = trainer.config
         if trainer.finished:
             display.say(f"finished already: {trainer.step} steps; a larger --iters goes on")
             return
         tracking = None
         if track and is_first:
-            tracking = tracker(track, out, dataclasses.asdict(config.train))
+            tracking = tracker(track, out, dataclasses.asdict(train))
 
         def report(metrics: dict[str, float]) -> None:
             display.report(metrics)
@@ -331,9 +325,7 @@ def _train(
         if tracking:
             tracking.finish()
         if left_out := len(trainer.train.too_long):
-            display.say(
-                f"{left_out} chats were longer than {config.train.max_tokens} tokens and left out"
-            )
+            display.say(f"{left_out} chats were longer than {train.max_tokens} tokens and left out")
         if trainer.verdict:
             display.say(trainer.verdict["verdict"])
         name = next((name for name, run in trained.every() if run == out), config.out)
@@ -341,6 +333,6 @@ def _train(
         display.say(f"fuser saved in {out}; chat with it: {shlex.join(['c2c-chat', *names])}")
         if not trainer.finished:
             display.say(
-                f"stopped at step {trainer.step} of {iters}; the same with --resume goes on"
+                f"stopped at step {trainer.step} of {train.iters}; the same with --resume goes on"
             )
             raise KeyboardInterrupt

@@ -123,36 +123,32 @@ def preflight(
 
 
 def training(
-    receiver: Path,
-    sharer: Path,
+    receiver: ModelSize,
+    sharer: ModelSize,
     fuser: FuserConfig,
     config: TrainConfig,
-    prompt: int | None = None,
-    answer: int | None = None,
+    shapes: Sequence[tuple[int, int]] = (),
 ) -> Need:
     """What a training run will need.
 
     Args:
-        receiver: its folder.
-        sharer: its folder.
+        receiver: the model that answers.
+        sharer: the model that is read.
         fuser: the configuration of the one that learns.
         config: the run's.
-        prompt: tokens of the longest prompt; None: what `config` allows.
-        answer: tokens of the longest answer; None: what `config` allows.
+        shapes: of its batches, the longest prompt and the longest answer of each in tokens; none:
+            as long as `config` allows.
 
     Raises:
         C2CError: as `preflight` does.
     """
-    models = ModelSize.read(receiver), ModelSize.read(sharer)
-
-    def need(config: TrainConfig) -> Need:
-        lengths = prompt or config.max_tokens, answer or config.max_tokens
-        return _training(*models, fuser, config, *lengths)
-
-    wanted = need(config)
-    fitting = (_flags(config, c) for c in _smaller(config) if _fits(need(c)))
-    advice = next(fitting, "") if not _fits(wanted) else ""
-    return _checked(replace(wanted, advice=advice))
+    # In float32: the weights, their gradient, and the optimiser's two moments.
+    count = sum(w.size for w in parameters(skeleton(fuser, 10**6, "the fuser")).values())
+    needs = [
+        _training(receiver, sharer, fuser, count, config, prompt, answer)
+        for prompt, answer in shapes or [(config.max_tokens, config.max_tokens)]
+    ]
+    return _checked(max(needs, key=lambda need: need.total))
 
 
 def shape(model: Path) -> ModelShape:
@@ -239,13 +235,13 @@ def _training(
     receiver: ModelSize,
     sharer: ModelSize,
     fuser: FuserConfig,
+    count: int,
     config: TrainConfig,
     prompt: int,
     answer: int,
 ) -> Need:
+    """Of steps over batches of this shape; `count` is the fuser's parameters."""
     rows = config.batch_size
-    # In float32: the weights, their gradient, and the optimiser's two moments.
-    count = sum(w.size for w in parameters(skeleton(fuser, 10**6, "the fuser")).values())
     caches = rows * (prompt * (receiver.per_position + sharer.per_position))
     fused = rows * (prompt + answer) * receiver.per_position
     # The gradient needs nothing of layers below the first fused one.
@@ -257,32 +253,9 @@ def _training(
     passing = 4 * rows * prompt * pass_width(fuser)
     adding = 4 * count  # a batch's gradient, before it is added to the others'
     working = fused + kept + logits + passing + adding
+    learning = 4 * 4 * count
+    loading = max(receiver.loading, sharer.loading) - caches - learning  # it comes before these
     return Need(
-        *(receiver.weights, sharer.weights, 4 * 4 * count),
-        *(caches, working, rows * (prompt + answer), device.memory_limit()),
+        *(receiver.weights, sharer.weights, learning),
+        *(caches, max(working, loading), rows * (prompt + answer), device.memory_limit()),
     )
-
-
-def _smaller(config: TrainConfig) -> list[TrainConfig]:
-    """Runs that need less, the nearest first."""
-    sizes = [config.batch_size >> n for n in range(1, 8) if config.batch_size >> n]
-    lighter = [] if config.grad_checkpoint else [replace(config, grad_checkpoint=True)]
-    return [
-        *lighter,
-        *(replace(config, batch_size=n) for n in sizes),
-        *(replace(config, batch_size=n, grad_checkpoint=True) for n in sizes),
-        *(replace(config, batch_size=1, grad_checkpoint=True, max_tokens=n) for n in (256, 128)),
-    ]
-
-
-def _flags(config: TrainConfig, tried: TrainConfig) -> str:
-    """What to add to the command for `tried`."""
-    flags = []
-    if tried.grad_checkpoint != config.grad_checkpoint:
-        flags.append("--grad-checkpoint")
-    if tried.batch_size != config.batch_size:
-        more = config.accumulate * config.batch_size // tried.batch_size  # the same step
-        flags.append(f"--batch-size {tried.batch_size} --accumulate {more}")
-    if tried.max_tokens != config.max_tokens:
-        flags.append(f"--max-tokens {tried.max_tokens}")
-    return f"{' '.join(flags)} will"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 
-from c2c_mlx.config import FuserConfig, Provenance
+from c2c_mlx.config import FuserConfig, Provenance, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk, store
 from c2c_mlx.fusion.c2c import C2C
@@ -18,8 +20,9 @@ from c2c_mlx.fusion.fit import check_models
 from c2c_mlx.fusion.fuser import Fuser, parameters
 from c2c_mlx.models import memory
 from c2c_mlx.models.load import LanguageModel, find_folder, load_model
+from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.progress import Progress
-from c2c_mlx.training import checkpoints
+from c2c_mlx.training import checkpoints, fits
 from c2c_mlx.training.answers import answer_rows
 from c2c_mlx.training.dataset import Dataset, Source
 from c2c_mlx.training.files import VALID, ChatRow, answers_for, read_source
@@ -58,11 +61,14 @@ def assemble(
         C2CError: if something named is not there or does not fit, a run is in `run.out` already, or
             there is none to resume, or one with other settings.
     """
-    out, config = Path(run.out), run.train
+    out = Path(run.out)
+    _claim(out, resume, make=False)
+    if resume:
+        run = _as_it_was(run, out)
     # Weight, to learn from, to measure on.
     data = [(weight, *_read(run, name)) for name, weight in run.sources]
     if not any(valid for *_, valid in data):
-        rest, kept_out = hold_out([rows for _, rows, _ in data], config.seed)
+        rest, kept_out = hold_out([rows for _, rows, _ in data], run.train.seed)
         data = [(w, rows, []) for (w, *_), rows in zip(data, rest, strict=True)]
         data[0][2].extend(kept_out)
         watcher.say(
@@ -72,7 +78,15 @@ def assemble(
         )
     _claim(out, resume, make=not dry or bool(run.answer_with))
     group = mx.distributed.init()
-    receiver, sharer, fuser = _load(run, watcher)
+    receiver, sharer, fuser, need = _load(run, watcher)
+    alignment = fuser.config.alignment
+    rows = [row for _, *parts in data for part in parts for row in part]
+    tokenizers = receiver.tokenizer, sharer.tokenizer
+    lengths = fits.longest(rows, *tokenizers, alignment, run.answer_tokens)
+    fitted = fits.fit(run.train, (*run.given, *(fits.CHOSEN if resume else ())), lengths, need)
+    watcher.say(str(fitted.need))
+    watcher.say(fitted.why)
+    config = fitted.config
     fuser.train()
     c2c = C2C(receiver.model, sharer.model, fuser)
     for rank in range(group.size()):
@@ -82,17 +96,17 @@ def assemble(
             sources = [Source(answered(rows), w or float(len(rows))) for w, rows, _ in data]
             valid = [row for *_, rows in data for row in answered(rows)]
         mx.eval(mx.distributed.all_sum(mx.array(0), group=group))
-    alignment = fuser.config.alignment
-    train = Dataset(sources, receiver.tokenizer, sharer.tokenizer, alignment, config.max_tokens)
+    train = Dataset(sources, *tokenizers, alignment, config.max_tokens)
     examples = [e for e in map(train.example, valid) if e is not None]
     names = tuple(name for name, _ in run.sources)
     provenance = Provenance(source=source, data=names, data_licence=run.licence)
     trainer = Trainer(c2c, train, examples, config, out, provenance, watcher.say)
+    trainer.fitted = fitted
     if resume:
         trainer.resume(checkpoints.all_of(out)[-1])
         watcher.say(f"resumed at step {trainer.step}")
     elif not run.fuser and fuser.config.normalise:
-        first = first_examples(train, config.batch_size, config.seed)
+        first = first_examples(train, config.batch_size * config.accumulate, config.seed)
         measure_inputs(c2c, first, config.batch_size)
     size = sum(p.size for p in parameters(fuser).values())
     watcher.say(
@@ -126,8 +140,18 @@ def _claim(out: Path, resume: bool, make: bool) -> None:
         raise C2CError(f"--out {out}: cannot make the folder ({e.strerror})") from None
 
 
-def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageModel, Fuser]:
-    """Both models and a fuser, after a look at the memory that all of it will need."""
+def _as_it_was(run: RunConfig, out: Path) -> RunConfig:
+    """A run that is continued, with what was chosen for it but for what is given now."""
+    there = checkpoints.settings_in(checkpoints.all_of(out)[-1])
+    chosen = {name: there[name] for name in fits.CHOSEN if name in there and name not in run.given}
+    return replace(run, train=replace(run.train, **chosen))
+
+
+Needed = Callable[[TrainConfig, fits.Lengths], memory.Need]
+
+
+def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageModel, Fuser, Needed]:
+    """Both models and a fuser, and what a run of them needs of memory, if they can be loaded."""
     folder: Path | None = None
     if run.fuser:
         folder = store.find_folder(run.fuser, watcher.loading, watcher.say)
@@ -137,18 +161,20 @@ def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageMode
         wanted, _ = disk.read_description(folder)
     else:
         wanted = fuser_config(run, memory.shape(r), memory.shape(s))
-    watcher.say(str(memory.training(r, s, wanted, run.train)))
+    sizes = ModelSize.read(r), ModelSize.read(s)
+    need = partial(memory.training, *sizes, wanted)
+    need(run.train)  # refuses what can't be loaded
     receiver, sharer = (
         load_model(name, progress=watcher.loading) for name in (run.receiver, run.sharer)
     )
     if folder is None:
         wanted = fuser_config(run, receiver.shape, sharer.shape)
-        return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed)
+        return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed), need
     fuser = disk.load(folder)
     fuser.dequantise()
     fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
     check_models(fuser.config, receiver.shape, sharer.shape)
-    return receiver, sharer, fuser
+    return receiver, sharer, fuser, need
 
 
 def _answered(

@@ -26,9 +26,11 @@ FOLDER = "checkpoints"
 _STATE, _ARRAYS = "state.json", "state.safetensors"
 
 # They change when something is told or kept, not what is learned. `iters` does, by the schedule,
-# but to go on for longer is what one resumes for: it is told. `grad_checkpoint` changes rounding.
+# but to go on for longer is what one resumes for: it is told. How a step's chats are split, and
+# whether layers are recomputed, changes rounding; and noise, where a run has any.
 _FREE = ("report_every", "eval_every", "save_every", "keep_checkpoints", "prefill_cache_gb")
-_TOLD = ("iters", "grad_checkpoint")
+_SPLIT = ("batch_size", "accumulate")
+_TOLD = ("iters", "grad_checkpoint", *_SPLIT)
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,24 @@ def write(run: Path, checkpoint: Checkpoint, keep: int) -> None:
     """
     target = run / FOLDER / f"{checkpoint.step:07d}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
+    state = {
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+        "position": checkpoint.position,
+        "best": checkpoint.best if math.isfinite(checkpoint.best) else None,
+        "metrics": checkpoint.metrics,
+        "settings": checkpoint.settings,
+    }
+    text = json.dumps(state, indent=2)
+    if target.exists():  # the same step, perhaps to be gone on from with a smaller batch
+        with atomic.overwriting(target / _STATE) as partial:
+            partial.write_text(text, encoding="utf-8")
+    else:
         with atomic.appearing(target) as folder:
             parts = {"fuser": checkpoint.fuser, "optimizer": checkpoint.optimizer}
             arrays: dict[str, mx.array] = tree_flatten(parts, destination={})  # type: ignore[assignment]
             mx.save_safetensors(str(folder / _ARRAYS), arrays)
-            state = {
-                "step": checkpoint.step,
-                "tokens": checkpoint.tokens,
-                "position": checkpoint.position,
-                "best": checkpoint.best if math.isfinite(checkpoint.best) else None,
-                "metrics": checkpoint.metrics,
-                "settings": checkpoint.settings,
-            }
-            (folder / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+            (folder / _STATE).write_text(text, encoding="utf-8")
     for old in all_of(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -94,7 +100,7 @@ def read(folder: Path) -> Checkpoint:
         C2CError: if it is damaged, or another version wrote it.
     """
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = _state(folder)
         arrays: dict[str, mx.array] = mx.load(str(folder / _ARRAYS))  # type: ignore[assignment]
         mx.eval(arrays)  # the file will go when there are newer ones
         parts = tree_unflatten(list(arrays.items()))
@@ -109,19 +115,30 @@ def read(folder: Path) -> Checkpoint:
             parts["optimizer"],
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        raise C2CError(
-            f"{folder}: damaged, or of another version of c2c-mlx ({e!r}); remove it to resume the "
-            "one before it, or start the run again in another folder"
-        ) from None
+        raise _damaged(folder, e) from None
 
 
-def iters_of(folder: Path) -> int:
-    """How many steps the run of one of `all_of` was to have.
+def settings_in(folder: Path) -> Settings:
+    """The settings of the run of one of `all_of`, from `settings_of`.
 
     Raises:
         C2CError: as `read` does.
     """
-    return int(read(folder).settings["iters"])
+    try:
+        return dict(_state(folder)["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise _damaged(folder, e) from None
+
+
+def _state(folder: Path) -> Any:
+    return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+
+
+def _damaged(folder: Path, error: Exception) -> C2CError:
+    return C2CError(
+        f"{folder}: damaged, or of another version of c2c-mlx ({error!r}); remove it to resume the "
+        "one before it, or start the run again in another folder"
+    )
 
 
 def settings_of(
@@ -162,7 +179,10 @@ def check_same(there: Settings, here: Settings) -> list[str]:
         C2CError: naming all that differs and may not.
     """
     changed = {k for k in there.keys() | here.keys() if there.get(k) != here.get(k)}
-    if refused := sorted(changed - {*_TOLD}):
+    allowed = {*_TOLD}
+    if math.prod(there.get(k, 0) for k in _SPLIT) != math.prod(here[k] for k in _SPLIT):
+        allowed -= {*_SPLIT}  # a step would learn from fewer or more chats
+    if refused := sorted(changed - allowed):
         parts = ", ".join(_difference(name, there, here) for name in refused)
         raise C2CError(
             f"--resume: this is not the run that stopped there ({parts}): give it what it had, or "

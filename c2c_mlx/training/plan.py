@@ -15,9 +15,7 @@ import mlx.core as mx
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion.fuser import parameters
-from c2c_mlx.models import memory
-from c2c_mlx.models.load import find_folder
-from c2c_mlx.training import measure
+from c2c_mlx.training import fits, measure
 from c2c_mlx.training.dataset import WINDOW, Example
 from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.trainer import Trainer
@@ -54,7 +52,7 @@ def probe(trainer: Trainer) -> Pace:
         C2CError: if they don't fit into the memory, or the loss is not finite.
     """
     c, fuser = trainer.config, trainer.c2c.fuser
-    stream = trainer.train.batches(c.batch_size, c.seed)
+    stream = trainer.train.batches(c.batch_size * c.accumulate, c.seed)
     first = takewhile(lambda drawn: drawn[0][0] == 0, islice(stream, WINDOW))
     drawn = [rows for _, rows in first]
     drawn.sort(key=_columns)
@@ -62,10 +60,10 @@ def probe(trainer: Trainer) -> Pace:
     typical = [drawn[int((i + 0.5) * len(drawn) / PROBE)] for i in range(PROBE)]
     before = fuser.parameters()
     with trainer.fitting():
-        trainer.train_step([drawn[-1]] * c.accumulate)  # the longest; and a first step is slower
+        trainer.train_step(trainer.split(drawn[-1]))  # the longest; and a first step is slower
         began = time.perf_counter()
         for rows in typical:
-            trainer.train_step([rows] * c.accumulate)
+            trainer.train_step(trainer.split(rows))
         step = (time.perf_counter() - began) / PROBE
         evaluation = 0.0
         if trainer.valid:
@@ -136,7 +134,8 @@ def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
     """What a run will do, for `--json`; `lines` tells people."""
     c, fuser = trainer.config, trainer.c2c.fuser
     chats = sum(len(s.rows) for s in trainer.train.sources)
-    receiver, sharer = find_folder(run.receiver), find_folder(run.sharer)
+    fitted = trainer.fitted
+    assert fitted is not None  # it was assembled
     size = sum(p.size for p in parameters(fuser).values())
     return {
         "data": [name for name, _ in run.sources],
@@ -148,8 +147,11 @@ def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
         "step_s": pace.step,
         "evaluation_s": pace.evaluation,
         "hours": pace.seconds(c) / 3600,
-        "memory": memory.training(receiver, sharer, fuser.config, c).record(),
+        "memory": fitted.need.record(),
         "probe_peak_gb": pace.peak_gb,
+        "batches": fitted.why,
+        **{name: getattr(c, name) for name in fits.CHOSEN},
+        "prefill_cache_gb": c.prefill_cache_gb if c.prefill_cache else 0.0,
         "fuser_parameters": size,
         "fuser_gb": 2 * size / 1e9,
         "out": run.out,
@@ -165,8 +167,9 @@ def lines(plan: dict[str, Any]) -> list[str]:
         "through the data",
         f"time: about {told(3600 * plan['hours'])} ({plan['step_s']:.2f} s a step, "
         f"{plan['evaluation_s']:.1f} s an evaluation)",
-        f"memory: about {plan['memory']['total_gb']:.1f} GB of {plan['memory']['limit_gb']:.1f} GB "
-        f"if the longest chats meet; ten steps took {plan['probe_peak_gb']:.1f} GB",
+        f"memory: about {plan['memory']['total_gb']:.1f} GB of "
+        f"{plan['memory']['limit_gb']:.1f} GB; ten steps took {plan['probe_peak_gb']:.1f} GB",
+        plan["batches"],
         f"fuser: {plan['fuser_parameters'] / 1e6:.2f} M parameters, "
         f"{1e3 * plan['fuser_gb']:.1f} MB",
         f"out: {plan['out']}",

@@ -46,6 +46,7 @@ class RunConfig:
         fuser: the fuser to start from; empty: a new one.
         fuser_config: fields of a new fuser that the preset does not fix.
         train: the training itself.
+        given: fields of `train` that stay as they are; the others may be made to fit the device.
     """
 
     sharer: str
@@ -61,6 +62,7 @@ class RunConfig:
     fuser: str = ""
     fuser_config: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
+    given: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from c2c_mlx.config import Provenance, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk
 from c2c_mlx.fusion.c2c import C2C
-from c2c_mlx.training import checkpoints, fingerprint, measure, verdict
+from c2c_mlx.training import checkpoints, fingerprint, fits, measure, verdict
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.checkpoints import Checkpoint, Metrics
@@ -79,6 +80,7 @@ class Trainer:
             say,
         )
         self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
+        self.fitted: fits.Fit | None = None  # why the configuration is what it is, for plans
         self.begin(config)
 
     def begin(self, config: TrainConfig) -> None:
@@ -95,6 +97,7 @@ class Trainer:
         self.best = math.inf
         self.measured: Metrics = {}
         self.verdict: verdict.Verdict = {}  # until the last step is done
+        self._whole = True  # fuser and optimiser are those of `step`, not between two steps
         self.optimizer = optim.AdamW(
             learning_rate=_schedule(config),
             betas=list(config.betas),
@@ -119,6 +122,11 @@ class Trainer:
             return loss, loss
         gates = step_loss.message_loss(change, batch)
         return loss + self.config.message_gate_weight * gates * batch.tokens, loss
+
+    def split(self, rows: list[Example]) -> list[list[Example]]:
+        """A step's chats as the batches that they are learned from in."""
+        size = self.config.batch_size
+        return [rows[at : at + size] for at in range(0, len(rows), size)]
 
     def train_step(self, batches: list[list[Example]]) -> float:
         """One optimiser step over `accumulate` batches; returns the loss per token in nats.
@@ -157,8 +165,10 @@ class Trainer:
                 f"--learning-rate, or without these chats; --fuser {self.folder} starts it from "
                 f"what was learned"
             )
+        self._whole = False
         self.optimizer.update(fuser, gradient)
         mx.eval(fuser.parameters(), self.optimizer.state)
+        self._whole = True
         self.step += 1
         self.tokens += tokens
         return mean
@@ -197,15 +207,23 @@ class Trainer:
         Raises:
             C2CError: if the memory does not suffice, the disk is full, or the loss is not finite.
         """
+        with self.fitting(keep=True):
+            self._run(on_report, on_step, stopped)
+
+    def _run(
+        self,
+        on_report: Callable[[Metrics], None],
+        on_step: Callable[[int, float], None],
+        stopped: Callable[[], bool],
+    ) -> None:
         c, is_first = self.config, self.group.rank() == 0
-        stream = self.train.batches(c.batch_size, c.seed, self.position)
+        stream = self.train.batches(c.batch_size * c.accumulate, c.seed, self.position)
         began, losses, tokens_before = time.perf_counter(), [], self.tokens
         unsaved = False
         while not self.finished and not stopped():
-            with self.fitting():
-                drawn = [next(stream) for _ in range(c.accumulate)]
-                losses.append(self.train_step([rows for _, rows in drawn]))
-            self.position = drawn[-1][0]
+            position, rows = next(stream)
+            losses.append(self.train_step(self.split(rows)))
+            self.position = position
             on_step(self.step, losses[-1])
             evaluating = self.step % c.eval_every == 0 or self.finished
             unsaved = True
@@ -252,9 +270,8 @@ class Trainer:
         return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
     def _measure(self, zeroed: bool = False) -> tuple[measure.Losses, list[int]]:
-        with self.fitting():
-            size = self.config.batch_size
-            return measure.losses(self.c2c, self.prefills, self.valid, size, zeroed)
+        size = self.config.batch_size
+        return measure.losses(self.c2c, self.prefills, self.valid, size, zeroed)
 
     def _judge(self) -> Metrics:
         """Gives the verdict, and returns what `evaluate` does."""
@@ -266,23 +283,32 @@ class Trainer:
         return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
     @contextmanager
-    def fitting(self) -> Iterator[None]:
-        """Turns what MLX raises when the memory is full into advice."""
+    def fitting(self, keep: bool = False) -> Iterator[None]:
+        """Turns what MLX raises when the memory is full into the next smaller plan.
+
+        Args:
+            keep: whether a checkpoint is written that goes on with it.
+        """
         try:
             yield
-        except RuntimeError as e:
+            return
+        except (RuntimeError, MemoryError) as e:
             if not device.is_out_of_memory(e):
                 raise
-            c = self.config
-            again = (
-                f"start again in another --out with --batch-size {c.batch_size // 2} --accumulate "
-                f"{2 * c.accumulate}, which learns from as many chats a step"
+            traceback.clear_frames(e.__traceback__)  # they hold what did not fit
+        mx.clear_cache()
+        what = f"step {self.step + 1} did not fit into the memory"
+        if (less := fits.smaller(self.config)) is None:
+            raise C2CError(
+                f"{what}: start again in another --out with a smaller --max-tokens or --preset"
             )
-            if c.batch_size == 1:
-                again = "start again in another --out with a smaller --max-tokens or --preset"
-            if not c.grad_checkpoint:
-                again = f"--resume with --grad-checkpoint, or {again}"
-            raise C2CError(f"step {self.step + 1} did not fit into the memory: {again}") from None
+        wanted = fits.flags(self.config, less)
+        if not (keep and self._whole):
+            raise C2CError(f"{what}: {wanted} needs less, and learns from the same chats")
+        if self.group.rank() == 0:
+            self.settings |= {name: getattr(less, name) for name in fits.CHOSEN}
+            self.save()
+        raise C2CError(f"{what}: --resume goes on there with {wanted}, from the same chats a step")
 
     # --- files --------------------------------------------------------------------------------
 
@@ -326,8 +352,12 @@ class Trainer:
             C2CError: if the checkpoint is damaged, or of a run with other settings.
         """
         state = checkpoints.read(checkpoint)
-        for change in checkpoints.check_same(state.settings, self.settings):
+        changes = checkpoints.check_same(state.settings, self.settings)
+        for change in changes:
             self.say(f"{change} from here on")
+        is_noisy = self.config.gates == "learned" or self.c2c.fuser.config.dropout
+        if is_noisy and any(change.startswith("batch_size") for change in changes):
+            self.say("a step learns from the same chats as before, with other noise")
         self.c2c.fuser.update(state.fuser)
         self.optimizer.init(self.c2c.fuser.trainable_parameters())
         self.optimizer.state = state.optimizer

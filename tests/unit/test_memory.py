@@ -30,6 +30,7 @@ from c2c_mlx.fusion.fuser import parameters
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models import memory, untrusted
 from c2c_mlx.models.load import find_folder
+from c2c_mlx.models.sizes import ModelSize
 
 VOCABULARY = 1 << 30
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
@@ -150,27 +151,6 @@ def test_what_does_not_fit_says_what_would(
     assert "fit" not in str(memory.preflight(*folders, [config], tokens=512))
 
 
-def test_a_run_that_does_not_fit_says_what_would(
-    receiver: LanguageModel, sharer: LanguageModel, fuser: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def need(**options: Any) -> memory.Need:
-        config = TrainConfig(**options)
-        return memory.training(receiver.path, sharer.path, disk.measure(fuser), config)
-
-    plain, lighter, both = (
-        need(batch_size=8),
-        need(batch_size=8, grad_checkpoint=True),
-        need(batch_size=2, grad_checkpoint=True),
-    )
-    assert both.total < lighter.total < plain.total
-    light, small = "--grad-checkpoint", "--batch-size 2 --accumulate 4"
-    for fitting, flags in ((lighter, f"{light} will"), (both, f"{light} {small} will")):
-        monkeypatch.setattr(device, "memory_limit", lambda most=fitting.total: most)
-        assert f"will not fit: {flags}" in str(need(batch_size=8))
-    monkeypatch.setattr(device, "memory_limit", lambda most=plain.total: most)
-    assert "fit" not in str(need(batch_size=8))
-
-
 def test_more_tokens_need_more_up_to_the_models_limit(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path
 ) -> None:
@@ -224,13 +204,16 @@ def test_training_counts_the_optimiser(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path
 ) -> None:
     config, _ = disk.read_description(fuser)
-    small, large = (
-        memory.training(receiver.path, sharer.path, config, TrainConfig(batch_size=n))
-        for n in (1, 8)
-    )
+    sizes = ModelSize.read(receiver.path), ModelSize.read(sharer.path)
+    small, large = (memory.training(*sizes, config, TrainConfig(batch_size=n)) for n in (1, 8))
     loaded = disk.load(fuser)
     assert small.fuser == 4 * 4 * sum(p.size for p in parameters(loaded).values())
     assert small.working < large.working
+    shapes = [(60, 20), (50, 40), (10, 10)]
+    needs = [memory.training(*sizes, config, TrainConfig(), [shape]) for shape in shapes]
+    most = max(needs, key=lambda need: need.total)
+    assert memory.training(*sizes, config, TrainConfig(), shapes) == most
+    assert most.total < large.total and most.tokens < large.tokens
 
 
 def test_too_large_a_model_is_refused_before_it_is_read(tmp_path: Path) -> None:

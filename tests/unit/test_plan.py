@@ -17,7 +17,7 @@ from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import plan
 from c2c_mlx.training.assemble import assemble
-from c2c_mlx.training.checkpoints import all_of, iters_of
+from c2c_mlx.training.checkpoints import all_of, settings_in
 from c2c_mlx.training.display import Display
 from c2c_mlx.training.plan import Pace
 from c2c_mlx.training.run import RunConfig
@@ -81,7 +81,8 @@ def test_a_plan_is_told_and_nothing_is_made(
     assert found["fuser_parameters"] > 0 and found["out"] == str(out)
     assert train.main(given) == 0
     heads = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert heads == ["data", "steps", "time", "memory", "fuser", "out"]
+    assert heads == ["data", "steps", "time", "memory", "batches", "fuser", "out"]
+    assert found["batches"].startswith("batches: 4 chats at a time") and found["batch_size"] == 4
     assert not out.parent.exists()
 
 
@@ -115,7 +116,7 @@ def test_a_timed_run_that_is_resumed_keeps_its_length(
 ) -> None:
     given = [*PAIR, *SMALL, "--data", str(chats), "--out", str(tmp_path / "run")]
     assert train.main([*given, "--iters", "14"]) == 0
-    assert iters_of(all_of(tmp_path / "run")[-1]) == 14
+    assert settings_in(all_of(tmp_path / "run")[-1])["iters"] == 14
     capsys.readouterr()
     assert train.main([*given, "--time", "2h", "--resume"]) == 0
     assert "finished already: 14 steps" in capsys.readouterr().err

@@ -25,9 +25,10 @@ from c2c_mlx.fusion.project import inputs
 from c2c_mlx.training import interrupt
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
-from c2c_mlx.training.checkpoints import Metrics, all_of
+from c2c_mlx.training.checkpoints import Metrics, all_of, settings_in
 from c2c_mlx.training.dataset import Dataset, Example, Source
 from c2c_mlx.training.files import ChatRow
+from c2c_mlx.training.fits import CHOSEN
 from c2c_mlx.training.start import measure_inputs, new_fuser
 from c2c_mlx.training.trainer import Trainer
 
@@ -338,6 +339,7 @@ def test_a_second_ctrl_c_is_raised_at_once() -> None:
     [
         ({"learning_rate": 0.001}, "learning_rate was 0.003, is 0.001"),
         ({"batch_size": 2}, "batch_size was 3, is 2"),
+        ({"accumulate": 2}, "accumulate was 1, is 2"),
         ({"activation": "silu"}, "fuser_config.activation was gelu, is silu"),
         ({"hidden_dim": 8}, "fuser_config.hidden_dim was 16, is 8"),
         ({"prefill_cache": "kept"}, "prefill_cache was False, is True"),
@@ -413,25 +415,79 @@ def test_a_damaged_checkpoint_is_named(make: Make, tmp_path: Path) -> None:
         make(tmp_path).resume(all_of(tmp_path)[-1])
 
 
-@pytest.mark.parametrize(
-    ("options", "advice"),
-    [
-        ({}, "--resume with --grad-checkpoint, or start again .* --batch-size 1 --accumulate 2"),
-        ({"grad_checkpoint": True, "batch_size": 1}, r"^step 1 .*: start again .*--max-tokens"),
-    ],
-)
-def test_a_step_that_does_not_fit_ends_in_advice(
-    make: Make, tmp_path: Path, options: dict[str, Any], advice: str
-) -> None:
-    trainer = make(tmp_path, **options)
+FULL = RuntimeError("[metal::malloc] Unable to allocate 17179869184 bytes.")  # MLX's own words
 
-    def full(*_: Any) -> Any:
-        raise RuntimeError("[metal::malloc] Unable to allocate 17179869184 bytes.")
+
+def full_at(trainer: Trainer, step: int) -> None:
+    """The memory is full as soon as so many steps are done."""
+    loss_and_grad = trainer._loss_and_grad
+
+    def full(*given: Any) -> Any:
+        if trainer.step == step:
+            raise FULL
+        return loss_and_grad(*given)
 
     trainer._loss_and_grad = full
-    with pytest.raises(C2CError, match=advice) as e:
+
+
+@pytest.mark.parametrize("options", [{}, NOISY], ids=str)
+@pytest.mark.parametrize("step", [0, 2, 3])  # before any checkpoint, after, and right behind one
+def test_a_run_that_did_not_fit_goes_on_with_less_and_learns_the_same(
+    make: Make, tmp_path: Path, step: int, options: dict[str, Any]
+) -> None:
+    whole, cut = (make(tmp_path / name, batch_size=6, **options) for name in ("whole", "cut"))
+    run(whole)
+    full_at(cut, step)
+    with pytest.raises(C2CError) as e:
+        run(cut)
+    assert str(e.value) == (
+        f"step {step + 1} did not fit into the memory: --resume goes on there with "
+        "--batch-size 3 --accumulate 2, from the same chats a step"
+    )
+    latest = all_of(tmp_path / "cut")[-1]
+    assert latest.name == f"{step:07d}"
+    chosen = {name: settings_in(latest)[name] for name in CHOSEN}
+    assert (chosen["batch_size"], chosen["accumulate"]) == (3, 2)
+    smaller = make(tmp_path / "cut", **options, **chosen)
+    smaller.resume(latest)
+    run(smaller)
+    assert smaller.position == whole.position and smaller.tokens == whole.tokens
+    if not options:
+        for key, value in weights(whole).items():
+            np.testing.assert_allclose(weights(smaller)[key], value, atol=1e-4)
+
+
+def test_other_noise_is_told(make: Make, tmp_path: Path) -> None:
+    run(make(tmp_path, iters=3, **NOISY))
+    said: list[str] = []
+    split = {"batch_size": 1, "accumulate": 3}
+    make(tmp_path, say=said.append, **split, **NOISY).resume(all_of(tmp_path)[-1])
+    assert "with other noise" in said[-1]
+
+
+def test_what_did_not_fit_gets_less_and_less(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path, batch_size=1, grad_checkpoint=True)
+    full_at(trainer, 0)
+    with pytest.raises(C2CError, match=r"^step 1 .*: start again .*--max-tokens") as e:
         run(trainer)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and all_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("split", [(3, 2), (2, 3), (1, 6)])
+def test_a_step_learns_from_the_same_chats_however_it_is_split(
+    make: Make, tmp_path: Path, split: tuple[int, int]
+) -> None:
+    whole = make(tmp_path / "whole", batch_size=6)
+    reports = run(whole)
+    said: list[str] = []
+    parts = make(tmp_path / "whole", batch_size=split[0], accumulate=split[1], say=said.append)
+    parts.resume(all_of(tmp_path / "whole")[0])
+    assert [line.split()[0] for line in said] == ["accumulate", "batch_size"]
+    again = run(parts)
+    assert parts.position == whole.position
+    assert again[-1]["loss"] == pytest.approx(reports[-1]["loss"], rel=0.5)
+    for key, value in weights(whole).items():
+        np.testing.assert_allclose(weights(parts)[key], value, atol=1e-4)
 
 
 def test_old_checkpoints_go(make: Make, tmp_path: Path) -> None:
