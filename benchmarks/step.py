@@ -18,6 +18,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from c2c_mlx import C2C, load_model
 from c2c_mlx.config import FuserConfig, TrainConfig
@@ -26,7 +27,7 @@ from c2c_mlx.fusion.fuser import Change
 from c2c_mlx.fusion.layers import k_nearest
 from c2c_mlx.models import registry
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.batch import Padded, collate
+from c2c_mlx.training.batch import Batch, Padded, collate
 from c2c_mlx.training.caches import training_cache
 from c2c_mlx.training.dataset import Dataset, Source
 from c2c_mlx.training.files import ChatRow
@@ -76,6 +77,7 @@ def reference_step(c2c: C2C, batch: Any) -> None:
     prefills = Prefills(
         _prefill(c2c.receiver, batch.receiver),
         step_loss.read_sharer(c2c, _prefill(c2c.sharer, batch.sharer), batch),
+        None,
     )
     fuser = c2c.fuser
     fuser.train()
@@ -89,7 +91,7 @@ def reference_step(c2c: C2C, batch: Any) -> None:
                 x = [fused[layer].keys, fused[layer].values]
                 x[kind] = step_loss._add(x[kind], delta, batch.start)
                 fused[layer] = fused[layer].copy(*x)
-        return step_loss.response_loss(c2c.receiver, fused, batch) / batch.tokens
+        return _all_logits(c2c.receiver, fused, batch) / batch.tokens
 
     mx.eval(nn.value_and_grad(fuser, loss)())
 
@@ -106,6 +108,12 @@ def _one_layer(c2c: C2C, prefills: Prefills, part: Any, batch: Any, at: int) -> 
         return c2c.change(prefills.sharer, part, batch.messages, offset)
     finally:
         del fuser.__dict__["_taking_part"]
+
+
+def _all_logits(model: nn.Module, cache: kv.Cache, batch: Batch) -> mx.array:
+    logits = model(mx.array(batch.inputs), cache=cache)
+    losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
+    return (losses * mx.array(batch.mask.astype(np.float32))).sum()
 
 
 def _prefill(model: nn.Module, prompts: Padded) -> kv.Cache:

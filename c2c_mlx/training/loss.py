@@ -5,8 +5,6 @@ The models keep their precision; what the fuser reads and what is scored is floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -20,7 +18,8 @@ from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fuser import Change
 from c2c_mlx.fusion.project import KV
 from c2c_mlx.training.batch import Batch, Padded
-from c2c_mlx.training.caches import TrainingCache, training_cache
+from c2c_mlx.training.caches import training_cache
+from c2c_mlx.training.sections import Sections
 
 PrefixMemo = dict[tuple[int, ...], list[kv.StackedKV]]
 
@@ -114,7 +113,11 @@ def zeroed(c2c: C2C, batch: Batch) -> KV:
 
 
 def response_loss(
-    receiver: nn.Module, cache: kv.Cache, batch: Batch, recompute: bool = False
+    receiver: Sections,
+    cache: kv.Cache,
+    batch: Batch,
+    state: mx.array | None = None,
+    recompute: bool = False,
 ) -> mx.array:
     """Cross-entropy summed over the response's tokens (nats); the prompt is never scored.
 
@@ -124,50 +127,19 @@ def response_loss(
         receiver: the frozen model.
         cache: its fused cache over the prompts but their last ids.
         batch: the responses.
+        state: of the responses at the first fused layer; None: the layers below run, too.
         recompute: whether a layer's insides are computed again for the gradient, not kept.
     """
-    return _losses(receiver, cache, batch, recompute).sum()
+    ids = mx.array(batch.inputs)
+    return receiver.losses(ids, cache, batch.targets, batch.mask, state, recompute).sum()
 
 
-def response_losses(receiver: nn.Module, cache: kv.Cache, batch: Batch) -> mx.array:
+def response_losses(
+    receiver: Sections, cache: kv.Cache, batch: Batch, state: mx.array | None = None
+) -> mx.array:
     """As `response_loss`, but each row's own, [B]."""
-    return _losses(receiver, cache, batch, recompute=False).sum(axis=1)
-
-
-def _losses(receiver: nn.Module, cache: kv.Cache, batch: Batch, recompute: bool) -> mx.array:
-    """Of each token, [B, R]; zero where nothing counts."""
-    with _recomputed(receiver) if recompute else nullcontext():
-        logits = receiver(mx.array(batch.inputs), cache=cache)
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(batch.targets))
-    return losses * mx.array(batch.mask.astype(np.float32))
-
-
-@contextmanager
-def _recomputed(model: nn.Module) -> Iterator[None]:
-    """Inside, every layer of the model is a checkpoint: its output is kept, its insides are not.
-
-    mlx-lm's own `grad_checkpoint` follows parameters; here the gradient flows through the caches.
-    """
-    layers = list(model.layers)
-    model.layers[:] = [_Recomputed(layer) for layer in layers]
-    try:
-        yield
-    finally:
-        model.layers[:] = layers
-
-
-class _Recomputed:
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    def __call__(self, h: mx.array, mask: Any, cache: TrainingCache) -> Any:
-        def run(h: mx.array, keys: mx.array, values: mx.array) -> Any:
-            return self.layer(h, mask, cache=cache.copy(keys, values))
-
-        return mx.checkpoint(run)(h, *cache.keys_and_values())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
+    ids = mx.array(batch.inputs)
+    return receiver.losses(ids, cache, batch.targets, batch.mask, state).sum(axis=1)
 
 
 def message_loss(change: Change | None, batch: Batch) -> mx.array:

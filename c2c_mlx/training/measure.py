@@ -12,7 +12,8 @@ from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.dataset import Example
-from c2c_mlx.training.prefills import Prefiller
+from c2c_mlx.training.prefills import Prefiller, Prefills
+from c2c_mlx.training.sections import Sections
 
 Losses = dict[str, list[float]]  # by name, nats per chat
 
@@ -50,8 +51,9 @@ def losses(
             *([("zeroed", step_loss.zeroed(c2c, batch), batch)] if zeroed else []),
         ):
             fused, _ = step_loss.fuse(c2c, prefills.own, sharer, b)
-            found[name] += _lost(c2c, fused, b)
-        found["receiver"] += _lost(c2c, [c.copy() for c in prefills.own], batch)
+            found[name] += _lost(prefiller.receiver, fused, b, prefills)
+        own = [c.copy() for c in prefills.own]
+        found["receiver"] += _lost(prefiller.receiver, own, batch, prefills)
         mx.clear_cache()
     if len(rows) == 1:
         del found["shuffled"]
@@ -60,6 +62,6 @@ def losses(
     return found, [len(e.response_ids) for e in rows]
 
 
-def _lost(c2c: C2C, cache: kv.Cache, batch: Batch) -> list[float]:
-    each = step_loss.response_losses(c2c.receiver, cache, batch)
+def _lost(receiver: Sections, cache: kv.Cache, batch: Batch, prefills: Prefills) -> list[float]:
+    each = step_loss.response_losses(receiver, cache, batch, prefills.state)
     return [float(x) for x in np.array(each)]

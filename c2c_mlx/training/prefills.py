@@ -22,10 +22,11 @@ from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.caches import training_cache
 from c2c_mlx.training.dataset import Example
+from c2c_mlx.training.sections import Sections
 
-Kept = dict[str, mx.array]  # one example's part of the prefills, half precision
+Kept = dict[str, mx.array]  # one example's part of the prefills; keys and values half precision
 
-_FORMAT = 2
+_FORMAT = 3
 _PREFIXES = 16  # template prefixes that are remembered; most data has one
 
 
@@ -34,12 +35,15 @@ class Prefills:
     """The frozen half of a step.
 
     Attributes:
-        own: the receiver's cache over the prompts, one `TrainingCache` per layer.
+        own: the receiver's cache over the prompts, one `TrainingCache` per layer; those below the
+            first fused one may be empty if there is a state.
         sharer: what feeds the fused columns, from `loss.read_sharer`.
+        state: of the responses at the first fused layer, [B, R, D], from `Sections.state`.
     """
 
     own: kv.Cache
     sharer: KV
+    state: mx.array | None
 
 
 class Prefiller:
@@ -49,6 +53,10 @@ class Prefiller:
     half precision, whether it was read or just computed. So its numbers depend on the models and
     the example alone, not on the batch, on what an interrupted run had kept, or on other runs that
     share the folder; and of a batch only what is missing is computed.
+
+    A file holds what the layers from the first fused one on need: their keys and values of the
+    prompt, and the response's state below them, in the model's own precision, for it has channels
+    that float16 has no room for.
 
     Args:
         c2c: both models and the fuser.
@@ -69,13 +77,16 @@ class Prefiller:
         say: Callable[[str], None],
     ) -> None:
         self.c2c, self.zero_sharer = c2c, zero_sharer
+        self.receiver = Sections(c2c.receiver, min(c2c.receiver_layers, default=0))
         self._memos: tuple[step_loss.PrefixMemo, step_loss.PrefixMemo] = ({}, {})
         self._prefixes: dict[tuple[int, ...], kv.StackedKV] = {}
         self._say, self._limit_gb = say, limit_gb
         self.folder: Path | None = None
         if folder:
             config = c2c.fuser.config
+            first = self.receiver.first
             parts = [_FORMAT, *weights, config.layer_map, config.rotated_keys, config.positions]
+            parts.append(first)
             name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
             self.folder = folder / name
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +96,10 @@ class Prefiller:
     def __call__(self, batch: Batch) -> Prefills:
         """Everything frozen that a step over this batch needs."""
         if self.folder is None or batch.start == batch.stop:
-            return Prefills(*self._run(batch, with_sharer=not self.zero_sharer))
+            own, sharer = self._run(batch, with_sharer=not self.zero_sharer)
+            state = self.receiver.state(mx.array(batch.inputs), own)
+            mx.eval(state)
+            return Prefills(own, sharer, state)
         return self._join([self._one(self.folder, e) for e in batch.examples], batch)
 
     def _run(self, batch: Batch, with_sharer: bool) -> tuple[kv.Cache, KV]:
@@ -102,7 +116,11 @@ class Prefiller:
         except (OSError, RuntimeError):  # not there, or torn by a loss of power
             pass
         batch = collate([example], self.c2c.fuser.config.positions)
-        kept = _split(*self._run(batch, with_sharer=True), batch, self.c2c)
+        own, sharer = self._run(batch, with_sharer=True)
+        start, _ = _fused_range(example, self.c2c.fuser.config.positions)
+        # The response's state is that over what a step will read.
+        own = [c.copy(*(_rounded(x, start) for x in c.keys_and_values())) for c in own]
+        kept = self._split(own, sharer, batch)
         mx.eval(kept)
         mx.clear_cache()  # the next example has another length
         self._keep(path, kept)
@@ -130,6 +148,7 @@ class Prefiller:
     def _join(self, kept: list[Kept], batch: Batch) -> Prefills:
         """Rows of any batch, laid out as this batch wants them."""
         config = self.c2c.fuser.config
+        first, longest = self.receiver.first, batch.inputs.shape[1]
         prefix, width = batch.receiver.prefix, batch.receiver.ids.shape[1]
         shared = self._prefix(batch.receiver.ids[0, :prefix])
         dtype = shared.keys.dtype
@@ -157,16 +176,41 @@ class Prefiller:
             head = mx.broadcast_to(shared[kind], (*x.shape[:3], prefix, x.shape[4]))
             stacked.append(mx.concatenate([head, x], axis=3))
         cache = training_cache(self.c2c.receiver, padding, prefix)
-        for layer, c in enumerate(cache):
+        for layer, c in enumerate(cache[first:]):
             c.keys, c.values = stacked[0][layer], stacked[1][layer]
+        state = None
+        if first:
+            rows = [
+                mx.pad(row["state"], [(0, longest - len(row["state"])), (0, 0)]) for row in kept
+            ]
+            state = mx.stack(rows)
         if self.zero_sharer:
-            return Prefills(cache, step_loss.zeroed(self.c2c, batch))
+            return Prefills(cache, step_loss.zeroed(self.c2c, batch), state)
         at = mx.array([self.c2c.sharer_layers.index(s) for _, s in config.layer_map])
         keys, values = (mx.stack(x, axis=1).astype(mx.float32)[at] for x in fed)
-        return Prefills(cache, (keys, values))
+        return Prefills(cache, (keys, values), state)
+
+    def _split(self, own: kv.Cache, sharer: KV, batch: Batch) -> Kept:
+        """What is kept of a batch of one: no repetitions, and nothing that `_prefix` can give."""
+        config = self.c2c.fuser.config
+        layers = [s for _, s in config.layer_map]
+        distinct = mx.array([layers.index(s) for s in self.c2c.sharer_layers])
+        start, _ = _fused_range(batch.examples[0], config.positions)
+        kept = {}
+        for kind, name in enumerate(("keys", "values")):
+            held = [c.keys_and_values()[kind] for c in own[self.receiver.first :]]
+            kept[f"own_{name}"] = _half(mx.stack(held)[:, 0, :, start:])  # [layers, Hr, n, Dr]
+            kept[f"sharer_{name}"] = _half(sharer[kind][distinct, 0])
+        state = self.receiver.state(mx.array(batch.inputs), own)
+        if state is not None:
+            kept["state"] = state[0]  # [R, D]
+        return kept
 
     def _prefix(self, ids: np.ndarray) -> kv.StackedKV:
-        """The receiver's own cache over a template's beginning, [layers, 1, Hr, len(ids), Dr]."""
+        """The receiver's own cache over a template's beginning, [layers, 1, Hr, len(ids), Dr].
+
+        Of the layers from the first fused one on, as in files.
+        """
         key = tuple(ids.tolist())
         if key not in self._prefixes:
             if len(self._prefixes) == _PREFIXES:
@@ -174,7 +218,7 @@ class Prefiller:
             cache = training_cache(self.c2c.receiver, None, 0)
             # One position more, so that even an empty prefix has a shape and a type.
             self.c2c.receiver(mx.array([[*key, 0]]), cache=cache)
-            held = [c.keys_and_values() for c in cache]
+            held = [c.keys_and_values() for c in cache[self.receiver.first :]]
             keys, values = (mx.stack([x[kind][:, :, : len(key)] for x in held]) for kind in (0, 1))
             mx.eval(keys, values)
             self._prefixes[key] = kv.StackedKV(keys, values)
@@ -182,7 +226,7 @@ class Prefiller:
 
 
 def _key(e: Example) -> str:
-    parts = [e.receiver_ids, e.sharer_ids, e.index.tolist(), e.message.tolist()]
+    parts = [e.receiver_ids, e.response_ids, e.sharer_ids, e.index.tolist(), e.message.tolist()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -193,21 +237,14 @@ def _fused_range(example: Example, positions: str) -> tuple[int, int]:
     return (int(fused[0]), int(fused[-1]) + 1) if len(fused) else (end, end)
 
 
-def _split(own: kv.Cache, sharer: KV, batch: Batch, c2c: C2C) -> Kept:
-    """The prefills of a batch of one, without what `_prefix` can give and without repetitions."""
-    layers = [s for _, s in c2c.fuser.config.layer_map]
-    distinct = mx.array([layers.index(s) for s in c2c.sharer_layers])
-    start, _ = _fused_range(batch.examples[0], c2c.fuser.config.positions)
-    kept = {}
-    for kind, name in enumerate(("keys", "values")):
-        stacked = mx.stack([c.keys_and_values()[kind] for c in own])  # [layers, 1, Hr, N, Dr]
-        kept[f"own_{name}"] = _half(stacked[:, 0, :, start:])
-        kept[f"sharer_{name}"] = _half(sharer[kind][distinct, 0])
-    return kept
-
-
 def _half(x: mx.array) -> mx.array:
     return mx.contiguous(x if x.itemsize == 2 else x.astype(mx.float16))
+
+
+def _rounded(x: mx.array, start: int) -> mx.array:
+    """Keys or values [1, H, N, D] as files give them back: rounded from `start` on."""
+    kept = _half(x[:, :, start:]).astype(x.dtype)
+    return mx.concatenate([x[:, :, :start], kept], axis=2)
 
 
 def _pad(x: mx.array, left: int, right: int) -> mx.array:

@@ -117,7 +117,8 @@ class Trainer:
         be lost inside of them.
         """
         fused, change = step_loss.fuse(self.c2c, prefills.own, prefills.sharer, batch)
-        loss = step_loss.response_loss(self.c2c.receiver, fused, batch, self.config.grad_checkpoint)
+        receiver, recompute = self.prefills.receiver, self.config.grad_checkpoint
+        loss = step_loss.response_loss(receiver, fused, batch, prefills.state, recompute)
         if not self.config.message_gate_weight:
             return loss, loss
         gates = step_loss.message_loss(change, batch)

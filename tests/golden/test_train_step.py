@@ -23,6 +23,7 @@ from c2c_mlx.fusers.published import convert, reference_name
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.dataset import Example
+from c2c_mlx.training.sections import Sections
 
 CASE, MODELS = "extras/train_step/qwen3_llama", "e2e/qwen3_llama"
 TOLERANCE = 1e-4
@@ -66,7 +67,7 @@ def loss_and_gradients(c2c: C2C, batch: Batch) -> tuple[mx.array, dict[str, mx.a
 
     def loss() -> mx.array:
         fused, _ = step_loss.fuse(c2c, own, sharer, batch)
-        return step_loss.response_loss(c2c.receiver, fused, batch) / batch.tokens
+        return step_loss.response_loss(Sections(c2c.receiver), fused, batch) / batch.tokens
 
     value, gradients = nn.value_and_grad(c2c.fuser, loss)()
     return value, tree_flatten(gradients, destination={})

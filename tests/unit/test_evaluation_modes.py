@@ -27,6 +27,7 @@ from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import collate
 from c2c_mlx.training.dataset import Example, make_example
 from c2c_mlx.training.files import ChatRow
+from c2c_mlx.training.sections import Sections
 
 TOKENS = 9
 ITEMS = [
@@ -169,7 +170,7 @@ def test_controls_lose_what_training_says_they_lose(make: Make, mode: str) -> No
         if mode == "c2c-zeroed":
             sharer = step_loss.zeroed(c2c, batch)
         fused, _ = step_loss.fuse(c2c, own, sharer, batch)
-        expected = step_loss.response_loss(c2c.receiver, fused, batch).item()
+        expected = step_loss.response_loss(Sections(c2c.receiver), fused, batch).item()
         # A fuser is float32 while it is trained, and the receiver's dtype when it is used.
         near = 1e-4 if kv.dtype_of(c2c.receiver) == mx.float32 else 5e-3
         assert weighed == pytest.approx(expected, rel=near)

@@ -134,7 +134,7 @@ def test_only_the_fuser_is_float32(
     x = np.array(logits.astype(mx.float32)).astype(np.float64)  # [B, R, V]
     right = np.take_along_axis(x, batch.targets[..., None], axis=2)[..., 0]
     exact = (np.log(np.exp(x).sum(axis=2)) - right)[batch.mask].sum()
-    loss = step_loss.response_loss(c2c.receiver, fused, batch)
+    loss = step_loss.response_loss(trainer.prefills.receiver, fused, batch, prefills.state)
     assert loss.item() == pytest.approx(exact, rel=1e-5)
 
 

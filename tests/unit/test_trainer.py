@@ -109,7 +109,7 @@ def loss_of(trainer: Trainer, batch: Batch) -> float:
     trainer.c2c.fuser.eval()
     prefills = trainer.prefills(batch)
     fused, _ = step_loss.fuse(trainer.c2c, prefills.own, prefills.sharer, batch)
-    return step_loss.response_loss(trainer.c2c.receiver, fused, batch).item()
+    return step_loss.response_loss(trainer.prefills.receiver, fused, batch, prefills.state).item()
 
 
 # --- losses
