@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import c2c_mlx.blas  # noqa: F401
 
+import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import batch_generate
 
 from c2c_mlx import atomic
+from c2c_mlx.fusion import kv
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.training.date import on_a_fixed_day
 from c2c_mlx.training.files import ChatRow
 from c2c_mlx.training.fingerprint import of_weights
 from c2c_mlx.training.layouts import Messages
 
-BATCH = 32
+BATCH = 64
 
 Answer = tuple[str, bool]  # text, and whether it was cut at the limit
 
@@ -62,10 +67,12 @@ def answer_rows(
     missing.sort(key=lambda key: len(prompts[key]))
     for at in range(0, len(missing), BATCH):
         keys = missing[at : at + BATCH]
+        begun, rest = _begun(lm.model, [prompts[key] for key in keys])
         answers = batch_generate(
             lm.model,
             lm.tokenizer,
-            [prompts[key] for key in keys],
+            rest,
+            prompt_caches=begun,
             max_tokens=max_tokens,
             return_token_ids=True,
         )
@@ -83,6 +90,19 @@ def answer_rows(
     return [
         _answered(row, known[_key(by, _asked(row))], own) if _is_open(row) else row for row in rows
     ]
+
+
+def _begun(model: nn.Module, prompts: list[list[int]]) -> tuple[list[kv.Cache], list[list[int]]]:
+    """A cache per prompt over what all of them begin with, prefilled once, and the prompts' rests.
+
+    A template's system prompt is most of a short prompt.
+    """
+    shared = list(os.path.commonprefix(prompts))[: min(map(len, prompts)) - 1]
+    cache = kv.make_cache(model)
+    if shared:
+        model(mx.array(shared)[None], cache=cache)
+        mx.eval([c.state for c in cache])
+    return [copy.deepcopy(cache) for _ in prompts], [p[len(shared) :] for p in prompts]
 
 
 def ended(text: str, cut: bool, stop_strings: tuple[str, ...]) -> Answer:

@@ -27,14 +27,14 @@ Parts = dict[str, list[Row]]
 TOKENS = {"reading": 40, "english": 20}
 VALID = {"reading": 64, "translation": 32, "english": 32, "trivia": 32, "conversations": 16}
 # Of the rows that could be made; answers take the receiver a quarter of a second each.
-TAKEN = {"reading": 1472, "translation": 600, "english": 330, "trivia": 420}
+TAKEN = {"reading": 4200, "translation": 3000, "english": 868, "trivia": 1500}
 SENTENCES = 1800  # per language, with a frame
 BARE = 300  # per language, questions and statements as they are
-TRANSLATIONS = 1000  # per language
+TRANSLATIONS = 1600  # per language
 ENGLISH = 900
-TWINS = 170  # prompts of `reading` in English
+TWINS = 400  # prompts of `reading` in English
 TRIVIA = 1500
-CONVERSATIONS = 110
+CONVERSATIONS = 400
 RECURS = 4  # an answer that begins like this many others says nothing about its sentence
 
 _PHRASINGS = (
