@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
+    began = time.perf_counter()
     task, items = _items(args)
     if args.pair and args.study != "pairs":
         raise C2CError("--pair belongs to c2c-study pairs; name a pair with --receiver, --sharer")
@@ -148,6 +149,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
         "asked": len(items),
         "command": command,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(time.perf_counter() - began),  # since it was last begun
         "receivers": ", ".join(one.receiver for one, _ in who),
         "sharers": ", ".join(", ".join(one.sharers) for one, _ in who),
         "device": device.describe(),

@@ -52,7 +52,7 @@ class Log:
         except OSError as e:
             raise C2CError(f"{path}: cannot keep results there ({e.strerror})") from None
         except (ValueError, KeyError, TypeError):
-            raise C2CError(f"{path}: not the records of a c2c-eval run; move it away") from None
+            raise C2CError(f"{path}: not the records of an unfinished run; move it away") from None
         if other := [key for key in settings if found.get(key) != settings[key]]:
             raise C2CError(
                 f"{path}: an unfinished run with another {other[0]} ({found.get(other[0])}, not "

@@ -348,6 +348,11 @@ def test_an_interrupted_study_goes_on(
     monkeypatch.setattr(Log, "append", append)
     assert call("gates", "--limit", "8", "--seed", "1", "--out", str(again)) == 2
     assert "another" in capsys.readouterr().err
+    (again / "gates.partial.jsonl").rename(kept := tmp_path / "kept")
+    (again / "gates.partial.jsonl").write_text("nonsense\n")
+    assert call("gates", "--limit", "8", "--out", str(again)) == 2
+    assert "c2c-eval" not in (said := capsys.readouterr().err) and "not the records" in said
+    kept.rename(again / "gates.partial.jsonl")
     assert call("gates", "--limit", "8", "--out", str(again)) == 0
     found = json.loads((again / "result.json").read_text())
     worth, expected = (
