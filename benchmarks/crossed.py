@@ -86,7 +86,10 @@ def tell(name: str, found: Sequence[dict[str, list[float]]]) -> None:
     for kind in ("source", "made up", "function"):
         values = side(kind, range(len(found)))
         print(f"  {kind:9} {len(values):4} words, {values.mean():+.2f} nats")
-    for a, b in (("source", "function"), ("source", "later"), ("source", "made up")):
+    for of in found:
+        of["content"] = of["source"] + of["made up"]
+    pairs = (("source", "function"), ("source", "later"), ("source", "made up"))
+    for a, b in (*pairs, ("content", "function")):
         drawn = [auc(side(a, rows), side(b, rows)) for rows in draws]
         low, high = np.quantile(drawn, [0.025, 0.975])
         whole = auc(*(side(kind, range(len(found))) for kind in (a, b)))
@@ -143,11 +146,13 @@ def main() -> None:
     parser.add_argument("what", choices=("words", "cost"))
     parser.add_argument("task", type=Path)
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--skip", type=int, default=0, help="so many of the drawn items first")
     parser.add_argument("--longest", action="store_true", help="the items with the longest answers")
     parser.add_argument("--json", type=Path, default=Path("crossed.json"), help="kept tokens")
     args = parser.parse_args()
     _, items = read(args.task, "generate")
-    chosen = np.random.default_rng(0).permutation(len(items))[: args.limit].tolist()
+    drawn = np.random.default_rng(0).permutation(len(items)).tolist()
+    chosen = drawn[args.skip : args.skip + args.limit]
     chosen_items = [items[i] for i in chosen]
     if args.longest:
         chosen_items = sorted(items, key=lambda item: -len(item.reference))[: args.limit]

@@ -86,8 +86,9 @@ def ask(port: int, messages: Any, tokens: int = TOKENS) -> tuple[str, list[float
     text, times, last = "", [], {}
     for line in connection.getresponse():
         if line.startswith(b"data: {"):
-            last = json.loads(line[6:])
-            for choice in last["choices"]:
+            chunk = json.loads(line[6:])
+            last |= chunk  # costs and usage may come in two of them
+            for choice in chunk["choices"]:
                 if (piece := choice["delta"].get("content")) is not None:
                     text += piece
                     times.append(time.perf_counter() - began)
@@ -145,8 +146,8 @@ def beside_a_long_prompt(port: int) -> None:
     print(f"{statistics.median(gaps):.2f} s (median), at the most after {max(gaps):.2f} s")
 
 
-def in_c2c_chat(team: Team) -> list[tuple[Any, str, int, float]]:
-    """A conversation: messages, answer, new tokens and seconds of every turn."""
+def in_c2c_chat(team: Team) -> list[tuple[Any, str, Any, float]]:
+    """A conversation: messages, answer, figures and seconds of every turn."""
     fuser, sampling = team.links[0].fuser, SamplingConfig(max_tokens=16)
     session = ChatSession(team.receiver, team.sharers[0], fuser, sampling=sampling)
     told = []
@@ -156,22 +157,31 @@ def in_c2c_chat(team: Team) -> list[tuple[Any, str, int, float]]:
         tic = time.perf_counter()
         *_, finished = session.ask(question)
         seconds = time.perf_counter() - tic
-        told.append((messages, finished.text, finished.figures.new_prompt_tokens, seconds))
+        told.append((messages, finished.text, finished.figures, seconds))
     return told
 
 
-def turns(port: int, chat: list[tuple[Any, str, int, float]]) -> None:
+def turns(port: int, chat: list[tuple[Any, str, Any, float]]) -> None:
     """The same conversation through the endpoint."""
-    same, ratios = 0, []
-    for messages, text, new, seconds in chat:
+    same, ratios, parts = 0, [], []
+    for messages, text, figures, seconds in chat:
         tic = time.perf_counter()
         told, _, last = ask(port, messages, 16)
         ratios.append((time.perf_counter() - tic) / seconds)
         assert told.strip() == text, (told, text)
         usage = last["usage"]
-        same += new == usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+        new = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+        same += new == figures.new_prompt_tokens
+        cost, here = last["c2c"], vars(figures)
+        first, tokens = "first_token_s", max(figures.generated_tokens - 1, 1)
+        reading = ("align_s", "sharer_s", "receiver_s", "fuse_s", first)
+        a_token = [(of["total_s"] - of[first]) / tokens for of in (here, cost)]
+        parts.append([*((here[name], cost[name]) for name in reading), a_token])
     print(f"{same} of {TURNS} turns read as many new tokens as in c2c-chat, ", end="")
     print(f"and took {statistics.median(ratios[1:]):.2f} x its time (median)")
+    for name, of in zip((*reading, "a token"), zip(*parts[1:], strict=True), strict=True):
+        here, there = (statistics.median(x) for x in zip(*of, strict=True))
+        print(f"  {name:14} {1000 * here:6.1f} ms in c2c-chat, {1000 * there:6.1f} by the endpoint")
 
 
 if __name__ == "__main__":

@@ -149,9 +149,11 @@ def _load_one(name: str, status: Status) -> Team:
     from c2c_mlx.models import memory
     from c2c_mlx.models.load import find_folder, load_model
     from c2c_mlx.serving.reading import Team
+    from c2c_mlx.training.fingerprint import of_weights
 
     memory.preflight(find_folder(name, status.loading))
-    return Team(load_model(name, progress=status.loading))
+    lm = load_model(name, progress=status.loading)
+    return Team(lm, weights=of_weights(lm.model))
 
 
 def _say(text: str) -> None:

@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE",
         help="YAML with what is not given as a flag; 'list' shows those that are here",
     )
-    add("--sharer", metavar="MODEL", help="alias, folder or hub id")
+    add("--sharer", metavar="MODEL", help="alias, folder, hub id, or URL of a c2c-serve --share")
     add("--receiver", metavar="MODEL", help="alias, folder or hub id")
     add(
         "--data",
@@ -221,8 +221,9 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
             raise C2CError(f"--{name} is missing; c2c-train --help has examples")
     if given.get("out") is None:
         from c2c_mlx.fusers import trained
+        from c2c_mlx.models import remote
 
-        pair = str(given["receiver"]), str(given["sharer"])
+        pair = str(given["receiver"]), remote.name_of(str(given["sharer"]))
         there = trained.runs(*pair)
         if args.resume and not there:
             raise C2CError("--resume: no run of this pair is in the cache; name it with --out")

@@ -88,7 +88,7 @@ def find_for_pair(
     Raises:
         C2CError: if there is none, or it or one of the models can't be had.
     """
-    shared = remote.Remote(sharer).name if remote.is_url(sharer) else sharer
+    shared = remote.name_of(sharer)
     name = given or registry.find_fuser(receiver, shared)
     entry = find_entry(name) if name else None
     own = trained.latest(receiver, shared)

@@ -56,6 +56,7 @@ class LanguageModel:
     config: dict[str, Any]  # config.json
     has_own_template: bool  # False: a base model, which got PLAIN_TEMPLATE
     is_elsewhere: bool = False  # its cache can be read from another machine; it writes nothing
+    shared_as: str = ""  # what that machine calls it
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,7 +71,7 @@ class LanguageModel:
         Raises:
             C2CError: if the layers' keys and values differ in shape.
         """
-        return kv.model_shape(self.model, self.name, self.fingerprint)
+        return kv.model_shape(self.model, self.shared_as or self.name, self.fingerprint)
 
     @property
     def context_length(self) -> int:
@@ -101,10 +102,11 @@ def load_model(
     name = str(name_or_folder)
     folder = find_folder(name, report)
     report(Progress(f"loading {name}", 0, 2))
-    is_elsewhere = remote.is_url(name)
+    is_elsewhere, shared_as = remote.is_url(name), ""
     if is_elsewhere:
-        config = _read_json(folder / "config.json")
-        model = remote.skeleton(remote.Remote(name), folder)
+        there = remote.Remote(name)
+        config, shared_as = _read_json(folder / "config.json"), there.name
+        model = remote.skeleton(there, folder)
     else:
         model, config = open_model(folder)
         # Weights are read and converted while this thread builds the tokenizer; one by one, the
@@ -122,7 +124,9 @@ def load_model(
         tokenizer.chat_template = PLAIN_TEMPLATE
         tokenizer.has_chat_template = True
     report(Progress(f"loading {name}", 2, 2))
-    return LanguageModel(name, folder, model, tokenizer, config, own_template, is_elsewhere)
+    return LanguageModel(
+        name, folder, model, tokenizer, config, own_template, is_elsewhere, shared_as
+    )
 
 
 def find_folder(name: str, report: Report = silent) -> Path:

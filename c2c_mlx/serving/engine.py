@@ -141,6 +141,7 @@ class Engine(threading.Thread):
                 int(time.time()),
                 str(team.receiver.path),
                 str(kv.dtype_of(team.receiver.model)).removeprefix("mlx.core."),
+                team.weights,
             )
         )
 

@@ -45,6 +45,7 @@ class Served:
     created: int  # when, in seconds since the epoch
     folder: str  # of the receiver
     dtype: str  # of its keys and values
+    weights: str  # its fingerprint, where it is shared
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Team:
     links: Sequence[C2C] = ()  # one per sharer, or none
     order: Order = "sequential"
     fuse_response: bool = False
+    weights: str = ""  # the receiver's fingerprint, for those who train from afar
 
     @property
     def modes(self) -> tuple[Mode, ...]:

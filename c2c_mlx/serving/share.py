@@ -35,7 +35,8 @@ async def about(request: Request) -> Response:
     """GET /v1/caches: what is shared."""
     served: Served = request.app.state.served
     files = await run_in_threadpool(_digests, served.folder)
-    return JSONResponse({"name": served.receiver, "dtype": served.dtype, "files": files})
+    what = {"name": served.receiver, "dtype": served.dtype, "weights": served.weights}
+    return JSONResponse(what | {"files": files})
 
 
 async def file(request: Request) -> Response:

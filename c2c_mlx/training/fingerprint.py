@@ -18,8 +18,10 @@ def of_weights(model: nn.Module) -> str:
     """Equal for equal weights; another quantisation, dtype or training gives another one.
 
     Sums of the numbers' bits along rows and along columns: whole numbers, so that no order of
-    adding changes them, read at the speed of the memory.
+    adding changes them, read at the speed of the memory. A model elsewhere has told its own.
     """
+    if told := getattr(model, "fingerprint", ""):
+        return str(told)
     digest = hashlib.sha256()
     arrays: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
     for name, array in sorted(arrays.items()):

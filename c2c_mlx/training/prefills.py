@@ -19,6 +19,7 @@ from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.project import KV
 from c2c_mlx.text.alignment import message_groups
 from c2c_mlx.training import loss as step_loss
+from c2c_mlx.training import sharer as sharers
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.caches import training_cache
 from c2c_mlx.training.dataset import Example
@@ -106,7 +107,7 @@ class Prefiller:
         own = step_loss.prefill(self.c2c.receiver, batch.receiver, self._memos[0])
         if not with_sharer or batch.start == batch.stop:
             return own, step_loss.zeroed(self.c2c, batch)
-        cache = step_loss.prefill(self.c2c.sharer, batch.sharer, self._memos[1])
+        cache = sharers.prefill(self.c2c, batch.sharer, self._memos[1])
         return own, step_loss.read_sharer(self.c2c, cache, batch)
 
     def _one(self, folder: Path, example: Example) -> Kept:

@@ -16,6 +16,7 @@ from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.layers import k_nearest, last_aligned
 from c2c_mlx.fusion.project import inputs
 from c2c_mlx.training import loss as step_loss
+from c2c_mlx.training import sharer as sharers
 from c2c_mlx.training.batch import collate
 from c2c_mlx.training.dataset import Dataset, Example
 from c2c_mlx.training.run import PRESETS, RECIPE, RunConfig
@@ -92,7 +93,7 @@ def measure_inputs(c2c: C2C, examples: list[Example], batch_size: int) -> None:
             continue
         rows = mx.array(np.flatnonzero(batch.messages.reshape(-1) >= 0))
         own = step_loss.prefill(c2c.receiver, batch.receiver, memos[0])
-        cache = step_loss.prefill(c2c.sharer, batch.sharer, memos[1])
+        cache = sharers.prefill(c2c, batch.sharer, memos[1])
         part = step_loss.read_receiver(c2c, own, batch)
         x = inputs(
             step_loss.read_sharer(c2c, cache, batch),

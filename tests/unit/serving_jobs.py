@@ -17,6 +17,7 @@ from c2c_mlx.serving.job import Done, Ended, Event, Failed, Job, Piece
 from c2c_mlx.serving.reading import Team
 from c2c_mlx.serving.server import bind, make_server
 from c2c_mlx.talk.links import link
+from c2c_mlx.training.fingerprint import of_weights
 
 SAMPLING = SamplingConfig(max_tokens=24)
 
@@ -78,7 +79,12 @@ def running(pair: Pair, limits: Limits | None = None, **options: Any) -> Iterato
 @contextmanager
 def sharing(name: str) -> Iterator[Engine]:
     """An engine that has loaded one model for receivers elsewhere."""
-    with started(Engine(lambda: Team(load_model(name)), SAMPLING)) as engine:
+
+    def load() -> Team:
+        lm = load_model(name)
+        return Team(lm, weights=of_weights(lm.model))
+
+    with started(Engine(load, SAMPLING)) as engine:
         yield engine
 
 

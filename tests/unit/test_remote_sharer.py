@@ -311,12 +311,13 @@ def test_who_fails_in_mid_turn_costs_one_line(
     assert answer(chat, QUESTIONS[1]).text == answer(here, QUESTIONS[1]).text
 
 
-ABOUT = {"name": "x", "dtype": "float32", "files": {"config.json": "00" * 32}}
+ABOUT = {"name": "x", "dtype": "float32", "weights": "00", "files": {"config.json": "00" * 32}}
 STRANGERS = [
     {},
     [],
     ABOUT | {"files": {}},
     ABOUT | {"dtype": "int8"},
+    {name: of for name, of in ABOUT.items() if name != "weights"},
     ABOUT | {"files": {"config.json": "00"}},
     ABOUT | {"files": ABOUT["files"] | {"run.py": "00" * 32}},
 ]
