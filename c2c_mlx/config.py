@@ -230,6 +230,7 @@ class TrainConfig:
     seed: int = _setting(0, "of weights, noise and data order")
     report_every: int = _setting(10, "steps between lines of metrics.jsonl")
     eval_every: int = _setting(200, "steps between validations")
+    answers: int = _setting(24, "greedy answers that the verdict compares, at most")
     save_every: int = _setting(200, "steps between checkpoints")
     keep_checkpoints: int = _setting(2, "the latest ones that stay on disk")
     grad_checkpoint: bool = _setting(False, "recompute layers: less memory, more time")

@@ -263,9 +263,11 @@ def _plan(config: RunConfig, deadline: float | None, as_json: bool, command: str
     from c2c_mlx.training.display import Display
 
     with Display(plan.PROBE) as display:
-        trainer = assemble(config, display, resume=False, source=command, dry=True)
+        trainer = assemble(
+            config, display, resume=False, source=command, dry=True, deadline=deadline
+        )
         if deadline:
-            pace = plan.fit(trainer, deadline, {*config.given})
+            pace = plan.fit(trainer, deadline - trainer.answering, {*config.given})
         else:
             pace = plan.probe(trainer)
         found = plan.describe(config, trainer, pace)
@@ -296,7 +298,7 @@ def _train(
         iters = int(checkpoints.settings_in(there[-1])["iters"])
         config = dataclasses.replace(config, train=plan.with_iters(config.train, iters, fixed))
     with Display(config.train.iters, is_first) as display:
-        trainer = assemble(config, display, resume=resume, source=command)
+        trainer = assemble(config, display, resume=resume, source=command, deadline=deadline)
         if is_first:
             recipe.write(out / recipe.FILE, told)
         if deadline and not resume:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import batch_generate
 
 from c2c_mlx import atomic
@@ -35,6 +38,7 @@ def answer_rows(
     max_tokens: int,
     own: bool,
     progress: Callable[[int, int], None],
+    until: float = math.inf,
 ) -> list[ChatRow]:
     """Answers the rows that end with the user, greedily; the others come back as they are.
 
@@ -49,6 +53,10 @@ def answer_rows(
         max_tokens: an answer that is longer is cut there.
         own: whether `lm` is the receiver.
         progress: called with answers known and wanted.
+        until: on the clock of `time.monotonic`; no batch begins after it.
+
+    Returns:
+        The rows, without those that nothing was answered to in time.
     """
     if not any(map(_is_open, rows)):
         return rows
@@ -65,8 +73,12 @@ def answer_rows(
         for key in missing
     }
     missing.sort(key=lambda key: len(prompts[key]))
-    for at in range(0, len(missing), BATCH):
-        keys = missing[at : at + BATCH]
+    batches = [missing[at : at + BATCH] for at in range(0, len(missing), BATCH)]
+    # Not the short ones first: what there is time for is like the rest.
+    for at in np.random.default_rng(0).permutation(len(batches)):
+        if time.monotonic() > until:
+            break
+        keys = batches[at]
         begun, rest = _begun(lm.model, [prompts[key] for key in keys])
         answers = batch_generate(
             lm.model,
@@ -86,9 +98,12 @@ def answer_rows(
             "".join(json.dumps([key, *a], ensure_ascii=False) + "\n" for key, a in fresh.items()),
         )
         known |= fresh
-        progress(len(wanted) - len(missing) + at + len(keys), len(wanted))
+        progress(len(known.keys() & wanted.keys()), len(wanted))
+    keys = [_key(by, _asked(row)) if _is_open(row) else "" for row in rows]
     return [
-        _answered(row, known[_key(by, _asked(row))], own) if _is_open(row) else row for row in rows
+        _answered(row, known[key], own) if key else row
+        for row, key in zip(rows, keys, strict=True)
+        if not key or key in known
     ]
 
 
@@ -103,6 +118,11 @@ def _begun(model: nn.Module, prompts: list[list[int]]) -> tuple[list[kv.Cache], 
         model(mx.array(shared)[None], cache=cache)
         mx.eval([c.state for c in cache])
     return [copy.deepcopy(cache) for _ in prompts], [p[len(shared) :] for p in prompts]
+
+
+def unanswered(rows: list[ChatRow]) -> int:
+    """How many of the rows have no answer."""
+    return sum(map(_is_open, rows))
 
 
 def ended(text: str, cut: bool, stop_strings: tuple[str, ...]) -> Answer:

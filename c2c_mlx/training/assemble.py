@@ -23,7 +23,7 @@ from c2c_mlx.models.load import LanguageModel, find_folder, load_model
 from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.progress import Progress
 from c2c_mlx.training import checkpoints, fits
-from c2c_mlx.training.answers import answer_rows
+from c2c_mlx.training.answering import answered
 from c2c_mlx.training.dataset import Dataset, Source
 from c2c_mlx.training.files import VALID, ChatRow, answers_for, read_source
 from c2c_mlx.training.holdout import hold_out
@@ -46,7 +46,13 @@ class Watcher(Protocol):
 
 
 def assemble(
-    run: RunConfig, watcher: Watcher, *, resume: bool, source: str, dry: bool = False
+    run: RunConfig,
+    watcher: Watcher,
+    *,
+    resume: bool,
+    source: str,
+    dry: bool = False,
+    deadline: float | None = None,
 ) -> Trainer:
     """Makes everything that a run needs, in the calling thread.
 
@@ -55,7 +61,10 @@ def assemble(
         watcher: told how far this is.
         resume: whether to continue from the latest checkpoint in `run.out`.
         source: where the fuser comes from, for its card: a command.
-        dry: nothing will be trained: no folder is made, but where answers have to be kept.
+        dry: nothing will be trained: no folder is made, but where answers have to be kept, and only
+            so many are given that one knows how long it takes; see `Trainer.answering`.
+        deadline: on the clock of `time.monotonic`, for the whole run; of the time until then no
+            more than a third is for answers, and chats that are left without one are left out.
 
     Raises:
         C2CError: if something named is not there or does not fit, a run is in `run.out` already, or
@@ -92,16 +101,29 @@ def assemble(
     for rank in range(group.size()):
         # One process after the other: the first answers, the others read its answers.
         if rank == group.rank():
-            answered = partial(_answered, run=run, lms=(receiver, sharer), watcher=watcher)
-            sources = [Source(answered(rows), w or float(len(rows))) for w, rows, _ in data]
-            valid = [row for *_, rows in data for row in answered(rows)]
+            found = answered(
+                run,
+                [rows for _, rows, _ in data],
+                [row for *_, rows in data for row in rows],
+                (receiver, sharer),
+                lambda done, total: watcher.count("answering prompts", done, total),
+                resume=resume or rank > 0,
+                dry=dry,
+                deadline=deadline,
+            )
         mx.eval(mx.distributed.all_sum(mx.array(0), group=group))
+    weights = [w or float(len(rows)) for w, rows, _ in data]
+    pairs = zip(found.parts, weights, strict=True)
+    sources, valid = [Source(rows, weight) for rows, weight in pairs if rows], found.valid
+    if not sources:
+        raise C2CError("--time is over before any prompt was answered: give it more")
     train = Dataset(sources, *tokenizers, alignment, config.max_tokens)
     examples = [e for e in map(train.example, valid) if e is not None]
     names = tuple(name for name, _ in run.sources)
     provenance = Provenance(source=source, data=names, data_licence=run.licence)
-    trainer = Trainer(c2c, train, examples, config, out, provenance, watcher.say)
-    trainer.fitted = fitted
+    stops = receiver.stop_strings
+    trainer = Trainer(c2c, train, examples, config, out, provenance, watcher.say, stops)
+    trainer.fitted, trainer.answering = fitted, found.seconds
     if resume:
         trainer.resume(checkpoints.all_of(out)[-1])
         watcher.say(f"resumed at step {trainer.step}")
@@ -175,22 +197,3 @@ def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageMode
     fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
     check_models(fuser.config, receiver.shape, sharer.shape)
     return receiver, sharer, fuser, need
-
-
-def _answered(
-    rows: list[ChatRow],
-    run: RunConfig,
-    lms: tuple[LanguageModel, LanguageModel],
-    watcher: Watcher,
-) -> list[ChatRow]:
-    if not run.answer_with:
-        return rows
-    own = run.answer_with == "receiver"
-    return answer_rows(
-        rows,
-        lms[0] if own else lms[1],
-        Path(run.out) / f"answers-{run.answer_with}.jsonl",
-        run.answer_tokens,
-        own,
-        lambda done, total: watcher.count("answering prompts", done, total),
-    )

@@ -28,7 +28,10 @@ _STATE, _ARRAYS = "state.json", "state.safetensors"
 # They change when something is told or kept, not what is learned. `iters` does, by the schedule,
 # but to go on for longer is what one resumes for: it is told. How a step's chats are split, and
 # whether layers are recomputed, changes rounding; and noise, where a run has any.
-_FREE = ("report_every", "eval_every", "save_every", "keep_checkpoints", "prefill_cache_gb")
+_FREE = (
+    *("report_every", "eval_every", "save_every", "answers"),
+    *("keep_checkpoints", "prefill_cache_gb"),
+)
 _SPLIT = ("batch_size", "accumulate")
 _TOLD = ("iters", "grad_checkpoint", *_SPLIT)
 

@@ -19,9 +19,12 @@ from c2c_mlx.training import fits, measure
 from c2c_mlx.training.dataset import WINDOW, Example
 from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.trainer import Trainer
+from c2c_mlx.training.verdict import ANSWER_TOKENS
 
 PROBE = 10  # steps that are timed
 _RHYTHM = ("eval_every", "save_every")
+_ANSWERED = 4  # tokens of an answer that are timed
+_ANSWERING = 0.1  # of a given time, at most, is for the verdict's answers
 _EVALUATIONS = 4  # of a run that is too short for the usual rhythm
 
 
@@ -32,17 +35,21 @@ class Pace:
     Attributes:
         step: one optimiser step, on average.
         evaluation: one look at all chats that are only measured.
+        answer: the verdict's greedy answers to one of them.
         peak_gb: of memory, while this was measured.
     """
 
     step: float
     evaluation: float
+    answer: float
     peak_gb: float
 
     def seconds(self, config: TrainConfig) -> float:
         """Of a whole run; the verdict measures a third more than an evaluation does."""
         evaluations = math.ceil(config.iters / config.eval_every) + 1 / 3
-        return config.iters * self.step + evaluations * self.evaluation
+        return (
+            config.iters * self.step + evaluations * self.evaluation + config.answers * self.answer
+        )
 
 
 def probe(trainer: Trainer) -> Pace:
@@ -65,15 +72,28 @@ def probe(trainer: Trainer) -> Pace:
         for rows in typical:
             trainer.train_step(trainer.split(rows))
         step = (time.perf_counter() - began) / PROBE
-        evaluation = 0.0
+        evaluation = answer = 0.0
         if trainer.valid:
             part = trainer.valid[: c.batch_size]
             began = time.perf_counter()
             measure.losses(trainer.c2c, trainer.prefills, part, c.batch_size)
             evaluation = (time.perf_counter() - began) * len(trainer.valid) / len(part)
+            answer = _answer(trainer)
     fuser.update(before)
     trainer.begin(c)
-    return Pace(step, evaluation, mx.get_peak_memory() / 1e9)
+    return Pace(step, evaluation, answer, mx.get_peak_memory() / 1e9)
+
+
+def _answer(trainer: Trainer) -> float:
+    """Seconds for one chat's greedy answers: the prompts, and each token."""
+    n = min(trainer.config.batch_size, len(trainer.valid), max(trainer.config.answers, 1))
+    times = []
+    for tokens in (1, 1 + _ANSWERED):
+        began = time.perf_counter()
+        trainer.answers(n, tokens)
+        times.append(time.perf_counter() - began)
+    token = max(times[1] - times[0], 0.0) / _ANSWERED
+    return (times[0] + token * (ANSWER_TOKENS - 1)) / n
 
 
 def fitted(config: TrainConfig, seconds: float, pace: Pace, fixed: set[str]) -> TrainConfig:
@@ -88,6 +108,9 @@ def fitted(config: TrainConfig, seconds: float, pace: Pace, fixed: set[str]) -> 
     Raises:
         C2CError: if not even one step fits.
     """
+    if "answers" not in fixed and pace.answer:
+        affordable = int(_ANSWERING * max(seconds, 0) / pace.answer)
+        config = replace(config, answers=min(config.answers, affordable))
     low, high = 0, max(int(seconds / pace.step), 1) + 1  # `low` steps fit, `high` don't
     while high - low > 1:
         middle = (low + high) // 2
@@ -123,10 +146,10 @@ def fit(trainer: Trainer, deadline: float, fixed: set[str]) -> Pace:
         C2CError: as `probe` and `fitted` do.
     """
     pace = probe(trainer)
-    mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed).iters
+    mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed)
     is_first = trainer.group.rank() == 0
-    iters = mx.distributed.all_sum(mx.array(mine if is_first else 0), group=trainer.group)
-    trainer.begin(with_iters(trainer.config, int(iters), fixed))
+    iters = mx.distributed.all_sum(mx.array(mine.iters if is_first else 0), group=trainer.group)
+    trainer.begin(with_iters(mine, int(iters), fixed))
     return pace
 
 
@@ -146,7 +169,10 @@ def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
         "epochs": c.iters * c.batch_size * c.accumulate / chats,
         "step_s": pace.step,
         "evaluation_s": pace.evaluation,
-        "hours": pace.seconds(c) / 3600,
+        "answers": c.answers,
+        "answer_s": pace.answer,
+        "answering_s": trainer.answering,
+        "hours": (trainer.answering + pace.seconds(c)) / 3600,
         "memory": fitted.need.record(),
         "probe_peak_gb": pace.peak_gb,
         "batches": fitted.why,
@@ -160,13 +186,16 @@ def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
 
 def lines(plan: dict[str, Any]) -> list[str]:
     """A plan for people."""
+    first = plan["answering_s"]
     return [
         f"data: {plan['chats']} chats from {', '.join(plan['data'])}; {plan['valid_chats']} more "
         "to measure on",
         f"steps: {plan['steps']} of {plan['chats_per_step']} chats, {plan['epochs']:.1f} times "
         "through the data",
         f"time: about {told(3600 * plan['hours'])} ({plan['step_s']:.2f} s a step, "
-        f"{plan['evaluation_s']:.1f} s an evaluation)",
+        f"{plan['evaluation_s']:.1f} s an evaluation, {plan['answers']} answers of "
+        f"{plan['answer_s']:.1f} s for the verdict"
+        + (f"; {told(first)} before that, for prompts to be answered)" if first else ")"),
         f"memory: about {plan['memory']['total_gb']:.1f} GB of "
         f"{plan['memory']['limit_gb']:.1f} GB; ten steps took {plan['probe_peak_gb']:.1f} GB",
         plan["batches"],

@@ -97,11 +97,15 @@ class Prefiller:
     def __call__(self, batch: Batch) -> Prefills:
         """Everything frozen that a step over this batch needs."""
         if self.folder is None or batch.start == batch.stop:
-            own, sharer = self._run(batch, with_sharer=not self.zero_sharer)
-            state = self.receiver.state(mx.array(batch.inputs), own)
-            mx.eval(state)
-            return Prefills(own, sharer, state)
+            found = self.whole(batch)
+            found.state = self.receiver.state(mx.array(batch.inputs), found.own)
+            mx.eval(found.state)
+            return found
         return self._join([self._one(self.folder, e) for e in batch.examples], batch)
+
+    def whole(self, batch: Batch) -> Prefills:
+        """The prompts alone, just computed, with the receiver's cache in all of its layers."""
+        return Prefills(*self._run(batch, with_sharer=not self.zero_sharer), None)
 
     def _run(self, batch: Batch, with_sharer: bool) -> tuple[kv.Cache, KV]:
         own = step_loss.prefill(self.c2c.receiver, batch.receiver, self._memos[0])

@@ -54,6 +54,7 @@ class Trainer:
         folder: where metrics, checkpoints and the fuser go.
         provenance: of the fuser; steps and figures are filled in.
         say: told what a person should know, a line each time.
+        stop_strings: text that ends an answer of the receiver, see `LanguageModel`.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Trainer:
         folder: Path,
         provenance: Provenance | None = None,
         say: Callable[[str], None] = lambda line: None,
+        stop_strings: tuple[str, ...] = (),
     ) -> None:
+        self.stop_strings = stop_strings
         self.c2c, self.train, self.valid, self.folder = c2c, train, valid, folder
         self.provenance, self.say = provenance or Provenance(), say
         self.group = mx.distributed.init()
@@ -80,7 +83,9 @@ class Trainer:
             say,
         )
         self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
-        self.fitted: fits.Fit | None = None  # why the configuration is what it is, for plans
+        # For plans: why the configuration is what it is, and the seconds that answers will take.
+        self.fitted: fits.Fit | None = None
+        self.answering = 0.0
         self.begin(config)
 
     def begin(self, config: TrainConfig) -> None:
@@ -278,10 +283,21 @@ class Trainer:
         """Gives the verdict, and returns what `evaluate` does."""
         losses, tokens = self._measure(zeroed=True) if self.valid else ({}, [])
         c = self.config
-        self.verdict = verdict.judge(losses, tokens, c.seed, control=c.zero_sharer)
+        said = self.answers(c.answers) if self.valid and c.answers else None
+        self.verdict = verdict.judge(losses, tokens, c.seed, c.zero_sharer, said)
         with _writing(self.folder / verdict.FILE):
             verdict.write(self.folder, self.verdict)
         return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
+
+    def answers(self, n: int, most: int = verdict.ANSWER_TOKENS) -> measure.Answers:
+        """Greedy answers to n of the chats that are only measured, of `most` tokens at most."""
+        n = min(n, len(self.valid))
+        chats = [self.valid[i * len(self.valid) // n] for i in range(n)]  # of every source
+        size, tokenizer = self.config.batch_size, self.train.receiver
+        with self.fitting():
+            return measure.answers(
+                self.c2c, self.prefills, chats, size, tokenizer, self.stop_strings, most
+            )
 
     @contextmanager
     def fitting(self, keep: bool = False) -> Iterator[None]:

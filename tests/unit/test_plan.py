@@ -47,7 +47,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("seconds", [30, 600, 7200])
 def test_the_longest_run_that_ends_in_time(seconds: float) -> None:
-    pace = Pace(step=0.5, evaluation=3.0, peak_gb=0)
+    pace = Pace(step=0.5, evaluation=3.0, answer=0.1, peak_gb=0)
     config = plan.fitted(TrainConfig(), seconds, pace, set())
     assert pace.seconds(config) <= seconds
     assert pace.seconds(plan.with_iters(config, config.iters + 1, set())) > seconds
@@ -55,14 +55,14 @@ def test_the_longest_run_that_ends_in_time(seconds: float) -> None:
 
 
 def test_what_was_given_stays() -> None:
-    pace = Pace(step=1.0, evaluation=0.0, peak_gb=0)
+    pace = Pace(step=1.0, evaluation=0.0, answer=0.0, peak_gb=0)
     config = plan.fitted(TrainConfig(eval_every=7), 100, pace, {"eval_every"})
     assert (config.iters, config.eval_every, config.save_every) == (100, 7, 25)
 
 
 def test_a_time_for_no_step_is_refused() -> None:
     with pytest.raises(C2CError, match="a single step with its evaluation takes 9 s"):
-        plan.fitted(TrainConfig(), 3, Pace(step=5.0, evaluation=3.0, peak_gb=0), set())
+        plan.fitted(TrainConfig(), 3, Pace(step=5.0, evaluation=3.0, answer=0.1, peak_gb=0), set())
 
 
 # --- the commands

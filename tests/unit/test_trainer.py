@@ -22,6 +22,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.project import inputs
+from c2c_mlx.text.tokens import end_ids
 from c2c_mlx.training import interrupt
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
@@ -29,6 +30,7 @@ from c2c_mlx.training.checkpoints import Metrics, all_of, settings_in
 from c2c_mlx.training.dataset import Dataset, Example, Source
 from c2c_mlx.training.files import ChatRow
 from c2c_mlx.training.fits import CHOSEN
+from c2c_mlx.training.measure import by_length, decode
 from c2c_mlx.training.start import measure_inputs, new_fuser
 from c2c_mlx.training.trainer import Trainer
 
@@ -691,3 +693,26 @@ def test_a_chat_with_nothing_to_fuse_can_be_in_a_batch(
     for _ in range(2):  # computed, then read
         keeping = make(tmp_path, positions="messages", message_gate=True, prefill_cache=kept)
         assert loss_of(keeping, both) == pytest.approx(sum(alone), rel=1e-3)
+
+
+def test_answers_are_those_of_a_prefill_from_scratch(
+    make: Make, examples: list[Example], receiver: LanguageModel, tmp_path: Path
+) -> None:
+    """In a batch of several lengths, and where prefills are kept on disk as well."""
+    for name in ("", str(tmp_path / "kept")):
+        trainer = make(tmp_path / "run", prefill_cache=name, batch_size=4)
+        fuser = trainer.c2c.fuser
+        fuser.proj_out.weight = 30 * fuser.proj_out.weight
+        found = trainer.answers(9, 5)
+        assert {len(texts) for texts in found.values()} == {min(9, len(trainer.valid))}
+        n = len(trainer.valid)
+        chats = by_length([trainer.valid[i * n // min(9, n)] for i in range(min(9, n))])
+        for e, c2c, alone in zip(chats, found["valid"], found["receiver"], strict=True):
+            fused = trainer.c2c.prefill(e.receiver_ids, e.sharer_ids, e.index, e.message)
+            own = kv.make_cache(receiver.model)
+            receiver.model(mx.array(e.receiver_ids[:-1])[None], cache=own)
+            for text, cache in ((c2c, fused), (alone, own)):
+                last = np.array(e.receiver_ids[-1:])
+                [ids] = decode(receiver.model, cache, last, end_ids(receiver.tokenizer), 5)
+                assert receiver.tokenizer.decode(ids).strip() == text
+        assert found["valid"] != found["receiver"]

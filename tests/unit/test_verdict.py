@@ -113,6 +113,46 @@ def test_a_fuser_that_does_not_help_is_not_worth_using(shift: dict[str, float], 
     assert "\n" not in sentence
 
 
+WANTED = ["the red house", "a small dog", "it is raining", "two cups of tea", "he left early"] * 2
+WRONG = ["of", "perhaps", "I cannot", "no", "yes"] * 2
+
+
+def said(valid: list[str], receiver: list[str]) -> Verdict:
+    texts = {"wanted": WANTED, "valid": valid, "receiver": receiver, "shuffled": WRONG}
+    return judge(losses(receiver=2, shuffled=1, zeroed=1), [4] * 40, 0, answers=texts)
+
+
+def test_answers_are_compared_by_chrf() -> None:
+    pytest.importorskip("sacrebleu")
+    found = said(WANTED, WRONG)
+    assert found["answers"]["chats"] == 10 and found["answers"]["chrf"]["valid"] == 100
+    assert found["answers"]["vs_receiver"]["ci95"][0] > 50
+    assert found["answers"]["texts"]["receiver"] == WRONG
+    assert found["verdict"].startswith("Worth using")
+    assert "its answers to 10 of them are closer to what was wanted than" in found["verdict"]
+    assert "are no closer to" in said(WRONG, WRONG)["verdict"]
+
+
+def test_worse_answers_are_not_worth_using_whatever_their_loss() -> None:
+    pytest.importorskip("sacrebleu")
+    found = said(WRONG, WANTED)["verdict"]
+    assert found.startswith("Not worth using") and "but gives worse ones" in found
+
+
+def test_a_twin_is_taken_into_a_verdict_afterwards(tmp_path: Path) -> None:
+    before = judged(receiver=2, shuffled=1, zeroed=1.5)
+    assert before["twin_loss"] is None and before["vs_twin"] is None
+    verdict.write(tmp_path, before)
+    valid = np.array(before["each"]["valid"])
+    better = verdict.with_twin(verdict.read(tmp_path), (valid + 0.8).tolist(), 0)
+    assert better["vs_twin"]["mean"] == pytest.approx(-0.2)
+    assert "to a twin that learned with nothing to read" in better["verdict"]
+    assert better["vs_receiver"] == before["vs_receiver"]
+    same = verdict.with_twin(better, (valid - 0.1).tolist(), 0)
+    assert same["verdict"].startswith("Not worth using") and "than a twin that" in same["verdict"]
+    assert verdict.read(tmp_path / "nowhere") == {}
+
+
 def test_a_loss_is_per_token_and_its_interval_over_chats() -> None:
     found = judge({"valid": [1.0, 9.0], "receiver": [2.0, 18.0]}, [1, 9], 0)
     assert (found["valid_loss"], found["receiver_loss"]) == (1.0, 2.0)

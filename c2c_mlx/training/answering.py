@@ -1,0 +1,93 @@
+"""A run's rows, answered by one of its models as far as the run has time for that."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.training.answers import BATCH, answer_rows, unanswered
+from c2c_mlx.training.files import ChatRow
+from c2c_mlx.training.layouts import said
+from c2c_mlx.training.run import RunConfig
+
+SHARE = 1 / 3  # of a given time, at most
+
+
+class Answered(NamedTuple):
+    """Rows that all have an answer.
+
+    Attributes:
+        parts: what each source is left with; nothing, if there was no time for it.
+        valid: what is only measured.
+        seconds: of a dry run: how long the answers will take that were not given.
+    """
+
+    parts: list[list[ChatRow]]
+    valid: list[ChatRow]
+    seconds: float = 0.0
+
+
+def answered(
+    run: RunConfig,
+    parts: list[list[ChatRow]],
+    valid: list[ChatRow],
+    models: tuple[LanguageModel, LanguageModel],
+    progress: Callable[[int, int], None],
+    *,
+    resume: bool,
+    dry: bool,
+    deadline: float | None,
+) -> Answered:
+    """Answers rows that have no answer, those that are measured first.
+
+    Args:
+        run: says who answers, and where answers are kept.
+        parts: the rows of each source.
+        valid: rows that are only measured.
+        models: receiver and sharer.
+        progress: called with answers known and wanted.
+        resume: a run goes on with the answers that it had.
+        dry: one batch is answered, to know how long it takes; the rest gets words of that length.
+        deadline: of the run, on the clock of `time.monotonic`; of what is left until then `SHARE`
+            is for answers, and rows that are left without one are left out.
+    """
+    if not run.answer_with:
+        return Answered(parts, valid)
+    own = run.answer_with == "receiver"
+    lm = models[0] if own else models[1]
+    path = Path(run.out) / f"answers-{run.answer_with}.jsonl"
+    no_more = resume and path.exists()
+
+    def answer(rows: list[ChatRow], until: float) -> list[ChatRow]:
+        until = 0 if no_more else until
+        return answer_rows(rows, lm, path, run.answer_tokens, own, progress, until)
+
+    everything = [row for rows in parts for row in rows]
+    began = time.monotonic()
+    until = math.inf if deadline is None else began + SHARE * (deadline - began)
+    valid = answer(valid, math.inf)
+    if not dry:
+        answer(everything, until)
+        return Answered([answer(rows, 0) for rows in parts], valid)
+    there = {row.where for row in answer(everything, 0)}
+    left = [row for row in everything if row.where not in there]
+    some = left[:: math.ceil(len(left) / BATCH)] if left else []
+    began = time.monotonic()
+    answer(some, math.inf)
+    each = (time.monotonic() - began) / max(len(some), 1)
+    seconds = min(each * (len(left) - len(some)), until - began)
+    return Answered([_filled(rows, run.answer_tokens) for rows in parts], valid, seconds)
+
+
+def _filled(rows: list[ChatRow], tokens: int) -> list[ChatRow]:
+    """The rows, with some answer of that length where there is none."""
+    words = said("assistant", "so" + " so" * (tokens - 1))
+    return [
+        replace(row, messages=[*row.messages, words], cut=True) if unanswered([row]) else row
+        for row in rows
+    ]
