@@ -263,10 +263,10 @@ class Provenance:
     source: str = ""  # a command, or the published checkpoint
     steps: int = 0
     data: tuple[str, ...] = ()
-    data_licence: str = ""
     licence: str = ""  # of the fuser itself
     metrics: dict[str, float] = field(default_factory=dict)
     verdict: str = ""  # of its training run, a sentence
+    data_licence: str = ""
 
     def __post_init__(self) -> None:
         for name, value in self.metrics.items():

@@ -5,8 +5,7 @@ Below its first fused layer a receiver computes the same numbers whatever its ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -15,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.stand_ins import Caught, Passed, place_of_layers, standing_in
 
 
 class States:
@@ -28,16 +28,21 @@ class States:
     def __init__(self, model: nn.Module, layer: int) -> None:
         self.model, self.layer = model, layer
         self._kept: list[mx.array] = []  # [B, n, E] of each pass
+        place = place_of_layers(model) if hasattr(model, "layers") else None
+        self._layers: list[Any] = place[2] if place else []
 
     def __call__(self, ids: mx.array, cache: kv.Cache) -> mx.array:
         """A pass of the model, with a look at what leaves the layer below."""
+        layers = self._layers
         # Where a list of layers is not one per cache, no layer's place in it is known.
-        if not self.layer or len(getattr(self.model, "layers", ())) != len(cache):
+        if not self.layer or len(layers) != len(cache):
             logits: mx.array = self.model(ids, cache=cache)
             return logits
-        below = self.layer - 1
-        with _replaced(self.model, {below: lambda layer: _Watched(layer, self._kept)}):
+        caught = Caught(layers[self.layer - 1])
+        with standing_in(layers, [*layers[: self.layer - 1], caught, *layers[self.layer :]]):
             logits = self.model(ids, cache=cache)
+        if isinstance(caught.output, mx.array):
+            self._kept.append(caught.output)
         return logits
 
     def above(self, held: kv.Cache) -> Callable[[mx.array, kv.Cache], mx.array]:
@@ -60,9 +65,9 @@ class States:
                 logits: mx.array = self.model(ids, cache=cache)
                 return logits
             begin = kv.length(cache)
-            instead: dict[int, Any] = {i: _Passed for i in range(self.layer - 1)}
-            instead[self.layer - 1] = lambda layer: _Passed(layer, kept[:, at:done])
-            with _replaced(self.model, instead):
+            layers = self._layers
+            below = [Passed(layer, kept[:, at:done]) for layer in layers[: self.layer]]
+            with standing_in(layers, [*below, *layers[self.layer :]]):
                 logits = self.model(ids, cache=cache)
             for i in kv.attention_layers(cache):
                 if i < self.layer:  # for the masks of the next part
@@ -70,47 +75,3 @@ class States:
             return logits
 
         return model
-
-
-@contextmanager
-def _replaced(model: Any, instead: Mapping[int, Callable[[Any], Any]]) -> Iterator[None]:
-    layers = list(model.layers)
-    try:
-        for i, make in instead.items():
-            model.layers[i] = make(layers[i])
-        yield
-    finally:
-        model.layers[:] = layers
-
-
-class _Layer:
-    """Stands for a layer; what it is asked for is the layer's."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-
-class _Watched(_Layer):
-    def __init__(self, layer: Any, kept: list[mx.array]) -> None:
-        super().__init__(layer)
-        self._kept = kept
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        out = self._layer(*args, **options)
-        if isinstance(out, mx.array):  # some models hand on more than that
-            self._kept.append(out)
-        return out
-
-
-class _Passed(_Layer):
-    """Computes nothing: hands on what it is given, or what it is known to make of it."""
-
-    def __init__(self, layer: Any, states: mx.array | None = None) -> None:
-        super().__init__(layer)
-        self._states = states
-
-    def __call__(self, h: mx.array, *args: Any, **options: Any) -> mx.array:
-        return h if self._states is None else self._states

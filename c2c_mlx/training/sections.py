@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.stand_ins import Caught, Passed, StandIn, place_of_layers, standing_in
 from c2c_mlx.training.caches import TrainingCache, training_cache
 
 _CHUNK = 1 << 27  # bytes of float32 logits that exist at once
@@ -43,7 +44,7 @@ class Sections:
 
     def __init__(self, model: nn.Module, first: int = 0) -> None:
         self.model, self.first = model, first
-        self._place = _place_of_layers(model)
+        self._place = place_of_layers(model)
         self.first = first if self._place and self._goes_on() else 0
         self._has_head = self._place is not None and self._scores()
 
@@ -56,10 +57,10 @@ class Sections:
         """
         if not self.first:
             return None
-        layers = self._layers
-        caught = _Caught(layers[self.first])
-        above = [_Passed(layer) for layer in layers[self.first + 1 :]]
-        with self._running([*layers[: self.first], caught, *above]):
+        layers = list(self._layers)
+        caught = Caught(layers[self.first])
+        above = [Passed(layer) for layer in layers[self.first + 1 :]]
+        with standing_in(self._layers, [*layers[: self.first], caught, *above]):
             self.model(ids, cache=[c.copy() for c in cache])
         return caught.inputs
 
@@ -133,39 +134,39 @@ class Sections:
     # --- the model with some of its parts replaced --------------------------------------------
 
     @property
-    def _layers(self) -> list[nn.Module]:
-        return list(self.model.layers)
+    def _layers(self) -> list[Any]:
+        return self._place[2] if self._place else self.model.layers
 
     def _run(
         self, ids: mx.array, cache: kv.Cache, state: mx.array | None, recompute: bool = False
     ) -> mx.array:
         """Logits; with `state` from the first fused layer on."""
-        layers: list[Any] = self._layers
+        layers = list(self._layers)
         if recompute:
             layers = [_Recomputed(layer) for layer in layers]
         if state is None:
             if not recompute:
                 return cast(mx.array, self.model(ids, cache=cache))
         else:
-            below = [_Passed(layer, state) for layer in layers[: self.first]]
+            below = [Passed(layer, state) for layer in layers[: self.first]]
             layers = [*below, *layers[self.first :]]
             # Masks and positions are made from the first layers' lengths, which are those of all.
             cache = [*(cache[self.first].copy() for _ in below), *cache[self.first :]]
-        with self._running(layers):
+        with standing_in(self._layers, layers):
             return cast(mx.array, self.model(ids, cache=cache))
 
     def _hidden(
         self, ids: mx.array, cache: kv.Cache, state: mx.array | None, recompute: bool = False
     ) -> mx.array:
         """What enters the head, [B, N, D]."""
-        caught = _Caught(self._inner)
+        caught = Caught(self._inner)
         with self._instead_of_inner(caught):
             self._run(ids, cache, state, recompute)  # its logits are never computed
         return caught.output
 
     def _head(self, hidden: mx.array) -> mx.array:
         """Logits [T, V] of hidden states [T, D]."""
-        with self._instead_of_inner(_Passed(self._inner, hidden[None])):
+        with self._instead_of_inner(Passed(self._inner, hidden[None])):
             ids = mx.zeros((1, hidden.shape[0]), mx.int32)
             return cast(mx.array, self.model(ids))[0]
 
@@ -186,16 +187,6 @@ class Sections:
             yield
         finally:
             parent[name] = inner
-
-    @contextmanager
-    def _running(self, layers: Sequence[Any]) -> Iterator[None]:
-        held = self._place[2] if self._place else self.model.layers
-        before = list(held)
-        held[:] = layers
-        try:
-            yield
-        finally:
-            held[:] = before
 
     # --- is it right for this model? ----------------------------------------------------------
 
@@ -227,18 +218,6 @@ class Sections:
         return ids[:, 4:], cache, self.model(ids[:, 4:], cache=_copies(cache))
 
 
-def _place_of_layers(model: nn.Module) -> tuple[nn.Module, str, list[Any]] | None:
-    """The parent of the module that holds the layers, its name there, and their list."""
-    modules = dict(model.named_modules())
-    wanted = [id(layer) for layer in model.layers]
-    for path, module in modules.items():
-        for held in module.values():
-            if path and isinstance(held, list) and [id(layer) for layer in held] == wanted:
-                parent, _, name = path.rpartition(".")
-                return modules[parent], name, held
-    return None
-
-
 def _copies(cache: kv.Cache) -> kv.Cache:
     return [c and c.copy() for c in cache]
 
@@ -247,40 +226,7 @@ def _same(found: mx.array, expected: mx.array) -> bool:
     return found.shape == expected.shape and bool(mx.array_equal(found, expected))
 
 
-class _Instead:
-    """Stands for a part of a model, and has all of its attributes."""
-
-    def __init__(self, part: Any) -> None:
-        self.part = part
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.part, name)
-
-
-class _Passed(_Instead):
-    """Hands on what it gets, or gives what is known."""
-
-    def __init__(self, part: Any, known: mx.array | None = None) -> None:
-        super().__init__(part)
-        self.known = known
-
-    def __call__(self, h: mx.array, *rest: Any, **options: Any) -> mx.array:
-        return h if self.known is None else self.known
-
-
-class _Caught(_Instead):
-    """Does what the part does, and shows what went in and what came out."""
-
-    inputs: mx.array
-    output: mx.array
-
-    def __call__(self, h: mx.array, *rest: Any, **options: Any) -> Any:
-        self.inputs = h
-        self.output = self.part(h, *rest, **options)
-        return self.output
-
-
-class _Recomputed(_Instead):
+class _Recomputed(StandIn):
     """A checkpoint: its output is kept, its insides are not.
 
     mlx-lm's own `grad_checkpoint` follows parameters; here the gradient flows through the caches.
