@@ -60,10 +60,14 @@ def fuse(c2c: C2C, own: kv.Cache, sharer: KV, batch: Batch) -> tuple[kv.Cache, C
     if batch.start == batch.stop:
         return [c.copy() for c in own], None
     part = read_receiver(c2c, own, batch)
-    change = c2c.change(sharer, part, batch.messages, first_position(batch))
+    proposed = c2c.propose(sharer, part, first_position(batch))
+    change = c2c.fuser.gate([proposed], batch.messages)[0]
+    delta = change.delta
+    if change.message_weight is not None and c2c.fuser.training:
+        delta = _as_labelled(proposed.delta, batch)
     added = {
-        (c2c.receiver_layers[at], kind): delta
-        for (kind, at), delta in zip(change.slices, change.delta, strict=True)
+        (c2c.receiver_layers[at], kind): x
+        for (kind, at), x in zip(change.slices, delta, strict=True)
     }
     fused = []
     for layer, c in enumerate(own):
@@ -73,6 +77,16 @@ def fuse(c2c: C2C, own: kv.Cache, sharer: KV, batch: Batch) -> tuple[kv.Cache, C
         )
         fused.append(c.copy(keys, values))
     return fused, change
+
+
+def _as_labelled(delta: mx.array, batch: Batch) -> mx.array:
+    """A change [S, B, H, N, D] where its message gate is to be open, nothing elsewhere.
+
+    While a fuser learns, its gates are learned from the labels alone. Soft gates inside of the loss
+    shut for good, on what helps as well, for in the beginning no change helps.
+    """
+    here = (batch.messages >= 0) & ~batch.own[:, None]
+    return mx.where(mx.array(here[None, :, None, :, None]), delta, mx.zeros_like(delta))
 
 
 def first_position(batch: Batch) -> Any:

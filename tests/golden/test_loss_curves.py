@@ -1,7 +1,8 @@
 """Short runs lose what they lost when they were recorded, step by step.
 
 A change that makes training faster must not change its numbers. `data/loss_curves.txt` was written
-by `python tests/golden/test_loss_curves.py` before the first of them; float32 on a CPU.
+by `python tests/golden/test_loss_curves.py` before the first of them, the recipe's once more when
+labels took the place of soft message gates; float32 on a CPU.
 """
 
 from __future__ import annotations
