@@ -202,6 +202,25 @@ def test_message_gates_learn_which_answers_are_the_receivers_own(
     assert batch.own.any() and gate[batch.own].max() < gate[~batch.own].min()
 
 
+def test_labels_open_and_shut_while_a_fuser_learns(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, message_gate=True)
+    fuser, batch = trainer.c2c.fuser, collate(examples, "all")
+    fuser.message_head.bias = mx.full(fuser.message_head.bias.shape, -20.0)
+    prefills = trainer.prefills(batch)
+    for learns in (True, False):
+        fuser.train(learns)
+        fused, _ = step_loss.fuse(trainer.c2c, prefills.own, prefills.sharer, batch)
+        changed = [
+            mx.abs(a.values - b.values).astype(mx.float32).max(axis=(1, 2, 3))
+            for a, b in zip(fused, prefills.own, strict=True)
+            if a.values is not None
+        ]
+        is_changed = np.array(mx.stack(changed).max(axis=0)) > 0  # [B]
+        np.testing.assert_array_equal(is_changed, ~batch.own & learns)
+
+
 # --- runs that are cut
 
 
