@@ -7,6 +7,7 @@ nothing is copied when some gates are shut; None: all of them take part, in orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,20 +16,60 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
+from c2c_mlx import device
 from c2c_mlx.config import FuserConfig
 
 KV = tuple[mx.array, mx.array]
 Slices = list[tuple[int, int]]  # (kind, index into the layer map), keys before values
 Weight = mx.array | dict[str, mx.array]  # dense; or packed, scales and biases
 
+NORM_EPS = 1e-6
+GROUP = 64  # numbers of a row that share a scale once it is quantised
+# erf(x) is x P(x^2) / Q(x^2) to a float32's last digits for |x| <= 4, and 1 beyond; as in Eigen.
+_ERF_P = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
+_ERF_Q = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The exact GELU, not its tanh approximation; in float32 it is 1e-6 off at most."""
+    if not device.has_slow_erf():
+        return nn.gelu(x)
+    wide = x.astype(mx.float32)
+    y = mx.clip(wide * math.sqrt(0.5), -4.0, 4.0)
+    square = y * y
+    erf = y * _polynomial(square, _ERF_P) / _polynomial(square, _ERF_Q)
+    return (0.5 * wide * (1 + erf)).astype(x.dtype)
+
+
+def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
+    """The highest power's coefficient first."""
+    total = coefficients[0] * x + coefficients[1]
+    for c in coefficients[2:]:
+        total = total * x + c
+    return total
+
+
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu,
+    "gelu": gelu,
     "silu": nn.silu,
     "relu": nn.relu,
 }
-NORM_EPS = 1e-6
-GROUP = 64  # numbers of a row that share a scale once it is quantised
 
 
 def project(
@@ -55,6 +96,35 @@ def project(
         The projection [S, B, N, Hr*Dr] and the dynamic weights [S, B, N, Hr] in the precision of
         the parameters; the votes [1, B, N, 1] in float32, or None.
     """
+    positions = receiver[0].shape[1] * receiver[0].shape[3]
+    width = max(config.hidden_dim, config.intermediate_dim, 1)
+    step = max(device.cached_bytes() // (4 * positions * width + 1), 1)
+    if step >= len(slices) or dropout:  # noise is drawn for all slices at once
+        return _project(params, rows, sharer, receiver, slices, config, dropout)
+    projections, weights, votes = [], [], []
+    for at in range(0, len(slices), step):
+        some = slice(at, at + step)
+        part = params if rows is not None else tree_map(lambda p, some=some: p[some], params)
+        p, s, v = _project(
+            part, None if rows is None else rows[some], sharer, receiver, slices[some], config
+        )
+        projections.append(p)
+        weights.append(s)
+        votes += [] if v is None else [v * len(p)]
+    vote = sum(votes[1:], votes[0]) / len(slices) if votes else None
+    return mx.concatenate(projections), mx.concatenate(weights), vote
+
+
+def _project(
+    params: dict[str, Any],
+    rows: mx.array | None,
+    sharer: KV,
+    receiver: KV,
+    slices: Slices,
+    config: FuserConfig,
+    dropout: float = 0.0,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """As `project`, all slices at once."""
     shape = (len(slices), receiver[0].shape[1], receiver[0].shape[3], -1)
     act = ACTIVATIONS[config.activation]
     x = inputs(sharer, receiver, slices).flatten(1, 2)  # [S, B*N, in]

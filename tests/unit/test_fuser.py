@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import c2c_mlx.blas  # noqa: F401
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, ModelShape
 from c2c_mlx.fusion.fuser import Fuser
-from c2c_mlx.fusion.project import KV, soft_gates
+from c2c_mlx.fusion.project import KV, gelu, soft_gates
 
 LAYERS, BATCH, LENGTH = 3, 2, 5
 RECEIVER, SHARER = ModelShape("r", 4, 2, 8), ModelShape("s", 5, 3, 4)
@@ -335,3 +337,40 @@ def test_weights_that_do_not_divide_into_groups_stay_dense() -> None:
     before = fuser.change(**given).delta
     fuser.dequantise()
     assert_close(before, fuser.change(**given).delta)
+
+
+# --- speed changes no number
+
+
+@pytest.mark.parametrize("closed", [(), ((0, 1), (1, 0))])
+@pytest.mark.parametrize("bits", [0, 8])
+def test_slices_in_groups_are_as_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, closed: tuple[tuple[int, int], ...], bits: Literal[0, 8]
+) -> None:
+    fuser = make(message_gate=True, normalise=True, hidden_dim=64, intermediate_dim=64)
+    for kind, layer in closed:
+        fuser.set_gate(kind, layer, False)
+    if bits:
+        fuser.quantise(bits)
+    given, found = caches(), []
+    for slices in (99, 4, 1):
+        room = slices * 4 * BATCH * LENGTH * 64 + slices
+        monkeypatch.setattr(device, "cached_bytes", lambda room=room: room)
+        found.append(fuser.change(**given))
+    for change in found[1:]:
+        assert change.slices == found[0].slices
+        for name in ("delta", "weight", "message_weight"):
+            assert_close(getattr(change, name), getattr(found[0], name))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_gelu_is_the_exact_one(monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
+    x = mx.linspace(-9, 9, 4001).astype(dtype)
+    wide = np.array(x.astype(mx.float32)).astype(float)
+    exact = wide * 0.5 * (1 + np.array([math.erf(v / math.sqrt(2)) for v in wide]))
+    monkeypatch.setattr(device, "has_slow_erf", lambda: True)
+    found = gelu(x)
+    assert found.dtype == dtype
+    near = {mx.float32: 2e-7, mx.bfloat16: 4e-3, mx.float16: 5e-4}[dtype]
+    off = np.abs(np.array(found.astype(mx.float32)) - exact)
+    assert (off <= 1.2e-6 + near * np.abs(exact)).all()
