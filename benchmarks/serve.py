@@ -1,6 +1,6 @@
 """Sixteen C2C conversations at once against one after the other, and 20 turns against c2c-chat.
 
-All of it goes through a real endpoint of this machine, with the embedded pair.
+All of it goes through `c2c-serve` in a process of its own, with the embedded pair.
 
 python benchmarks/serve.py [turns] [at-once] [long]
 """
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import statistics
+import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,13 +25,8 @@ from c2c_mlx import ChatSession, Fuser, load_model
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.fusers import store
 from c2c_mlx.models import registry
-from c2c_mlx.serving.app import make_app
-from c2c_mlx.serving.engine import Engine
-from c2c_mlx.serving.reading import Team
-from c2c_mlx.serving.server import bind, make_server
-from c2c_mlx.talk.links import link
 
-CHATS, TOKENS, TURNS, LONG = 16, 32, 20, 1000
+CHATS, TOKENS, TURNS, LONG = 16, 16, 20, 1000
 SENTENCES = (
     "Translate to English: Il pleut depuis ce matin.",
     "What is the capital of France?",
@@ -40,39 +36,24 @@ SENTENCES = (
 
 
 def main() -> None:
-    names = registry.default_pair()
-    name = registry.find_fuser(*names)
-    assert name is not None, "the embedded pair's fuser is missing"
-
-    def load() -> Team:
-        receiver, sharer = map(load_model, names)
-        fuser = Fuser.load(store.find_folder(name))
-        return Team(receiver, [sharer], [link(receiver, sharer, fuser)])
-
     parts = sys.argv[1:] or ["turns", "at-once", "long"]
-    chat = in_c2c_chat(load()) if "turns" in parts else []
+    chat = in_c2c_chat() if "turns" in parts else []
     mx.clear_cache()
-    engine = Engine(load, SamplingConfig())
-    engine.start()
-    bound = bind("127.0.0.1", 0)
-    server = make_server(make_app(engine, engine.served.result()))
-    bound.listen()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    port = bound.getsockname()[1]
-    try:
-        if "turns" in parts:
-            turns(port, chat)
-        if "at-once" in parts:
-            at_once(port)
-        if "long" in parts:
-            beside_a_long_prompt(port)
-    finally:
-        server.should_exit = True
-        thread.join()
-        engine.close()
-        engine.join()
-        bound.close()
+    code = "import sys; from c2c_mlx.commands.serve import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr
+            told = iter(process.stderr.readline, "")
+            port = next(int(found[1]) for line in told if (found := re.search(r":(\d+)/v1", line)))
+            if "turns" in parts:
+                turns(port, chat)
+            if "at-once" in parts:
+                at_once(port)
+            if "long" in parts:
+                beside_a_long_prompt(port)
+        finally:
+            process.terminate()
 
 
 def ask(port: int, messages: Any, tokens: int = TOKENS) -> tuple[str, list[float], dict[str, Any]]:
@@ -146,10 +127,12 @@ def beside_a_long_prompt(port: int) -> None:
     print(f"{statistics.median(gaps):.2f} s (median), at the most after {max(gaps):.2f} s")
 
 
-def in_c2c_chat(team: Team) -> list[tuple[Any, str, Any, float]]:
+def in_c2c_chat() -> list[tuple[Any, str, Any, float]]:
     """A conversation: messages, answer, figures and seconds of every turn."""
-    fuser, sampling = team.links[0].fuser, SamplingConfig(max_tokens=16)
-    session = ChatSession(team.receiver, team.sharers[0], fuser, sampling=sampling)
+    names = registry.default_pair()
+    receiver, sharer = map(load_model, names)
+    fuser = Fuser.load(store.find_for_pair(*names, None))
+    session = ChatSession(receiver, sharer, fuser, sampling=SamplingConfig(max_tokens=16))
     told = []
     for turn in range(TURNS):
         question = SENTENCES[turn % len(SENTENCES)]

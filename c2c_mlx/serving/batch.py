@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from typing import NamedTuple
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -25,6 +26,12 @@ from c2c_mlx.text.answer import AnswerAlignment
 Tell = Callable[[Answer, Piece], None]
 
 
+class _Row(NamedTuple):
+    answer: Answer
+    tell: Tell
+    is_kept: bool  # whether what has read the answer is wanted afterwards
+
+
 class Batch:
     """mlx-lm's continuous batching over the answers of one model.
 
@@ -35,7 +42,7 @@ class Batch:
 
     def __init__(self, lm: LanguageModel, slots: int) -> None:
         self.lm, self.slots = lm, slots
-        self.rows: dict[int, tuple[Answer, Tell]] = {}  # by the number of its sequence
+        self.rows: dict[int, _Row] = {}  # by the number of its sequence
         self._generator = self._start()
 
     def _start(self) -> BatchGenerator:
@@ -62,7 +69,9 @@ class Batch:
             [ids[:-1] for _ in answers],
             [sampler(sampling, answer.choice) for answer in answers],
         )
-        self.rows |= {number: (a, tell) for number, a in zip(numbers, answers, strict=True)}
+        is_kept = not reading.prompt.aligned  # a fused cache is never gone on from
+        rows = (_Row(answer, tell, is_kept) for answer in answers)
+        self.rows |= dict(zip(numbers, rows, strict=True))
         try:
             while not all(answer.reason for answer in answers):
                 if error := next((answer.error for answer in answers if answer.error), None):
@@ -78,20 +87,21 @@ class Batch:
         try:
             _, responses = self._generator.next()
         except Exception as e:
-            for answer, _ in self.rows.values():
-                answer.error = e
+            for row in self.rows.values():
+                row.answer.error = e
             self.rows.clear()
             self._generator = self._start()
             return
         for response in responses:
-            answer, tell = self.rows[response.uid]
+            answer, tell, is_kept = self.rows[response.uid]
             piece = answer.add(response.token, response.logprobs, response.finish_reason)
             if answer.reason:
                 left = response.prompt_cache, response.all_tokens
                 if not response.finish_reason:  # mlx-lm knows nothing of stop strings
                     left = self._generator.remove([response.uid], True)[response.uid]
                 del self.rows[response.uid]
-                answer.reader = self._reader(*left)
+                if is_kept:
+                    answer.reader = self._reader(*left)
             tell(answer, piece)
 
     def _remove(self, numbers: list[int]) -> None:

@@ -129,7 +129,7 @@ class Work:
                 self.crossed = _crossed(reading, some[0].decoded)
             if is_fused or self.job.crossed:
                 desk.caches.put(reading.key, reading.state, before)
-            elif some[0].reader and not prompt.aligned:
+            elif some[0].reader:
                 desk.caches.put(reading.key, some[0].reader, before)
 
     def _tell_piece(self, answer: Answer, piece: Piece) -> None:

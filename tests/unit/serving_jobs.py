@@ -1,10 +1,13 @@
-"""Engines over the tiny pair, jobs whose events are gathered, and servers in a thread."""
+"""Engines over the tiny pair, jobs whose events are gathered, servers in a thread, and requests."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,6 +34,28 @@ def load_team(pair: Pair, **options: Any) -> Team:
 
 def asked(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
+
+
+QUESTION = asked("Who wrote it?")
+
+
+def chat(**options: Any) -> dict[str, Any]:
+    return {"model": "c2c", "messages": QUESTION, "max_tokens": 4} | options
+
+
+def send(
+    port: int, body: Any, method: str = "POST", path: str = "/v1/chat/completions", **headers: str
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, JSON and headers of one request."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    with contextlib.closing(connection):
+        given = {"Content-Type": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        connection.request(method, path, data, given)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read() or b"{}"), dict(answer.headers)
 
 
 class Heard:

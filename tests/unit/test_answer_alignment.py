@@ -1,0 +1,141 @@
+"""Answers: aligned while they are being written, and as the ids that training scores."""
+
+import numpy as np
+import pytest
+from chat_tokenizers import (
+    CHATML,
+    PLAIN,
+    SENTENCES,
+    THINK,
+    TRIM,
+    byte_level,
+    common,
+    conversations,
+    tokenizers,
+    user,
+    wrapped,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from c2c_mlx.text.alignment import align_chat
+from c2c_mlx.text.answer import AnswerAlignment
+from c2c_mlx.text.tokens import response_ids, text_ids
+
+
+@settings(deadline=None)
+@given(
+    conversations,
+    tokenizers,
+    tokenizers,
+    st.sampled_from(["span", "first", "longest", "same"]),
+    st.lists(st.integers(0, 199), max_size=12),
+)
+def test_the_alignment_of_a_growing_answer_is_total_and_monotone(
+    messages, receiver, sharer, strategy, ids
+):
+    prompt = align_chat(messages, receiver, sharer, strategy=strategy)
+    growing = AnswerAlignment(messages, prompt, receiver, sharer, strategy=strategy)
+    n, aligned = len(prompt.receiver_ids), growing.add([])
+    assert aligned.receiver_ids == prompt.receiver_ids
+    for at, token in enumerate(ids, 1):
+        aligned = growing.add([token])
+        assert aligned.receiver_ids == prompt.receiver_ids + ids[:at]
+        assert common(aligned.sharer_ids, prompt.sharer_ids) == len(prompt.sharer_ids)
+        assert aligned.index.dtype == aligned.message.dtype == np.int32
+        assert aligned.index.shape == aligned.message.shape == (n + at,)
+        np.testing.assert_array_equal(aligned.index[:n], prompt.index)
+        assert np.all(np.diff(aligned.index) >= 0)
+        assert np.all(aligned.index < len(aligned.sharer_ids))
+        assert set(aligned.message[n:].tolist()) <= {len(messages), -1}
+    again = AnswerAlignment(messages, prompt, receiver, sharer, strategy=strategy).add(ids)
+    assert again.sharer_ids == aligned.sharer_ids
+    np.testing.assert_array_equal(again.index, aligned.index)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([CHATML, TRIM]),
+    st.sampled_from(["bytes", "trimmed"]),
+    st.sampled_from([CHATML, PLAIN, TRIM]),
+    st.sampled_from([*SENTENCES, "世界 🚀🎉", "👩‍💻 🇫🇷 e\u0301", "x"]),
+)
+def test_a_whole_answer_is_aligned_as_a_message(template, kind, other_template, answer):
+    receiver, sharer = wrapped("bytes", template), wrapped(kind, other_template)
+    messages = [user("What do you know?")]
+    prompt = align_chat(messages, receiver, sharer)
+    growing = AnswerAlignment(messages, prompt, receiver, sharer)
+    for token in receiver(answer, add_special_tokens=False)["input_ids"]:
+        aligned = growing.add([token])
+    said = [*messages, {"role": "assistant", "content": answer}]
+    whole = align_chat(said, receiver, sharer, add_generation_prompt=False)
+    n = len(aligned.receiver_ids)
+    assert aligned.receiver_ids == whole.receiver_ids[:n]
+    assert aligned.sharer_ids == whole.sharer_ids[: len(aligned.sharer_ids)]
+    number = whole.message[:n] == 1
+    assert number.sum() == n - len(prompt.receiver_ids)
+    np.testing.assert_array_equal(aligned.message, whole.message[:n])
+    np.testing.assert_array_equal(aligned.index[number], whole.index[:n][number])
+
+
+def test_an_end_of_turn_is_no_part_of_the_answer():
+    receiver, sharer = wrapped("bytes", CHATML), wrapped("trimmed", PLAIN)
+    messages = [user("hi")]
+    prompt = align_chat(messages, receiver, sharer)
+    growing = AnswerAlignment(messages, prompt, receiver, sharer)
+    ids = receiver("a dog<|im_end|>", add_special_tokens=False)["input_ids"]
+    aligned = growing.add(ids)
+    assert aligned.message.tolist()[-3:] == [1, 1, -1]
+    assert sharer.decode(aligned.sharer_ids).endswith("### assistant: a dog")
+    assert aligned.index[-1] == aligned.index[-2] == len(aligned.sharer_ids) - 1
+
+
+ANSWER = {"role": "assistant", "content": "a dog"}
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (CHATML, "a dog<|im_end|>"),
+        (PLAIN, " a dog\n<|im_end|>"),  # the template ends no turn: eos is added
+        (TRIM, "a dog<|im_end|>"),
+        (THINK, "a dog<|im_end|>"),  # the full rendering lacks the prompt's empty thoughts
+    ],
+)
+def test_the_response_ends_with_one_end_of_turn(template, expected):
+    tokenizer = wrapped("bytes", template)
+    assert tokenizer.decode(response_ids([user("hi"), ANSWER], tokenizer)) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN, TRIM, THINK])
+def test_the_text_of_a_response_is_without_what_ends_it(template):
+    tokenizer = wrapped("bytes", template)
+    ids = text_ids([user("hi"), ANSWER], tokenizer)
+    assert tokenizer.decode(ids).strip() == "a dog"
+    assert response_ids([user("hi"), ANSWER], tokenizer)[: len(ids)] == ids
+    assert len(text_ids([user("hi"), ANSWER | {"content": ""}], tokenizer)) == 1
+
+
+def test_an_end_of_turn_that_is_not_the_eos_token_ends_the_response():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(300, SENTENCES, False),
+        chat_template=CHATML,
+        eos_token="<|endoftext|>",
+    )
+    ids = response_ids([user("hi"), ANSWER], tokenizer)
+    assert tokenizer.decode(ids) == "a dog<|im_end|>"
+
+
+def test_mlx_lm_wrapped_tokenizers_give_the_same():
+    tokenizer_utils = pytest.importorskip("mlx_lm.tokenizer_utils")
+    bare = [wrapped("bytes", THINK), wrapped("trimmed", PLAIN)]
+    wraps = [tokenizer_utils.TokenizerWrapper(tokenizer) for tokenizer in bare]
+    messages = [user("the dog"), ANSWER, user("the fox")]
+    for strategy in ("span", "first"):
+        one = align_chat(messages, *bare, strategy=strategy)
+        other = align_chat(messages, *wraps, strategy=strategy)
+        assert one.receiver_ids == other.receiver_ids
+        assert one.sharer_ids == other.sharer_ids
+        np.testing.assert_array_equal(one.index, other.index)
+    assert response_ids(messages[:2], bare[0]) == response_ids(messages[:2], wraps[0])
