@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from c2c_mlx.commands import Parser, run
 from c2c_mlx.config import TrainConfig, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import recipe
 from c2c_mlx.training.run import PRESETS, RunConfig
+
+if TYPE_CHECKING:
+    from c2c_mlx.training.trainer import Trainer
 
 PROGRAM = "c2c-train"
 EPILOG = """\
@@ -52,7 +55,9 @@ answer; --fields says what other data calls these.
 
 Without a valid.jsonl up to 64 chats, and never more than a tenth, are kept out of training. At its
 end a run says what they cost C2C, the receiver alone, and C2C with another chat's sharer or none,
-and whether the fuser is worth using: in verdict.json, and on its card.
+and whether the fuser is worth using: in verdict.json, and on its card. --twin trains the control
+behind it (OUT/twin), the same with nothing to read: what C2C gains over that is what the sharer
+is worth. With --time both share it.
 
 With --answer-with, rows without an answer are answered by one of the two models first: by the
 receiver, and the fuser learns to leave alone what it can do by itself; by the sharer, and the fuser
@@ -124,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--answer-tokens", type=int, metavar="N", help="of such an answer, at most (default: 40)")
     add("--preset", choices=PRESETS, help="size of the fuser (default: small)")
     add("--fuser", metavar="DIR", help="start from this fuser instead of a fresh one")
+    add(
+        "--twin",
+        action="store_true",
+        default=None,
+        help="then train the control, the same with nothing to read, and judge by it",
+    )
     add("--time", metavar="TIME", help="as many steps as end in time: 90s, 15m, 2h, 1h30m")
     add("--plan", action="store_true", help="say what would happen, after a probe of ten steps")
     add("--json", action="store_true", help="with --plan: as one object")
@@ -267,9 +278,9 @@ def _plan(config: RunConfig, deadline: float | None, as_json: bool, command: str
             config, display, resume=False, source=command, dry=True, deadline=deadline
         )
         if deadline:
-            pace = plan.fit(trainer, deadline - trainer.answering, {*config.given})
+            pace = plan.fit(trainer, deadline - trainer.answering, {*config.given}, config.twin)
         else:
-            pace = plan.probe(trainer)
+            pace = plan.probe(trainer, config.twin)
         found = plan.describe(config, trainer, pace)
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(plan.lines(found)))
 
@@ -288,7 +299,7 @@ def _train(
 
     from c2c_mlx.fusers import trained
     from c2c_mlx.training import checkpoints, interrupt, plan
-    from c2c_mlx.training.assemble import assemble
+    from c2c_mlx.training.assemble import assemble, assemble_twin
     from c2c_mlx.training.display import Display, tracker
 
     is_first, out = mx.distributed.init().rank() == 0, Path(config.out)
@@ -302,29 +313,41 @@ def _train(
         if is_first:
             recipe.write(out / recipe.FILE, told)
         if deadline and not resume:
-            pace = plan.fit(trainer, deadline, fixed)
+            pace = plan.fit(trainer, deadline, fixed, config.twin)
             display.iters = trainer.config.iters
             lasts = plan.told(pace.seconds(trainer.config))
             display.say(f"{display.iters} steps fit into the time: about {lasts}")
         train = trainer.config
-        if trainer.finished:
+        if trainer.finished and not config.twin:
             display.say(f"finished already: {trainer.step} steps; a larger --iters goes on")
             return
         tracking = None
         if track and is_first:
             tracking = tracker(track, out, dataclasses.asdict(train))
 
-        def report(metrics: dict[str, float]) -> None:
-            display.report(metrics)
-            if tracking:
-                tracking.log(metrics, step=int(metrics["step"]))
+        def go_on(at_work: Trainer) -> None:
+            def report(metrics: dict[str, float]) -> None:
+                display.report(metrics)
+                if tracking and at_work is trainer:
+                    tracking.log(metrics, step=int(metrics["step"]))
 
-        def interrupted() -> None:
-            step = trainer.step + 1
-            display.say(f"stopping: step {step} is finished and saved; Ctrl-C again stops at once")
+            def interrupted() -> None:
+                step = at_work.step + 1
+                display.say(
+                    f"stopping: step {step} is finished and saved; Ctrl-C again stops at once"
+                )
 
-        with interrupt.noticed(interrupted) as stopped:
-            trainer.run(report, display.step, stopped)
+            with interrupt.noticed(interrupted) as stopped:
+                at_work.run(report, display.step, stopped)
+
+        go_on(trainer)
+        last = trainer
+        if config.twin and trainer.finished:
+            last = assemble_twin(trainer, config, display)
+            display.say(f"the twin, which has nothing to read, from step {last.step} on")
+            go_on(last)
+            if last.finished and is_first:
+                trainer.compare(last)
         if tracking:
             tracking.finish()
         if left_out := len(trainer.train.too_long):
@@ -334,8 +357,8 @@ def _train(
         name = next((name for name, run in trained.every() if run == out), config.out)
         names = ["--fuser", name, "--sharer", config.sharer, "--receiver", config.receiver]
         display.say(f"fuser saved in {out}; chat with it: {shlex.join(['c2c-chat', *names])}")
-        if not trainer.finished:
+        if not last.finished:
             display.say(
-                f"stopped at step {trainer.step} of {train.iters}; the same with --resume goes on"
+                f"stopped at step {last.step} of {train.iters}; the same with --resume goes on"
             )
             raise KeyboardInterrupt

@@ -31,6 +31,8 @@ from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.start import first_examples, fuser_config, measure_inputs, new_fuser
 from c2c_mlx.training.trainer import Trainer
 
+TWIN = "twin"  # the control's folder, in its run's
+
 
 class Watcher(Protocol):
     """Who is told while a run is put together."""
@@ -140,6 +142,45 @@ def assemble(
     return trainer
 
 
+def assemble_twin(trainer: Trainer, run: RunConfig, watcher: Watcher) -> Trainer:
+    """Makes what a run's control needs: the same start and batches, and nothing to read.
+
+    It goes on where it stopped, if it was begun.
+
+    Args:
+        trainer: of the run, which is finished.
+        run: what was trained; its `train` may have been made to fit.
+        watcher: told how far this is.
+
+    Raises:
+        C2CError: if one was begun with other settings.
+    """
+    main, out = trainer.c2c, trainer.folder / TWIN
+    fuser = _begun(run.fuser, watcher) if run.fuser else None
+    if fuser is None:
+        fuser = new_fuser(main.fuser.config, trainer.config.gates, trainer.config.seed)
+        if fuser.config.normalise:  # measured once, and never changed by training
+            for name in ("input_mean", "input_scale", "output_scale"):
+                setattr(fuser, name, getattr(main.fuser, name))
+    fuser.train()
+    config = replace(trainer.config, zero_sharer=True)
+    c2c = C2C(main.receiver, main.sharer, fuser)
+    about, stops = trainer.provenance, trainer.stop_strings
+    twin = Trainer(c2c, trainer.train, trainer.valid, config, out, about, watcher.say, stops)
+    if there := checkpoints.all_of(out):
+        twin.resume(there[-1])
+    out.mkdir(parents=True, exist_ok=True)
+    return twin
+
+
+def _begun(name: str, watcher: Watcher) -> Fuser:
+    """A fuser to start from, in the precision that it learns in."""
+    fuser = disk.load(store.find_folder(name, watcher.loading, watcher.say))
+    fuser.dequantise()
+    fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
+    return fuser
+
+
 def _read(run: RunConfig, name: str) -> tuple[list[ChatRow], list[ChatRow]]:
     parts = read_source(name, bool(run.answer_with), run.fields, run.rows or None)
     if run.answer_with != "receiver":
@@ -192,8 +233,6 @@ def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageMode
     if folder is None:
         wanted = fuser_config(run, receiver.shape, sharer.shape)
         return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed), need
-    fuser = disk.load(folder)
-    fuser.dequantise()
-    fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
+    fuser = _begun(run.fuser, watcher)
     check_models(fuser.config, receiver.shape, sharer.shape)
     return receiver, sharer, fuser, need

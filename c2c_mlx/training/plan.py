@@ -37,12 +37,14 @@ class Pace:
         evaluation: one look at all chats that are only measured.
         answer: the verdict's greedy answers to one of them.
         peak_gb: of memory, while this was measured.
+        twin: that of a run with nothing to read, if one comes after this.
     """
 
     step: float
     evaluation: float
     answer: float
     peak_gb: float
+    twin: Pace | None = None
 
     def seconds(self, config: TrainConfig) -> float:
         """Of a whole run; the verdict measures a third more than an evaluation does."""
@@ -52,8 +54,12 @@ class Pace:
         )
 
 
-def probe(trainer: Trainer) -> Pace:
+def probe(trainer: Trainer, twin: bool = False) -> Pace:
     """Times steps over batches of all lengths, then puts the trainer back to where it was.
+
+    Args:
+        trainer: of a run that has not begun.
+        twin: whether the steps of its control are timed as well.
 
     Raises:
         C2CError: if they don't fit into the memory, or the loss is not finite.
@@ -81,7 +87,14 @@ def probe(trainer: Trainer) -> Pace:
             answer = _answer(trainer)
     fuser.update(before)
     trainer.begin(c)
-    return Pace(step, evaluation, answer, mx.get_peak_memory() / 1e9)
+    pace = Pace(step, evaluation, answer, mx.get_peak_memory() / 1e9)
+    if not twin:
+        return pace
+    trainer.prefills.zero_sharer = True
+    try:
+        return replace(pace, twin=probe(trainer))
+    finally:
+        trainer.prefills.zero_sharer = c.zero_sharer
 
 
 def _answer(trainer: Trainer) -> float:
@@ -134,18 +147,19 @@ def with_iters(config: TrainConfig, iters: int, fixed: set[str]) -> TrainConfig:
     return replace(config, iters=iters, **rhythm)
 
 
-def fit(trainer: Trainer, deadline: float, fixed: set[str]) -> Pace:
+def fit(trainer: Trainer, deadline: float, fixed: set[str], twin: bool = False) -> Pace:
     """Gives a run that has not begun the length that ends by `deadline`, for all its processes.
 
     Args:
         trainer: its `begin` is called.
         deadline: on the clock of `time.monotonic`.
         fixed: fields of its configuration that stay as they are.
+        twin: whether its control is to end by then, too.
 
     Raises:
         C2CError: as `probe` and `fitted` do.
     """
-    pace = probe(trainer)
+    pace = probe(trainer, twin)
     mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed)
     is_first = trainer.group.rank() == 0
     iters = mx.distributed.all_sum(mx.array(mine.iters if is_first else 0), group=trainer.group)
@@ -165,6 +179,7 @@ def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
         "chats": chats,
         "valid_chats": len(trainer.valid),
         "steps": c.iters,
+        "twin": run.twin,
         "chats_per_step": c.batch_size * c.accumulate,
         "epochs": c.iters * c.batch_size * c.accumulate / chats,
         "step_s": pace.step,
@@ -191,7 +206,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
         f"data: {plan['chats']} chats from {', '.join(plan['data'])}; {plan['valid_chats']} more "
         "to measure on",
         f"steps: {plan['steps']} of {plan['chats_per_step']} chats, {plan['epochs']:.1f} times "
-        "through the data",
+        "through the data" + (", and as many for the twin" if plan["twin"] else ""),
         f"time: about {told(3600 * plan['hours'])} ({plan['step_s']:.2f} s a step, "
         f"{plan['evaluation_s']:.1f} s an evaluation, {plan['answers']} answers of "
         f"{plan['answer_s']:.1f} s for the verdict"

@@ -45,6 +45,7 @@ class RunConfig:
         preset: size of a new fuser.
         fuser: the fuser to start from; empty: a new one.
         fuser_config: fields of a new fuser that the preset does not fix.
+        twin: whether the control is trained, too: the same with nothing to read.
         train: the training itself.
         given: fields of `train` that stay as they are; the others may be made to fit the device.
     """
@@ -61,6 +62,7 @@ class RunConfig:
     preset: Literal["tiny", "small", "paper"] = "small"
     fuser: str = ""
     fuser_config: dict[str, Any] = field(default_factory=dict)
+    twin: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
     given: tuple[str, ...] = ()
 

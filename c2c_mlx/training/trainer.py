@@ -283,11 +283,21 @@ class Trainer:
         """Gives the verdict, and returns what `evaluate` does."""
         losses, tokens = self._measure(zeroed=True) if self.valid else ({}, [])
         c = self.config
-        said = self.answers(c.answers) if self.valid and c.answers else None
+        wanted = self.valid and c.answers and not c.zero_sharer
+        said = self.answers(c.answers) if wanted else None
         self.verdict = verdict.judge(losses, tokens, c.seed, c.zero_sharer, said)
         with _writing(self.folder / verdict.FILE):
             verdict.write(self.folder, self.verdict)
         return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
+
+    def compare(self, twin: Trainer) -> None:
+        """Takes what a finished twin loses into the verdict and onto the card."""
+        if found := verdict.read(self.folder):
+            losses, _ = twin._measure()
+            self.verdict = verdict.with_twin(found, losses["valid"], self.config.seed)
+            with _writing(self.folder / verdict.FILE):
+                verdict.write(self.folder, self.verdict)
+            self._save_fuser(self.folder)
 
     def answers(self, n: int, most: int = verdict.ANSWER_TOKENS) -> measure.Answers:
         """Greedy answers to n of the chats that are only measured, of `most` tokens at most."""

@@ -192,6 +192,24 @@ def test_without_a_valid_file_some_chats_are_kept_out(
     assert code == 0 and "iters was 4, is 12" in err  # the same chats are kept out again
 
 
+def test_a_twin_is_trained_after_it_and_judges_it(call: Call, chats: Path, tmp_path: Path) -> None:
+    write(chats / "valid.jsonl", [{"prompt": f"tell {i}", "completion": "so"} for i in range(9)])
+    given = [*PAIR, *SHORT, "--data", chats]
+    assert call(*given, "--out", tmp_path / "alone", "--zero-sharer")[0] == 0
+    assert call(*given, "--out", tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "verdict.json").read_text())["vs_twin"] is None
+    code, err = call("--resume", "--out", tmp_path / "run", "--twin")
+    assert code == 0 and "the twin, which has nothing to read, from step 0 on" in err
+    # It is the run that --zero-sharer makes.
+    assert_same(tmp_path / "run" / "twin", tmp_path / "alone")
+    found = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    alone = json.loads((tmp_path / "alone" / "verdict.json").read_text())
+    assert found["twin_loss"] == alone["valid_loss"] and found["vs_twin"]["ci95"]
+    assert Fuser.load(tmp_path / "run").provenance.verdict == found["verdict"]
+    code, err = call(*given, "--out", tmp_path / "timed", "--twin", "--plan")
+    assert code == 0
+
+
 def test_other_fields_are_named_and_rows_limited(call: Call, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{"q": f"say {i}", "a": "so"} for i in range(9)])
     given = [*PAIR, *SHORT, "--data", tmp_path, "--rows", "5", "--out", tmp_path / "run"]
