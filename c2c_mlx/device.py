@@ -23,6 +23,7 @@ from c2c_mlx.errors import C2CError
 Kind = Literal["cpu", "gpu", "m1"]  # m1: a GPU that emulates bfloat16
 
 REHEARSE = "C2C_MLX_REHEARSE"
+LOGITS = 1 << 27  # bytes of them, as float32, that training has at once
 _SMALL_BUFFERS = 1 << 28  # bytes that MLX may always keep for reuse
 _MOST_BUFFERS = 1 << 31
 

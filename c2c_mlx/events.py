@@ -142,6 +142,8 @@ class Loaded:
     receiver_layers: int
     needs: str = ""  # what a long conversation will take of the device's memory, in words
     missing: str = ""  # why there are no links, in a sentence
+    reverse: str = ""  # the fuser that is known for the pair turned round
+    unfinished: str = ""  # where the pair's last training stopped, in words
 
     @property
     def gates(self) -> tuple[Gates, ...]:
@@ -154,6 +156,49 @@ class GatesSet:
     """Each fuser's gates after somebody changed them."""
 
     gates: tuple[Gates, ...]
+
+
+@dataclass(frozen=True)
+class TrainingBegun:
+    """A fuser for the pair is being trained, beside the conversation."""
+
+    plan: str  # steps, time, memory, in words
+    step: int  # that are done already
+    steps: int
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One step more."""
+
+    step: int
+    steps: int
+    loss: float  # nats per token
+    left_s: float
+    gates_open: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the fuser, as it is after so many steps, has the receiver answer to a question."""
+
+    step: int
+    question: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TrainingOver:
+    """Training has ended: all steps are done, or it can go on later; what was learned is kept."""
+
+    step: int
+    steps: int  # 0: it came to nothing
+    verdict: str = ""  # a sentence; only of a whole run
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all steps are done."""
+        return 0 < self.steps <= self.step
 
 
 @dataclass(frozen=True)
@@ -171,6 +216,16 @@ class TurnOver:
     memory_gb: float
 
 
+Training = TrainingBegun | TrainingStep | Trial | TrainingOver
 EngineEvent = (
-    Event | Progress | GateReport | LiveGates | Crossed | Loaded | GatesSet | Failed | TurnOver
+    Event
+    | Progress
+    | GateReport
+    | LiveGates
+    | Crossed
+    | Loaded
+    | GatesSet
+    | Training
+    | Failed
+    | TurnOver
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -12,15 +11,13 @@ from typing import TypeVar
 from textual.app import App, SystemCommand
 from textual.screen import Screen
 
-from c2c_mlx import atomic
-from c2c_mlx.config import SamplingConfig
+from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import MODES, Mode
 from c2c_mlx.tui import clipboard, export, history, keys, session_file, themes, votes
 from c2c_mlx.tui.backend import Backend
 from c2c_mlx.tui.conversation import NAMES, RIVALS, Answer, Conversation, Turn
 from c2c_mlx.tui.follower import Follower
-from c2c_mlx.tui.screens.ballot import Ballot
 from c2c_mlx.tui.screens.help import Help
 from c2c_mlx.tui.screens.main import MainScreen
 from c2c_mlx.tui.screens.menu import Menu
@@ -28,6 +25,8 @@ from c2c_mlx.tui.screens.sessions import Sessions
 from c2c_mlx.tui.screens.settings import Settings
 from c2c_mlx.tui.session_file import SessionFile
 from c2c_mlx.tui.state import State
+from c2c_mlx.tui.training import Training
+from c2c_mlx.tui.voting import Voting
 from c2c_mlx.tui.widgets.gate_view import GateView
 
 Kept = TypeVar("Kept")
@@ -62,16 +61,30 @@ class ChatApp(App[None]):
         self.backend, self.file = backend, file
         self.state = State(conversation, list(modes))
         self.main = MainScreen(modes)
+        self.voting = Voting(
+            self.state,
+            self.main,
+            reveal=lambda turn: self.follower.reveal(turn),
+            keep=lambda vote: self._keep(votes.cast, vote),
+        )
+        self.training = Training(
+            backend,
+            self.state,
+            self.main,
+            load_again=self._load_again,
+            ask=self._ask,
+            take_up=self._begin_with,
+        )
         self.follower = Follower(
             backend,
             self.state,
             self.main,
             save=self.save,
             complain=self.complain,
-            ask_for_vote=self._ask_for_vote,
+            ask_for_vote=self.voting.ask,
+            trained=self.training.follow,
         )
         self._draft: str | None = None  # what was being typed before the last question was edited
-        self._unvoted: Turn | None = None  # its ballot waits until other dialogs are closed
         for theme in (themes.DARK, themes.LIGHT):
             self.register_theme(theme)
         chosen = themes.chosen() if file else themes.DARK.name
@@ -218,12 +231,16 @@ class ChatApp(App[None]):
         """Begins another conversation; the last one is saved already."""
         if not self.can_act():
             return
+        await self._begin_with(self.state.conversation.pair)
+        self.main.say("ready")
+
+    async def _begin_with(self, pair: Pair) -> None:
+        """Begins a conversation in a file of its own."""
         old = self.state.conversation
         if self.file:
             self.file.close()
-        await self._take_up(Conversation(old.pair, old.sampling, old.system))
+        await self._take_up(Conversation(pair, old.sampling, old.system))
         self.main.prompt.focus()
-        self.main.say("ready")
 
     async def _take_up(self, talk: Conversation) -> None:
         """Goes on with a conversation, with its pair, its settings and its gates."""
@@ -262,9 +279,16 @@ class ChatApp(App[None]):
     def action_reload(self) -> None:
         """Loads the models again, after a download that failed."""
         if self.can_act():
-            self.state.loaded = None
-            self.backend.reload(self.state.conversation.pair)
-            self._tell_backend()
+            self._load_again()
+
+    def _load_again(self) -> None:
+        self.state.loaded = None
+        self.backend.reload(self.state.conversation.pair)
+        self._tell_backend()
+
+    def action_train(self) -> None:
+        """Offers to train a fuser, goes on with it, or stops it."""
+        self.training.toggle()
 
     def action_export(self) -> None:
         """Writes the conversation into the current folder, for people and for programs."""
@@ -272,15 +296,12 @@ class ChatApp(App[None]):
         if not talk.turns:
             self.notify("there is nothing to export yet", severity="warning")
             return
-        texts = {"md": export.to_markdown(talk), "json": session_file.to_json(talk)}
-        paths = {end: Path.cwd() / f"{talk.name}.{end}" for end in texts}
         try:
-            for end, text in texts.items():
-                atomic.write_text(paths[end], text)
+            paths = export.write(talk, Path.cwd())
         except C2CError as e:
             self.complain(str(e))
             return
-        self.notify("\n".join(map(str, paths.values())), title="Exported", markup=False)
+        self.notify("\n".join(map(str, paths)), title="Exported", markup=False)
 
     # --- panes, gates, screens --------------------------------------------------------------
 
@@ -365,29 +386,8 @@ class ChatApp(App[None]):
 
     def action_votes(self) -> None:
         """What the blind votes come to."""
-        if self.state.loaded is not None:
-            pair = votes.pair(self.state.loaded)
-            self.notify(votes.summary(*pair), title="Votes", markup=False)
-
-    def _ask_for_vote(self, turn: Turn) -> None:
-        self._unvoted = turn
-        self.on_main_screen_uncovered()
+        self.voting.tell()
 
     def on_main_screen_uncovered(self) -> None:
-        """Opens the ballot that waited until no other dialog was open: a key is not a vote."""
-        turn = self._unvoted
-        both = turn.latest.rivals() if turn else None
-        if turn and both and self.screen is self.main:
-            self._unvoted = None
-            c2c, relay = (answer.text for answer in both)
-            self.push_screen(Ballot(c2c, relay, random.random() < 0.5), partial(self._voted, turn))
-
-    async def _voted(self, turn: Turn, choice: votes.Choice | None) -> None:
-        await self.follower.reveal(turn)
-        loaded = self.state.loaded
-        if choice is None or loaded is None:
-            return
-        pair, modified = votes.pair(loaded), turn.latest.gates != loaded.gates
-        self._keep(votes.cast, votes.Vote(choice, *pair, modified=modified))
-        said = "a tie" if choice == "tie" else f"you preferred {NAMES[choice]}"
-        self.notify(f"{said}\n{votes.summary(*pair)}", title="Vote", markup=False)
+        """A ballot that waited can be shown."""
+        self.voting.open()

@@ -18,6 +18,8 @@ class Backend(Protocol):
     def start(self) -> None: ...  # noqa: D102
     def drain(self) -> list[EngineEvent]: ...  # noqa: D102
     def ask(self, question: str, modes: Sequence[Mode], attempt: int = 0) -> None: ...  # noqa: D102
+    def train(self, seconds: float) -> None: ...  # noqa: D102
+    def stop_training(self) -> None: ...  # noqa: D102
     def weigh(self) -> None: ...  # noqa: D102
     def stop(self) -> None: ...  # noqa: D102
     def undo(self, modes: Sequence[Mode]) -> None: ...  # noqa: D102

@@ -1,11 +1,13 @@
-"""A conversation for people: Markdown with every take, its settings, figures and gates."""
+"""A conversation for others: Markdown with every take, its settings, figures and gates; JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from c2c_mlx import atomic
 from c2c_mlx.events import GateReport, Mode
-from c2c_mlx.tui import race
+from c2c_mlx.tui import race, session_file
 from c2c_mlx.tui.conversation import NAMES, Answer, Conversation, Take
 
 
@@ -21,6 +23,19 @@ def to_markdown(talk: Conversation) -> str:
                 lines += ["", f"### Take {n}: {turn.gates_in_words(take)}"]
             lines += _take(take, talk.pair.sharers)
     return "\n".join(lines) + "\n"
+
+
+def write(talk: Conversation, folder: Path) -> list[Path]:
+    """Writes a conversation for people and for programs, and says where.
+
+    Raises:
+        C2CError: if the disk won't have it.
+    """
+    texts = {"md": to_markdown(talk), "json": session_file.to_json(talk)}
+    paths = {end: folder / f"{talk.name}.{end}" for end in texts}
+    for end, text in texts.items():
+        atomic.write_text(paths[end], text)
+    return list(paths.values())
 
 
 def _settings(take: Take) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from c2c_mlx import events
 from c2c_mlx.events import EngineEvent, Gates, Loaded, Mode
@@ -27,6 +27,7 @@ class Follower:
         save: writes the conversation; called when an answer has ended.
         complain: shows an error.
         ask_for_vote: called at the end of a blind turn, instead of showing whose answer is whose.
+        trained: told what is said of training.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class Follower:
         save: Callable[[], None],
         complain: Callable[[str], None],
         ask_for_vote: Callable[[Turn], None],
+        trained: Callable[[events.Training], Awaitable[None]],
     ) -> None:
         self.backend, self.state, self.screen = backend, state, screen
         self._save, self._complain, self._ask_for_vote = save, complain, ask_for_vote
+        self._trained = trained
 
     async def follow(self) -> None:
         """Shows it as it comes; a task of its own, so that keys never wait for a drawing."""
@@ -96,6 +99,13 @@ class Follower:
             case events.Crossed():
                 self.screen.panes["c2c"].weigh(event)
                 self.screen.panes["c2c"].show_owed(self.state.is_weighing)
+            case (
+                events.TrainingBegun()
+                | events.TrainingStep()
+                | events.Trial()
+                | events.TrainingOver()
+            ):
+                await self._trained(event)
             case events.GatesSet():
                 self.show_gates(event.gates)
             case events.Failed():
@@ -119,7 +129,7 @@ class Follower:
         self.screen.gate_panel.view.show_loaded(loaded)
         self.show_gates(loaded.gates)
         self.screen.show_missing(loaded)
-        self.screen.say("" if state.is_busy else f"ready · {loaded.needs}".rstrip(" ·"))
+        self.screen.say("" if state.is_busy else _ready(loaded))
         self.show_context()
         if state.is_busy and turn and not turn.latest.gates:
             turn.latest.gates = loaded.gates  # asked before anybody knew them
@@ -193,6 +203,12 @@ class Follower:
             self.screen.say(f"C2C with {words}: compare the two answers")
         else:
             self.screen.say("ready")
+
+
+def _ready(loaded: Loaded) -> str:
+    if loaded.unfinished:
+        return f"ready · its training stopped at {loaded.unfinished}: Ctrl+S goes on"
+    return f"ready · {loaded.needs}".rstrip(" ·")
 
 
 def _shapes(gates: Sequence[Gates]) -> list[tuple[int, int]]:

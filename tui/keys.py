@@ -47,6 +47,7 @@ APP = (
     Key("f8", "screen.hide_gates", "Hide gates", "hide the gates, or show them again"),
     Key("ctrl+o", "pane('receiver')", "Receiver", "the receiver alone as another pane"),
     Key("f9", "owed", "Owed", "tint C2C's words by what they owe to the sharer, or stop it", False),
+    Key("ctrl+s", "train", "Train", "train this pair's fuser, stop, go on", False),
     Key("ctrl+t", "screen.next_tab", "Next tab", "the next pane, on a narrow terminal", False),
     Key("ctrl+p", "command_palette", "Palette", "everything there is, themes too", False),
     Key("", "pane('sharer')", "Sharer", "the sharer alone as another pane"),
@@ -97,6 +98,13 @@ SESSIONS = (
     Key("r", "rename", "renames", "another title"),
     Key("d", "delete", "deletes", "delete it; asked for twice"),
     Key("escape", "leave", "closes", "leave the renaming; close the list"),
+)
+OFFER = (
+    Key("1", "train(180)", "3 minutes", "long enough to see it move"),
+    Key("2", "train(900)", "15 minutes", "long enough to be of use between small models"),
+    Key("3", "train(3600)", "an hour", "better"),
+    Key("r", "reverse", "turn round", "the same two models, the other way round"),
+    Key("escape", "dismiss(None)", "closes", "as it was"),
 )
 HELP = (Key("escape,f1,q", "dismiss", "closes", "back to the conversation"),)
 

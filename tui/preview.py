@@ -128,6 +128,12 @@ class Replay:
         """Says that the gates are what they are not: nothing is computed here."""
         self._play([(0.0, GatesSet(tuple(gates)))])
 
+    def train(self, seconds: float) -> None:
+        """Nothing is computed here."""
+
+    def stop_training(self) -> None:
+        """Nothing is computed here."""
+
     def weigh(self) -> None:
         """Nothing is computed here."""
 

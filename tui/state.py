@@ -21,6 +21,7 @@ class State:
         memory_gb: what MLX holds.
         is_busy: whether an answer is being given.
         is_blind: whether it is hidden whose answer is whose.
+        is_training: whether a fuser is being trained, or about to be.
         is_weighing: whether C2C's words are tinted by what they owe to the sharer.
         attempt: at the last question.
     """
@@ -32,6 +33,7 @@ class State:
     memory_gb: float = 0.0
     is_busy: bool = False
     is_blind: bool = False
+    is_training: bool = False
     is_weighing: bool = False
     attempt: int = 0
 

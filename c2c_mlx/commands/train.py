@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from c2c_mlx.commands import Parser, run
-from c2c_mlx.config import TrainConfig, from_dict
+from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import recipe
-from c2c_mlx.training.run import PRESETS, RunConfig
+from c2c_mlx.training.run import PRESETS, RunConfig, described
 
 if TYPE_CHECKING:
     from c2c_mlx.training.trainer import Trainer
@@ -207,7 +207,7 @@ def _main(args: argparse.Namespace, command: str) -> None:
     # A run that is resumed goes on with what was chosen for it, whatever it was told first.
     flags = [name for name in _TRAIN if getattr(args, name, None) is not None]
     given = flags if args.resume else [name for name in _TRAIN if name in values]
-    config = from_dict(RunConfig, _nested(values) | {"given": given}, "arguments")
+    config = described(values | {"given": given})
     if args.plan:
         _plan(config, deadline, args.json, command)
     else:
@@ -260,11 +260,6 @@ def _told(out: Path) -> dict[str, Any]:
     return recipe.read(str(out / recipe.FILE), _KNOWN) if (out / recipe.FILE).exists() else {}
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    described = {name: value for name, value in values.items() if name not in _TRAIN}
-    return described | {"train": {k: v for k, v in values.items() if k in _TRAIN}}
-
-
 def _plan(config: RunConfig, deadline: float | None, as_json: bool, command: str) -> None:
     """Plans on the clock of `time.monotonic`."""
     import c2c_mlx.blas  # noqa: F401
@@ -298,16 +293,14 @@ def _train(
     import mlx.core as mx
 
     from c2c_mlx.fusers import trained
-    from c2c_mlx.training import checkpoints, interrupt, plan
+    from c2c_mlx.training import interrupt, plan
     from c2c_mlx.training.assemble import assemble, assemble_twin
     from c2c_mlx.training.display import Display, tracker
 
     is_first, out = mx.distributed.init().rank() == 0, Path(config.out)
     fixed = set(told)
-    if resume and deadline and (there := checkpoints.all_of(out)):
-        # What was planned stays: another length would be another run.
-        iters = int(checkpoints.settings_in(there[-1])["iters"])
-        config = dataclasses.replace(config, train=plan.with_iters(config.train, iters, fixed))
+    if resume and deadline:
+        config = plan.as_planned(config, fixed)
     with Display(config.train.iters, is_first) as display:
         trainer = assemble(config, display, resume=resume, source=command, deadline=deadline)
         if is_first:

@@ -249,7 +249,8 @@ def _training(
     inside = 2 * receiver.outputs + 4 * receiver.hidden + 2 * receiver.scores(prompt + answer)
     inside *= 1 if config.grad_checkpoint else layers
     kept = receiver.itemsize * rows * answer * (inside + layers * receiver.hidden)
-    logits = 4 * rows * answer * 3 * receiver.vocabulary
+    # As they are, shifted, their exponentials and their gradient.
+    logits = 4 * min(4 * rows * answer * receiver.vocabulary, device.LOGITS)
     passing = 4 * rows * prompt * pass_width(fuser)
     adding = 4 * count  # a batch's gradient, before it is added to the others'
     working = fused + kept + logits + passing + adding

@@ -7,7 +7,7 @@ reads, writes and cleans up. Whoever shows the events calls the methods below an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -26,9 +26,11 @@ from c2c_mlx.events import (
     Mode,
     Prefilling,
     Text,
+    TrainingOver,
     TurnOver,
 )
 from c2c_mlx.progress import Progress
+from c2c_mlx.talk.explain import explain as explain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,6 +65,9 @@ class InferenceThread(threading.Thread):
         self._session: ChatSession | None = None
         self._asked = self._called_off = 0  # turns are numbered; these are the last ones
         self._turn = 0
+        self._question = ""  # the latest
+        self._lesson: Iterator[None] | None = None  # goes on where there is no job
+        self._dismissed = False  # whether it is to end
         self._closing = False
         self._jobs.put(self._load)
 
@@ -86,7 +91,7 @@ class InferenceThread(threading.Thread):
             attempt: added to the seed, so that a second answer to a question may be another one.
         """
         self._asked += 1
-        turn = self._asked
+        turn, self._question = self._asked, question
         self._jobs.put(lambda: self._answer(turn, question, modes, attempt))
 
     def stop(self) -> None:
@@ -94,6 +99,33 @@ class InferenceThread(threading.Thread):
         self._called_off = self._asked
         if self._session is not None:
             self._session.stop()
+
+    def train(self, seconds: float) -> None:
+        """Trains a fuser for the pair beside everything else, or goes on where that was stopped.
+
+        Args:
+            seconds: that a new run may take, once its data is there.
+        """
+
+        def job() -> None:
+            from c2c_mlx.talk.lesson import teach
+
+            session, self._dismissed = self._ready, False
+            if self._lesson is None:
+                self._lesson = teach(
+                    self.pair,
+                    (session.receiver, session.sharers[0]),
+                    seconds,
+                    self.events.put,
+                    lambda: self._question,
+                    lambda: self._dismissed or self._closing,
+                )
+
+        self._jobs.put(job)
+
+    def stop_training(self) -> None:
+        """Ends training after its step, and keeps what was learned."""
+        self._dismissed = True
 
     def weigh(self) -> None:
         """Has it said what each word of C2C's latest answer owes to the sharer, if there is one."""
@@ -120,6 +152,8 @@ class InferenceThread(threading.Thread):
             self._ready.reset()
             for mode, turns in histories.items():
                 self._ready.restore(mode, turns)
+            latest = [turns[-1][0] for turns in histories.values() if turns]
+            self._question = latest[0] if latest else ""
 
         self._jobs.put(job)
 
@@ -146,6 +180,7 @@ class InferenceThread(threading.Thread):
         """Loads another pair, or the same again after a download that failed."""
 
         def job() -> None:
+            self._end_training()
             self.pair, self._session = pair, None
             self._load()
 
@@ -166,7 +201,7 @@ class InferenceThread(threading.Thread):
         import mlx.core as mx
 
         try:
-            while (job := self._jobs.get()) is not None and not self._closing:
+            while (job := self._next()) is not None and not self._closing:
                 try:
                     job()
                 except _Closing:
@@ -174,8 +209,36 @@ class InferenceThread(threading.Thread):
                 except Exception as e:
                     self.events.put(Failed(explain(e)))
         finally:
+            self._end_training()
             self._session = None
             mx.clear_streams()  # without it, one exit in twenty aborts
+
+    def _next(self) -> Callable[[], object] | None:
+        """The next job; a step of training where there is none."""
+        try:
+            return self._jobs.get(block=self._lesson is None)
+        except Empty:
+            return self._train_on
+
+    def _train_on(self) -> None:
+        assert self._lesson is not None
+        try:
+            next(self._lesson)
+        except StopIteration:
+            self._lesson = None
+        except Exception:
+            self._lesson = None
+            self.events.put(TrainingOver(0, 0))
+            raise
+
+    def _end_training(self) -> None:
+        """Has it keep what was learned."""
+        self._dismissed = True
+        while self._lesson is not None:
+            try:
+                self._train_on()
+            except Exception as e:
+                self.events.put(Failed(explain(e)))
 
     def _load(self) -> None:
         from c2c_mlx import blas, device
@@ -247,6 +310,7 @@ class InferenceThread(threading.Thread):
 
     def _loaded(self, session: ChatSession, need: Need, missing: str) -> Loaded:
         from c2c_mlx import device
+        from c2c_mlx.talk.lesson import outlook
 
         named = [given or f"{self.pair.receiver}+{sharer}" for sharer, given in self.pair.links]
         parts = zip(session.sharers, named, session.links, session.gates, strict=False)
@@ -263,6 +327,7 @@ class InferenceThread(threading.Thread):
             receiver_layers=len(session.receiver.model.layers),
             needs=str(need),
             missing=missing,
+            **outlook(self.pair),
         )
 
     def _find_fusers(self) -> list[Path]:
@@ -331,15 +396,3 @@ def _memory_gb() -> float:
     import mlx.core as mx
 
     return float(mx.get_active_memory() / 1e9)
-
-
-def explain(error: Exception) -> str:
-    """An error as one line with the next step, whatever it was."""
-    if isinstance(error, C2CError):
-        return str(error)
-    from c2c_mlx import device
-
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    if device.is_out_of_memory(error):
-        return f"out of memory ({text}): start a new conversation, or take smaller models"
-    return f"{type(error).__name__}: {text}; this is a bug, and asking again may work"

@@ -55,6 +55,7 @@ def assemble(
     source: str,
     dry: bool = False,
     deadline: float | None = None,
+    models: tuple[LanguageModel, LanguageModel] | None = None,
 ) -> Trainer:
     """Makes everything that a run needs, in the calling thread.
 
@@ -67,6 +68,7 @@ def assemble(
             so many are given that one knows how long it takes; see `Trainer.answering`.
         deadline: on the clock of `time.monotonic`, for the whole run; of the time until then no
             more than a third is for answers, and chats that are left without one are left out.
+        models: receiver and sharer, if they are loaded already.
 
     Raises:
         C2CError: if something named is not there or does not fit, a run is in `run.out` already, or
@@ -89,7 +91,7 @@ def assemble(
         )
     _claim(out, resume, make=not dry or bool(run.answer_with))
     group = mx.distributed.init()
-    receiver, sharer, fuser, need = _load(run, watcher)
+    receiver, sharer, fuser, need = _load(run, watcher, models)
     alignment = fuser.config.alignment
     rows = [row for _, *parts in data for part in parts for row in part]
     tokenizers = receiver.tokenizer, sharer.tokenizer
@@ -213,7 +215,9 @@ def _as_it_was(run: RunConfig, out: Path) -> RunConfig:
 Needed = Callable[[TrainConfig, fits.Lengths], memory.Need]
 
 
-def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageModel, Fuser, Needed]:
+def _load(
+    run: RunConfig, watcher: Watcher, models: tuple[LanguageModel, LanguageModel] | None
+) -> tuple[LanguageModel, LanguageModel, Fuser, Needed]:
     """Both models and a fuser, and what a run of them needs of memory, if they can be loaded."""
     folder: Path | None = None
     if run.fuser:
@@ -227,7 +231,7 @@ def _load(run: RunConfig, watcher: Watcher) -> tuple[LanguageModel, LanguageMode
     sizes = ModelSize.read(r), ModelSize.read(s)
     need = partial(memory.training, *sizes, wanted)
     need(run.train)  # refuses what can't be loaded
-    receiver, sharer = (
+    receiver, sharer = models or (
         load_model(name, progress=watcher.loading) for name in (run.receiver, run.sharer)
     )
     if folder is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -15,7 +17,7 @@ import mlx.core as mx
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion.fuser import parameters
-from c2c_mlx.training import fits, measure
+from c2c_mlx.training import checkpoints, fits, measure
 from c2c_mlx.training.dataset import WINDOW, Example
 from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.trainer import Trainer
@@ -54,12 +56,13 @@ class Pace:
         )
 
 
-def probe(trainer: Trainer, twin: bool = False) -> Pace:
+def probe(trainer: Trainer, twin: bool = False, pause: Callable[[], None] = lambda: None) -> Pace:
     """Times steps over batches of all lengths, then puts the trainer back to where it was.
 
     Args:
         trainer: of a run that has not begun.
         twin: whether the steps of its control are timed as well.
+        pause: called between the steps.
 
     Raises:
         C2CError: if they don't fit into the memory, or the loss is not finite.
@@ -76,6 +79,7 @@ def probe(trainer: Trainer, twin: bool = False) -> Pace:
         trainer.train_step(trainer.split(drawn[-1]))  # the longest; and a first step is slower
         began = time.perf_counter()
         for rows in typical:
+            pause()
             trainer.train_step(trainer.split(rows))
         step = (time.perf_counter() - began) / PROBE
         evaluation = answer = 0.0
@@ -147,7 +151,13 @@ def with_iters(config: TrainConfig, iters: int, fixed: set[str]) -> TrainConfig:
     return replace(config, iters=iters, **rhythm)
 
 
-def fit(trainer: Trainer, deadline: float, fixed: set[str], twin: bool = False) -> Pace:
+def fit(
+    trainer: Trainer,
+    deadline: float,
+    fixed: set[str],
+    twin: bool = False,
+    pause: Callable[[], None] = lambda: None,
+) -> Pace:
     """Gives a run that has not begun the length that ends by `deadline`, for all its processes.
 
     Args:
@@ -155,16 +165,30 @@ def fit(trainer: Trainer, deadline: float, fixed: set[str], twin: bool = False) 
         deadline: on the clock of `time.monotonic`.
         fixed: fields of its configuration that stay as they are.
         twin: whether its control is to end by then, too.
+        pause: see `probe`.
 
     Raises:
         C2CError: as `probe` and `fitted` do.
     """
-    pace = probe(trainer, twin)
+    pace = probe(trainer, twin, pause)
     mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed)
     is_first = trainer.group.rank() == 0
     iters = mx.distributed.all_sum(mx.array(mine.iters if is_first else 0), group=trainer.group)
     trainer.begin(with_iters(mine, int(iters), fixed))
     return pace
+
+
+def as_planned(run: RunConfig, fixed: set[str]) -> RunConfig:
+    """A run that is resumed, with the steps that were planned for it: others would be another run.
+
+    Raises:
+        C2CError: if its checkpoint is damaged.
+    """
+    there = checkpoints.all_of(Path(run.out))
+    if not there:
+        return run
+    iters = int(checkpoints.settings_in(there[-1])["iters"])
+    return replace(run, train=with_iters(run.train, iters, fixed))
 
 
 def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:

@@ -5,10 +5,10 @@ No MLX here: `--help` and the app's forms need this alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from c2c_mlx.config import TrainConfig
+from c2c_mlx.config import TrainConfig, from_dict
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training.layouts import check_fields
 
@@ -85,6 +85,18 @@ class RunConfig:
             C2CError: for a weight that is not above zero.
         """
         return [_named(text) for text in self.data]
+
+
+def described(values: dict[str, Any]) -> RunConfig:
+    """The run that arguments by their names describe, those of its training among them.
+
+    Raises:
+        C2CError: for a name that there is not, or a value that can't be.
+    """
+    names = {field.name for field in fields(TrainConfig)}
+    rest = {name: value for name, value in values.items() if name not in names}
+    train = {name: value for name, value in values.items() if name in names}
+    return from_dict(RunConfig, rest | {"train": train}, "arguments")
 
 
 def _named(text: str) -> tuple[str, float | None]:

@@ -21,11 +21,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from c2c_mlx import device
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.stand_ins import Caught, Passed, StandIn, place_of_layers, standing_in
 from c2c_mlx.training.caches import TrainingCache, training_cache
 
-_CHUNK = 1 << 27  # bytes of float32 logits that exist at once
+_CHUNK = device.LOGITS
 
 
 class Sections:

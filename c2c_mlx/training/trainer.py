@@ -30,6 +30,7 @@ from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.checkpoints import Checkpoint, Metrics
 from c2c_mlx.training.dataset import Dataset, Example, Position
 from c2c_mlx.training.prefills import Prefiller, Prefills
+from c2c_mlx.training.schedule import learning_rate
 
 METRICS = "metrics.jsonl"
 _NAMES = {
@@ -104,7 +105,7 @@ class Trainer:
         self.verdict: verdict.Verdict = {}  # until the last step is done
         self._whole = True  # fuser and optimiser are those of `step`, not between two steps
         self.optimizer = optim.AdamW(
-            learning_rate=_schedule(config),
+            learning_rate=learning_rate(config),
             betas=list(config.betas),
             weight_decay=config.weight_decay,
         )
@@ -213,15 +214,18 @@ class Trainer:
         Raises:
             C2CError: if the memory does not suffice, the disk is full, or the loss is not finite.
         """
-        with self.fitting(keep=True):
-            self._run(on_report, on_step, stopped)
+        for made in self.steps(stopped):
+            if isinstance(made, float):
+                on_step(self.step, made)
+            else:
+                on_report(made)
 
-    def _run(
-        self,
-        on_report: Callable[[Metrics], None],
-        on_step: Callable[[int, float], None],
-        stopped: Callable[[], bool],
-    ) -> None:
+    def steps(self, stopped: Callable[[], bool]) -> Iterator[float | Metrics]:
+        """As `run`, which it is the inside of: each step's loss, and each report, as they come."""
+        with self.fitting(keep=True):
+            yield from self._steps(stopped)
+
+    def _steps(self, stopped: Callable[[], bool]) -> Iterator[float | Metrics]:
         c, is_first = self.config, self.group.rank() == 0
         stream = self.train.batches(c.batch_size * c.accumulate, c.seed, self.position)
         began, losses, tokens_before = time.perf_counter(), [], self.tokens
@@ -230,7 +234,7 @@ class Trainer:
             position, rows = next(stream)
             losses.append(self.train_step(self.split(rows)))
             self.position = position
-            on_step(self.step, losses[-1])
+            yield losses[-1]
             evaluating = self.step % c.eval_every == 0 or self.finished
             unsaved = True
             if is_first and (self.step % c.report_every == 0 or evaluating):
@@ -243,12 +247,12 @@ class Trainer:
                 if evaluating and self.valid:
                     self.measured = metrics
                 self._log(metrics)
-                on_report(metrics)
                 if metrics.get("valid_loss", math.inf) < self.best:
                     self.best = metrics["valid_loss"]
                     self._save_fuser(self.folder / "best")
                 if evaluating:
                     self._save_fuser(self.folder)
+                yield metrics
                 began, losses, tokens_before = time.perf_counter(), [], self.tokens
             if is_first and (self.step % c.save_every == 0 or self.finished):
                 self.save()
@@ -402,19 +406,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({reason}); earlier checkpoints are whole: make room, then "
             "--resume"
         ) from None
-
-
-def _schedule(c: TrainConfig) -> Callable[[mx.array], mx.array]:
-    low = c.learning_rate * c.final_learning_rate
-    steps = max(c.iters - c.warmup, 1)
-    decay = (
-        optim.cosine_decay(c.learning_rate, steps, low)
-        if c.schedule == "cosine"
-        else optim.linear_schedule(c.learning_rate, low, steps)
-    )
-    if c.warmup == 0:
-        return decay
-    return optim.join_schedules(
-        [optim.linear_schedule(c.learning_rate / c.warmup, c.learning_rate, c.warmup), decay],
-        [c.warmup],
-    )

@@ -458,6 +458,7 @@ async def test_copying_help_and_themes(shows) -> None:
         await pilot.press("f4")
         await shows(chat, "copied C2C's answer")
         assert chat.clipboard == answer(0, "c2c").text
+        await pilot.resize_terminal(160, 42)
         await pilot.press("f1")
         await shows(chat, "earlier questions", "The same for every prompt".lower())
         await pilot.press("escape")

@@ -13,6 +13,7 @@ from c2c_mlx.tui.preview import app, until
 from c2c_mlx.tui.screens.ballot import Ballot
 from c2c_mlx.tui.screens.help import Help
 from c2c_mlx.tui.screens.main import MainScreen
+from c2c_mlx.tui.screens.offer import Offer
 from c2c_mlx.tui.screens.sessions import Sessions
 from c2c_mlx.tui.screens.settings import Settings
 from c2c_mlx.tui.widgets.gate_view import GateView
@@ -26,6 +27,7 @@ WHERE = {
     Ballot: keys.BALLOT,
     Settings: keys.SETTINGS,
     Sessions: keys.SESSIONS,
+    Offer: keys.OFFER,
     Help: keys.HELP,
 }
 

@@ -9,7 +9,7 @@ from textual.widgets import Footer, Markdown
 
 from c2c_mlx.tui import keys
 from c2c_mlx.tui.votes import Choice
-from c2c_mlx.tui.widgets.pane import harmless
+from c2c_mlx.tui.widgets.harmless import harmless
 
 
 class Ballot(ModalScreen[Choice | None]):

@@ -266,7 +266,13 @@ def _advice(loaded: Loaded) -> str:
     if sharers:
         models = f"--sharer {sharers[0]} --receiver {receiver}"
         lines += [
-            f"· train one: leave (Ctrl+Q), then  c2c-train {models}",
+            "· train one here, now: Ctrl+S; or, after leaving, on data of your own:",
+            f"  c2c-train {models}",
+            *(
+                [f"· turn the pair round: Ctrl+S, R, for {loaded.reverse}"]
+                if loaded.reverse
+                else []
+            ),
             f"· name one that you have:  c2c-chat {models} --fuser FOLDER",
             "· meanwhile the text relay answers, and Ctrl+O has the receiver answer alone",
         ]

@@ -14,7 +14,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.tui import keys, session_file
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.session_file import SessionFile, Summary
-from c2c_mlx.tui.widgets.pane import harmless
+from c2c_mlx.tui.widgets.harmless import harmless
 
 NOTHING = "nothing has been saved yet: ask something first"
 

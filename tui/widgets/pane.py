@@ -13,13 +13,10 @@ from c2c_mlx.events import Crossed, Mode
 from c2c_mlx.talk import relay
 from c2c_mlx.tui import owed, race
 from c2c_mlx.tui.conversation import NAMES, Answer, Turn
+from c2c_mlx.tui.widgets.harmless import harmless
+from c2c_mlx.tui.widgets.training import TrainingView
 
 SIDE_BY_SIDE = 46  # columns of a turn, from which two answers stand beside each other
-
-
-def harmless(text: str) -> str:
-    """A model's text without characters that a terminal would act upon."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
 class AnswerText(Markdown):
@@ -169,10 +166,12 @@ class AnswerPane(Vertical):
         self._purpose = Static(_PURPOSE[mode], classes="purpose", markup=False)
         self._turns = Vertical(self._purpose, classes="turns")
         self._scroll = VerticalScroll(self._turns, classes="scroll")
+        self.training = TrainingView()
 
     def compose(self) -> ComposeResult:
-        """Turns are mounted as they come."""
+        """Turns are mounted as they come; only C2C's pane ever shows its training."""
         yield self._scroll
+        yield self.training
 
     def say(self, state: str) -> None:
         """What the mode is doing, on the border."""

@@ -1,0 +1,164 @@
+"""Training from within the app: what is offered, what is seen of it, and what comes after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from c2c_mlx import events
+from c2c_mlx.config import Pair
+from c2c_mlx.events import TrainingBegun, TrainingOver, TrainingStep, Trial
+from c2c_mlx.tui.app import ChatApp
+from c2c_mlx.tui.conversation import Conversation
+from c2c_mlx.tui.preview import RECORDING, Recording, Replay, until
+from c2c_mlx.tui.screens.offer import Offer
+from c2c_mlx.tui.widgets.training import curve
+
+SIZE = (160, 40)
+PLAN = TrainingBegun("steps: 120 of 8 chats\ntime: about 15 min\nmemory: about 2.1 GB", 0, 120)
+
+
+class Stage(Replay):
+    """An engine that says what the test puts into it, and remembers what it was told to do."""
+
+    def __init__(self, **loaded: object) -> None:
+        super().__init__(Recording.read(RECORDING))
+        recorded = self.recording.start[-1][1]
+        assert isinstance(recorded, events.Loaded)
+        self.known = recorded
+        self.first = replace(recorded, **loaded)  # type: ignore[arg-type]
+        self.told: list[object] = []
+
+    def start(self) -> None:
+        self.say(self.first)
+
+    def ask(self, question: str, modes: object, attempt: int = 0) -> None:
+        self.told.append((question, modes))
+        self.say(events.TurnOver(1.0))
+
+    def train(self, seconds: float) -> None:
+        self.told.append(seconds)
+
+    def stop_training(self) -> None:
+        self.told.append("stop")
+
+    def reload(self, pair: Pair) -> None:
+        self.told.append(pair)
+        self.say(self.known)
+
+    def say(self, *said: events.EngineEvent) -> None:
+        self._play([(0.0, event) for event in said])
+
+
+def staged(**loaded: object) -> tuple[ChatApp, Stage]:
+    stage = Stage(**loaded)
+    return ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"]), stage
+
+
+def without_fuser(**more: object) -> tuple[ChatApp, Stage]:
+    return staged(links=(), missing="no fuser is known", **more)
+
+
+async def test_a_pair_without_a_fuser_is_offered_training(shows) -> None:
+    chat, stage = without_fuser(reverse="the-other-way")
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer", "Ctrl+S", "the-other-way")
+        await pilot.press("ctrl+s")
+        await shows(chat, "train one?", "15 minutes", "turn round", "by the fuser the-other-way")
+        await pilot.press("escape")
+        await shows(chat, "C2C cannot answer", without="train one?")
+        await pilot.press("ctrl+s", "2")
+        await until(lambda: stage.told == [900] and chat.state.is_training)
+        await shows(chat, "Ctrl+S stops")
+
+
+async def test_the_pair_is_turned_round(shows) -> None:
+    chat, stage = without_fuser(reverse="the-other-way")
+    pair = stage.pair
+    async with chat.run_test(size=SIZE) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press("ctrl+s", "r")
+        turned = Pair(pair.sharers[0], (pair.receiver,))
+        await until(lambda: turned in stage.told)
+        assert chat.state.conversation.pair == turned
+        await shows(chat, "ready")
+
+
+async def test_nothing_turns_round_where_no_fuser_is_known(shows) -> None:
+    chat, stage = without_fuser()
+    async with chat.run_test(size=SIZE) as pilot:
+        await shows(chat, "C2C cannot answer", without="turn the pair round")
+        await pilot.press("ctrl+s", "r")
+        assert isinstance(chat.screen, Offer) and stage.told == []
+
+
+async def test_training_is_seen_and_stopped_and_resizing_loses_nothing(shows) -> None:
+    chat, stage = without_fuser()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press("ctrl+s", "1")
+        stage.say(PLAN)
+        await shows(chat, "120 of 8 chats", "about 2.1 GB", "Ctrl+S stops, and keeps it")
+        stage.say(*(TrainingStep(n, 120, 4.0 - n / 10, 300.0 - n, 20) for n in range(1, 10)))
+        await shows(chat, "step 9 of 120 · loss 3.100", "20 gates open · 4 min 51 s left", "▇▆▅")
+        stage.say(Trial(9, "Who?", "Ada [bold]Lovelace\x1b[2J"), Trial(12, "Who?", "Ada"))
+        await shows(chat, "after step 9: Ada [bold]Lovelace�[2J", "after step 12: Ada", "“Who?”")
+        await pilot.resize_terminal(80, 24)
+        await shows(chat, "step 9 of 120")
+        await pilot.resize_terminal(*SIZE)
+        await shows(chat, "step 9 of 120", "after step 12: Ada")
+        await pilot.press(*"typed", "ctrl+s")
+        await until(lambda: stage.told[-1] == "stop")
+        stage.known = replace(stage.known, unfinished="step 9 of 120")
+        stage.say(TrainingOver(9, 120))
+        await shows(chat, "stopped at step 9 of 120 · Ctrl+S goes on", "after step 12: Ada")
+        await shows(chat, "its training stopped at step 9 of 120: Ctrl+S goes on")
+        assert chat.main.prompt.text == "typed" and not chat.state.is_training
+        await pilot.press("ctrl+s")
+        await until(lambda: stage.told[-1] == 0)
+        stage.say(replace(PLAN, step=9))
+        await shows(chat, "step 9 of 120", "after step 12: Ada", "Ctrl+S stops")
+
+
+async def test_after_training_the_fuser_is_loaded_and_the_question_asked_again(shows) -> None:
+    chat, stage = without_fuser()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press(*"Who?", "enter")
+        await until(lambda: stage.told == [("Who?", ("relay",))] and not chat.state.is_busy)
+        await pilot.press("ctrl+s", "1")
+        stage.say(PLAN, TrainingStep(120, 120, 2.0, 0.0, 20))
+        await pilot.press(*"More?", "enter")  # the others answer meanwhile
+        await until(lambda: ("More?", ("relay",)) in stage.told and not chat.state.is_busy)
+        stage.say(TrainingOver(120, 120, "Worth using: on 60 chats."))
+        await until(lambda: stage.told[-1] == ("More?", ("c2c",)))
+        assert stage.pair in stage.told
+        await shows(chat, "120 steps done", "Worth using: on 60 chats.", without="cannot answer")
+        takes = chat.state.turn.takes
+        assert [list(take.answers) for take in takes] == [["relay"], ["c2c"]]
+
+
+async def test_what_came_to_nothing_can_be_tried_again(shows) -> None:
+    chat, stage = without_fuser()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press("ctrl+s", "1")
+        stage.say(TrainingOver(0, 0), events.Failed("--time: give it more"))
+        await shows(chat, "give it more", without="120 steps")
+        await pilot.press("ctrl+s")
+        await shows(chat, "train one?")
+
+
+async def test_a_pair_with_a_fuser_is_not_trained(shows) -> None:
+    chat, stage = staged()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "ready")
+        await pilot.press("ctrl+s")
+        await shows(chat, "there is a fuser already")
+        assert stage.told == []
+
+
+def test_a_curve_is_as_wide_as_there_is_room() -> None:
+    assert curve([], 8) == ""
+    assert curve([1.0], 8) == "▁"
+    assert curve([2.0, 1.0, 0.0], 8) == "█▅▁"
+    assert len(curve([float(n) for n in range(100)], 8)) == 8
