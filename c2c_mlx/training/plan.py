@@ -24,9 +24,9 @@ from c2c_mlx.training.trainer import Trainer
 from c2c_mlx.training.verdict import ANSWER_TOKENS
 
 PROBE = 10  # steps that are timed
-_RHYTHM = ("eval_every", "save_every")
 _ANSWERED = 4  # tokens of an answer that are timed
 _ANSWERING = 0.1  # of a given time, at most, is for the verdict's answers
+_EVALUATING = 0.25  # of a given time, at most, is for evaluations; there is always one
 _EVALUATIONS = 4  # of a run that is too short for the usual rhythm
 
 
@@ -128,26 +128,37 @@ def fitted(config: TrainConfig, seconds: float, pace: Pace, fixed: set[str]) -> 
     if "answers" not in fixed and pace.answer:
         affordable = int(_ANSWERING * max(seconds, 0) / pace.answer)
         config = replace(config, answers=min(config.answers, affordable))
+    evaluations = _EVALUATIONS
+    if pace.evaluation:
+        affordable = int(_EVALUATING * max(seconds, 0) / pace.evaluation)
+        evaluations = min(max(affordable, 1), _EVALUATIONS)
     low, high = 0, max(int(seconds / pace.step), 1) + 1  # `low` steps fit, `high` don't
     while high - low > 1:
         middle = (low + high) // 2
-        if pace.seconds(with_iters(config, middle, fixed)) <= seconds:
+        if pace.seconds(with_iters(config, middle, fixed, evaluations)) <= seconds:
             low = middle
         else:
             high = middle
     if not low:
-        least = pace.seconds(with_iters(config, 1, fixed))
+        least = pace.seconds(with_iters(config, 1, fixed, evaluations))
         raise C2CError(
             f"--time: {max(seconds, 0):.0f} s are left of it after loading and ten steps of probe, "
             f"and a single step with its evaluation takes {least:.0f} s: give it more"
         )
-    return with_iters(config, low, fixed)
+    return with_iters(config, low, fixed, evaluations)
 
 
-def with_iters(config: TrainConfig, iters: int, fixed: set[str]) -> TrainConfig:
-    """A run of so many steps, evaluated and saved at least four times but for what is `fixed`."""
-    every = min(200, math.ceil(iters / _EVALUATIONS))
-    rhythm: dict[str, Any] = {name: every for name in _RHYTHM if name not in fixed}
+def with_iters(
+    config: TrainConfig, iters: int, fixed: set[str], evaluations: int = _EVALUATIONS
+) -> TrainConfig:
+    """A run of so many steps, evaluated so often at least, and saved four times; `fixed` stays."""
+    parts = {"eval_every": evaluations, "save_every": _EVALUATIONS}
+    rhythm: dict[str, Any] = {
+        # Where evaluations are dear there are no more of them in a long run.
+        name: min(200 if n == _EVALUATIONS else iters, math.ceil(iters / n))
+        for name, n in parts.items()
+        if name not in fixed
+    }
     return replace(config, iters=iters, **rhythm)
 
 
@@ -174,7 +185,7 @@ def fit(
     mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed)
     is_first = trainer.group.rank() == 0
     iters = mx.distributed.all_sum(mx.array(mine.iters if is_first else 0), group=trainer.group)
-    trainer.begin(with_iters(mine, int(iters), fixed))
+    trainer.begin(replace(mine, iters=int(iters)))
     return pace
 
 

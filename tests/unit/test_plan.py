@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,15 @@ def test_the_longest_run_that_ends_in_time(seconds: float) -> None:
     pace = Pace(step=0.5, evaluation=3.0, answer=0.1, peak_gb=0)
     config = plan.fitted(TrainConfig(), seconds, pace, set())
     assert pace.seconds(config) <= seconds
-    assert pace.seconds(plan.with_iters(config, config.iters + 1, set())) > seconds
-    assert config.eval_every == config.save_every <= max(config.iters / 3, 1)
+    assert pace.seconds(replace(config, iters=config.iters + 1)) > seconds
+    assert config.save_every <= max(config.iters / 3, 1)
+    assert pace.evaluation * config.iters / config.eval_every <= max(seconds / 3, 3)
+
+
+def test_a_time_is_not_spent_on_evaluations() -> None:
+    pace = Pace(step=1.0, evaluation=60.0, answer=0.0, peak_gb=0)
+    config = plan.fitted(TrainConfig(), 180, pace, set())
+    assert config.eval_every == config.iters == 100 and config.save_every == 25
 
 
 def test_what_was_given_stays() -> None:
