@@ -12,6 +12,7 @@ from c2c_mlx.bootstrap import interval
 
 FILE = "verdict.json"
 FEWEST = 8  # chats; an interval over fewer says more than is known
+LEAST = 0.01  # nats per token; what is gained with certainty may still be nothing to speak of
 ANSWER_TOKENS = 32  # of a greedy answer, at most
 
 # What C2C is compared with, by the names of the file; each has its loss and its difference.
@@ -129,8 +130,10 @@ def _sentence(found: Verdict, control: bool) -> str:
     said = _said(found["answers"])
     if control:
         return f"The control, which reads nothing: on {chats} chats {change}."
-    if not _is_better(found, "receiver"):
+    better = _is_better(found, "receiver")
+    if not better or found["vs_receiver"]["mean"] > -LEAST:
         how = "worse than" if found["vs_receiver"]["ci95"][0] > 0 else "no better than"
+        how = "hardly better than" if better else how
         return f"Not worth using: {on} C2C is {how} the receiver alone ({change}){said}."
     if said and found["answers"]["vs_receiver"]["ci95"][1] < 0:
         return (

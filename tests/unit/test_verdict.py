@@ -153,6 +153,14 @@ def test_a_twin_is_taken_into_a_verdict_afterwards(tmp_path: Path) -> None:
     assert verdict.read(tmp_path / "nowhere") == {}
 
 
+def test_a_gain_that_is_sure_and_tiny_is_none() -> None:
+    rng = np.random.default_rng(0)
+    valid = rng.normal(8, 2, 40)
+    found = {"valid": valid, "receiver": valid + 0.02, "shuffled": valid + 0.02}
+    said = judge({k: v.tolist() for k, v in found.items()}, [4] * 40, 0)["verdict"]
+    assert said.startswith("Not worth using") and "is hardly better than the receiver" in said
+
+
 def test_a_loss_is_per_token_and_its_interval_over_chats() -> None:
     found = judge({"valid": [1.0, 9.0], "receiver": [2.0, 18.0]}, [1, 9], 0)
     assert (found["valid_loss"], found["receiver_loss"]) == (1.0, 2.0)
