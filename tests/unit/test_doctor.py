@@ -29,7 +29,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "projector" / "p1"
 # Each as it might go wrong on a new device, or in a new version of a library.
 TANH_GELU = """
 import c2c_mlx.blas, mlx.nn as nn
-nn.gelu = nn.gelu_approx
+from c2c_mlx.fusion import project
+project.ACTIVATIONS["gelu"] = nn.gelu_approx
 """
 DEAF_ROPE = """
 import c2c_mlx.blas, mlx.core as mx

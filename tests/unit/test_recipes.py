@@ -24,7 +24,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.training import own_chats, recipe
 from c2c_mlx.training.files import ChatRow, answers_for, read_hub, read_source
 from c2c_mlx.training.recipes.pack import pack
-from c2c_mlx.training.run import RunConfig
+from c2c_mlx.training.run import described
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.session_file import SessionFile
 
@@ -88,9 +88,7 @@ def test_a_recipe_of_the_package_describes_a_run(name: str) -> None:
     text = (recipe.FOLDER / f"{name}.yaml").read_text()
     assert re.search(r"^why: >\n( .+\n){3}", text) and "\nlicence: " in text
     values = recipe.read(name, train._KNOWN)
-    run = train.from_dict(
-        RunConfig, train._nested({"sharer": "s", "receiver": "r", "out": "o"} | values), name
-    )
+    run = described({"sharer": "s", "receiver": "r", "out": "o"} | values)
     assert run.licence
     for source, weight in run.sources:
         assert weight
