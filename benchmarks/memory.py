@@ -197,7 +197,7 @@ def measure(args: argparse.Namespace, case: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--batch", type=int, default=6, help="of the training runs")
     parser.add_argument("--grad-checkpoint", action="store_true", help="in the training runs")
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
@@ -205,7 +205,7 @@ def main() -> None:
     if args.scratch:
         measure(args, args.cases[0])
         return
-    for case in args.cases:
+    for case in args.cases or CASES:
         with tempfile.TemporaryDirectory() as scratch:
             if case == "published":
                 write_published(Path(scratch))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -167,6 +169,22 @@ def test_shapes_of_a_change() -> None:
     assert change.message_weight.shape == (1, BATCH, 1, LENGTH, 1)
     assert 0 < change.weight.min().item() and change.weight.max().item() < 1
     assert make().change(**caches()).message_weight is None
+
+
+def test_gelu_keeps_nothing_but_its_input_for_the_gradient() -> None:
+    x = mx.random.normal((1 << 20,))
+
+    def loss(x: mx.array, f: Callable[[mx.array], mx.array]) -> mx.array:
+        for _ in range(8):
+            x = f(x)
+        return x.sum()
+
+    assert_close(mx.grad(loss)(x, gelu), mx.grad(loss)(x, nn.gelu))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.grad(loss)(x, gelu))
+    assert mx.get_peak_memory() - before < 80 * x.nbytes  # with all that is between: 163
 
 
 # --- gates in training
