@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -48,7 +48,7 @@ _ERF_Q = (
 
 def gelu(x: mx.array) -> mx.array:
     """The exact GELU, not its tanh approximation; in float32 it is 1e-6 off at most."""
-    return _rational_gelu(x) if device.has_slow_erf() else nn.gelu(x)
+    return cast(mx.array, _rational_gelu(x)) if device.has_slow_erf() else nn.gelu(x)
 
 
 @mx.custom_function
