@@ -17,7 +17,7 @@ from c2c_mlx.commands import Parser, run
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import recipe
-from c2c_mlx.training.run import PRESETS, RunConfig, described
+from c2c_mlx.training.run import ARGUMENTS, BESIDE, PRESETS, TRAIN, RunConfig, described
 
 if TYPE_CHECKING:
     from c2c_mlx.training.trainer import Trainer
@@ -74,12 +74,8 @@ models, chats or settings. What is reported and kept may change, and --iters: th
 follows the new length. With --time it keeps the number of steps that was planned.
 """
 
-_BESIDE = ("track", "time")  # what a file may also have
 TRACKERS = ("wandb", "swanlab")
 ANSWERERS = ("receiver", "sharer")
-_TRAIN = [field.name for field in dataclasses.fields(TrainConfig)]
-_RUN = [f.name for f in dataclasses.fields(RunConfig) if f.name not in ("train", "given")]
-_KNOWN = (*_RUN, *_TRAIN, *_BESIDE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,15 +194,15 @@ def _main(args: argparse.Namespace, command: str) -> None:
         return
     values = _values(args)
     told = dict(values)
-    track, limit = (values.pop(name, None) for name in _BESIDE)
+    track, limit = (values.pop(name, None) for name in BESIDE)
     if track not in (None, *TRACKERS):
         raise C2CError(f"'track' must be one of {', '.join(TRACKERS)}")
     deadline = began + _seconds(str(limit)) if limit is not None else None
     if deadline and "iters" in values:
         raise C2CError("--time finds the number of steps: leave --iters out, or --time")
     # A run that is resumed goes on with what was chosen for it, whatever it was told first.
-    flags = [name for name in _TRAIN if getattr(args, name, None) is not None]
-    given = flags if args.resume else [name for name in _TRAIN if name in values]
+    flags = [name for name in TRAIN if getattr(args, name, None) is not None]
+    given = flags if args.resume else [name for name in TRAIN if name in values]
     config = described(values | {"given": given})
     if args.plan:
         _plan(config, deadline, args.json, command)
@@ -222,8 +218,8 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     """
     given: dict[str, Any] = {}
     for name in args.recipe or ():
-        given = _over(given, recipe.read(name, _KNOWN))
-    flags = {name: getattr(args, name, None) for name in _KNOWN}
+        given = _over(given, recipe.read(name))
+    flags = {name: getattr(args, name, None) for name in (*ARGUMENTS, *BESIDE)}
     given = _over(given, {name: value for name, value in flags.items() if value is not None})
     if args.resume and given.get("out") is not None:
         given = _over(_told(Path(str(given["out"]))), given)
@@ -233,17 +229,18 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     if given.get("out") is None:
         from c2c_mlx.fusers import trained
         from c2c_mlx.models import remote
+        from c2c_mlx.training import checkpoints
 
         pair = str(given["receiver"]), remote.name_of(str(given["sharer"]))
         there = trained.runs(*pair)
         if args.resume and not there:
             raise C2CError("--resume: no run of this pair is in the cache; name it with --out")
-        out = there[-1] if args.resume else trained.next_run(*pair)
+        out = there[-1] if args.resume else checkpoints.place(*pair)
         given = _over(_told(out) if args.resume else {}, given | {"out": str(out)})
     if given.get("data") is None:
         name, line = recipe.default()
         print(line, file=sys.stderr)
-        given = _over(recipe.read(name, _KNOWN), given)
+        given = _over(recipe.read(name), given)
     return given
 
 
@@ -257,7 +254,7 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _told(out: Path) -> dict[str, Any]:
     """What a run was told when it began; nothing of one that kept no such file."""
-    return recipe.read(str(out / recipe.FILE), _KNOWN) if (out / recipe.FILE).exists() else {}
+    return recipe.read(str(out / recipe.FILE)) if (out / recipe.FILE).exists() else {}
 
 
 def _plan(config: RunConfig, deadline: float | None, as_json: bool, command: str) -> None:

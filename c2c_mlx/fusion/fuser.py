@@ -236,7 +236,7 @@ class Fuser(nn.Module):
             delta, here = part.delta, None
             if m is not None:
                 delta = delta * m.astype(delta.dtype)
-                # As the paper's gate: soft while it learns, then nothing is added below a half.
+                # Below a half nothing is added. While it learns, see `training.loss.fuse`.
                 here = None if self.training else m > SHUT
             if messages is not None:
                 at = messages[:, end - delta.shape[3] : end]

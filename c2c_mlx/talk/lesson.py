@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 
-from c2c_mlx.config import Pair, SamplingConfig, TrainConfig
+from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
     EngineEvent,
@@ -30,16 +30,11 @@ from c2c_mlx.progress import Progress
 from c2c_mlx.talk.opening import open_session
 from c2c_mlx.training import checkpoints, plan, recipe
 from c2c_mlx.training.assemble import assemble
-from c2c_mlx.training.run import RunConfig, described
+from c2c_mlx.training.run import BESIDE, described
 from c2c_mlx.training.trainer import Trainer
 
 _LONGEST = 60  # tokens of a trial's answer
 _PER_CHAT = 2  # seconds of a run for each chat that is read of a source, at most
-_KNOWN = [
-    *(f.name for f in fields(RunConfig) if f.name not in ("train", "given")),
-    *(f.name for f in fields(TrainConfig)),
-    *("track", "time"),
-]
 
 
 class _Stopped(Exception):
@@ -158,8 +153,8 @@ def _begun(
     values: dict[str, Any] = {
         # Chats that it has no time for would only have to be read and answered.
         "rows": max(int(seconds / _PER_CHAT), 1),
-        **recipe.read(name, _KNOWN),
-        **{"sharer": sharer, "receiver": receiver, "out": str(_place(receiver, sharer))},
+        **recipe.read(name),
+        **{"sharer": sharer, "receiver": receiver, "out": str(checkpoints.place(receiver, sharer))},
     }
     for length in ("iters", "time"):
         values.pop(length, None)
@@ -180,20 +175,12 @@ def _gone_on(
     out: Path, models: tuple[LanguageModel, LanguageModel], watcher: _Watcher
 ) -> tuple[Trainer, str]:
     """A run that was stopped, as it was told when it began."""
-    values = recipe.read(str(out / recipe.FILE), _KNOWN) | {"out": str(out)}
+    values = recipe.read(str(out / recipe.FILE)) | {"out": str(out)}
     fixed = set(values)
-    values = {name: value for name, value in values.items() if name not in ("track", "time")}
+    values = {name: value for name, value in values.items() if name not in BESIDE}
     run = plan.as_planned(described(values), fixed)
     trainer = assemble(run, watcher, resume=True, source="c2c-chat", models=models)
     return trainer, f"goes on at step {trainer.step} of {trainer.config.iters}"
-
-
-def _place(receiver: str, sharer: str) -> Path:
-    """Where a new run goes; one that came to nothing makes room, for it may have kept answers."""
-    runs = trained.runs(receiver, sharer)
-    if runs and not checkpoints.all_of(runs[-1]) and not (runs[-1] / disk.CONFIG).exists():
-        return runs[-1]
-    return trained.next_run(receiver, sharer)
 
 
 def _tried(

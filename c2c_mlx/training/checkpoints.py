@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from c2c_mlx import atomic
 from c2c_mlx.config import FuserConfig, TrainConfig
 from c2c_mlx.errors import C2CError
+from c2c_mlx.fusers import disk, trained
 from c2c_mlx.training.dataset import Position
 
 Metrics = dict[str, float]  # one line of metrics.jsonl
@@ -34,6 +37,19 @@ _FREE = (
 )
 _SPLIT = ("batch_size", "accumulate")
 _TOLD = ("iters", "grad_checkpoint", *_SPLIT)
+
+
+def place(receiver: str, sharer: str) -> Path:
+    """Where a pair's next run goes; one that came to nothing makes room, for it may have answers.
+
+    Args:
+        receiver: the model argument.
+        sharer: likewise.
+    """
+    runs = trained.runs(receiver, sharer)
+    if runs and not all_of(runs[-1]) and not (runs[-1] / disk.CONFIG).exists():
+        return runs[-1]
+    return trained.next_run(receiver, sharer)
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,23 @@ def write(run: Path, checkpoint: Checkpoint, keep: int) -> None:
             (folder / _STATE).write_text(text, encoding="utf-8")
     for old in all_of(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says what to do where a file of a run can't be written.
+
+    Raises:
+        C2CError: in one line.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # MLX's own writing raises the latter
+        reason = getattr(e, "strerror", None) or str(e)
+        raise C2CError(
+            f"{path}: cannot be written ({reason}); earlier checkpoints are whole: make room, then "
+            "--resume"
+        ) from None
 
 
 def read(folder: Path) -> Checkpoint:

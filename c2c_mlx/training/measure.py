@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -18,7 +18,7 @@ from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.answers import ended
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.dataset import Example
-from c2c_mlx.training.prefills import Prefiller, Prefills
+from c2c_mlx.training.prefills import Prefiller
 
 Losses = dict[str, list[float]]  # by name, nats per chat
 Answers = dict[str, list[str]]  # by name, each chat's
@@ -72,7 +72,7 @@ def answers(
     """
     ends = end_ids(tokenizer)
     ids = {"wanted": [[i for i in e.response_ids if i not in ends] for e in by_length(chats)]}
-    for name, batch, cache, _ in _ways(c2c, prefiller.whole, chats, batch_size, zeroed=True):
+    for name, batch, cache, _ in _ways(c2c, prefiller, chats, batch_size, True, computed=True):
         some = decode(c2c.receiver, cache, batch.inputs[:, 0], ends, most)
         ids.setdefault(name, []).extend(some)
     fast = fast_tokenizer(tokenizer)
@@ -116,11 +116,17 @@ def decode(
 
 
 def _ways(
-    c2c: C2C, read: Callable[[Batch], Prefills], chats: list[Example], size: int, zeroed: bool
+    c2c: C2C,
+    prefiller: Prefiller,
+    chats: list[Example],
+    size: int,
+    zeroed: bool,
+    computed: bool = False,
 ) -> Iterator[tuple[str, Batch, kv.Cache, mx.array | None]]:
     """Batches in the order of `by_length`, with the receiver's cache as each way of asking has it.
 
-    The last is the responses' state, see `Prefills`.
+    The last is the responses' state, see `Prefills`; where all is to be `computed`, there is none,
+    and the receiver's caches hold all of its layers.
 
     With a shuffled sharer a chat is fed by the sharer of the next longer one, whatever batch that
     is in; a single chat has nobody to swap with, and is not shuffled.
@@ -130,12 +136,12 @@ def _ways(
     others = [e.with_sharer_of(o) for e, o in zip(rows, rows[1:] + rows[:1], strict=True)]
     for at in range(0, len(rows), size):
         batch = collate(rows[at : at + size], c2c.fuser.config.positions)
-        prefills = read(batch)
+        prefills = prefiller.whole(batch) if computed else prefiller(batch)
         state = prefills.state
         yield "valid", batch, step_loss.fuse(c2c, prefills.own, prefills.sharer, batch)[0], state
         if len(rows) > 1:
             other = collate(others[at : at + size], c2c.fuser.config.positions)
-            sharer = read(other).sharer
+            sharer = prefiller.sharer(other, computed)
             yield "shuffled", other, step_loss.fuse(c2c, prefills.own, sharer, other)[0], state
         if zeroed:
             nothing = step_loss.zeroed(c2c, batch)

@@ -49,11 +49,14 @@ class Pace:
     twin: Pace | None = None
 
     def seconds(self, config: TrainConfig) -> float:
-        """Of a whole run; the verdict measures a third more than an evaluation does."""
+        """Of a whole run and its twin; a verdict measures a third more than an evaluation does."""
         evaluations = math.ceil(config.iters / config.eval_every) + 1 / 3
-        return (
-            config.iters * self.step + evaluations * self.evaluation + config.answers * self.answer
-        )
+        own = config.iters * self.step + evaluations * self.evaluation
+        own += config.answers * self.answer
+        if self.twin is None:
+            return own
+        # It answers nothing, and is measured once more to be compared with.
+        return own + self.twin.seconds(replace(config, answers=0)) + self.twin.evaluation
 
 
 def probe(trainer: Trainer, twin: bool = False, pause: Callable[[], None] = lambda: None) -> Pace:
@@ -129,8 +132,8 @@ def fitted(config: TrainConfig, seconds: float, pace: Pace, fixed: set[str]) -> 
         affordable = int(_ANSWERING * max(seconds, 0) / pace.answer)
         config = replace(config, answers=min(config.answers, affordable))
     evaluations = _EVALUATIONS
-    if pace.evaluation:
-        affordable = int(_EVALUATING * max(seconds, 0) / pace.evaluation)
+    if evaluation := pace.evaluation + (pace.twin.evaluation if pace.twin else 0.0):
+        affordable = int(_EVALUATING * max(seconds, 0) / evaluation)
         evaluations = min(max(affordable, 1), _EVALUATIONS)
     low, high = 0, max(int(seconds / pace.step), 1) + 1  # `low` steps fit, `high` don't
     while high - low > 1:

@@ -107,12 +107,21 @@ class Prefiller:
         """The prompts alone, just computed, with the receiver's cache in all of its layers."""
         return Prefills(*self._run(batch, with_sharer=not self.zero_sharer), None)
 
+    def sharer(self, batch: Batch, computed: bool = False) -> KV:
+        """What feeds the fused columns alone: as a step over this batch reads it, or as `whole`."""
+        if computed or self.folder is None or batch.start == batch.stop:
+            return self._read_sharer(batch, with_sharer=not self.zero_sharer)
+        return self(batch).sharer
+
     def _run(self, batch: Batch, with_sharer: bool) -> tuple[kv.Cache, KV]:
         own = step_loss.prefill(self.c2c.receiver, batch.receiver, self._memos[0])
+        return own, self._read_sharer(batch, with_sharer)
+
+    def _read_sharer(self, batch: Batch, with_sharer: bool) -> KV:
         if not with_sharer or batch.start == batch.stop:
-            return own, step_loss.zeroed(self.c2c, batch)
+            return step_loss.zeroed(self.c2c, batch)
         cache = sharers.prefill(self.c2c, batch.sharer, self._memos[1])
-        return own, step_loss.read_sharer(self.c2c, cache, batch)
+        return step_loss.read_sharer(self.c2c, cache, batch)
 
     def _one(self, folder: Path, example: Example) -> Kept:
         path = folder / f"{_key(example)}.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from c2c_mlx.atomic import write_text
 from c2c_mlx.errors import C2CError
 from c2c_mlx.models import hub
+from c2c_mlx.training.run import ARGUMENTS, BESIDE
 
 FOLDER = Path(__file__).parent / "recipes"
 FILE = "run.yaml"  # in a run's folder: what it was told, to be resumed by and to be copied
@@ -24,20 +24,20 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def read(name: str, known: Collection[str]) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
     """What a recipe says: the arguments of a run by their names, data as a list.
 
     Args:
         name: of one of the package's, or a file.
-        known: the arguments that there are.
 
     Raises:
         C2CError: if there is no such recipe, or it can't be read.
     """
     path = FOLDER / f"{name}.yaml" if name in names() else Path(name)
     values = _document(path)
-    if unknown := [key for key in values if key not in (*known, _WHY)]:
-        listed = ", ".join(sorted((*known, _WHY)))
+    known = (*ARGUMENTS, *BESIDE, _WHY)
+    if unknown := [key for key in values if key not in known]:
+        listed = ", ".join(sorted(known))
         raise C2CError(f"{path}: unknown key '{unknown[0]}' (known: {listed})")
     values.pop(_WHY, None)
     if isinstance(data := values.get("data"), dict):

@@ -87,15 +87,19 @@ class RunConfig:
         return [_named(text) for text in self.data]
 
 
+TRAIN = tuple(f.name for f in fields(TrainConfig))
+ARGUMENTS = (*(f.name for f in fields(RunConfig) if f.name not in ("train", "given")), *TRAIN)
+BESIDE = ("track", "time")  # what a recipe may also have
+
+
 def described(values: dict[str, Any]) -> RunConfig:
     """The run that arguments by their names describe, those of its training among them.
 
     Raises:
         C2CError: for a name that there is not, or a value that can't be.
     """
-    names = {field.name for field in fields(TrainConfig)}
-    rest = {name: value for name, value in values.items() if name not in names}
-    train = {name: value for name, value in values.items() if name in names}
+    rest = {name: value for name, value in values.items() if name not in TRAIN}
+    train = {name: value for name, value in values.items() if name in TRAIN}
     return from_dict(RunConfig, rest | {"train": train}, "arguments")
 
 

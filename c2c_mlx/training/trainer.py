@@ -290,7 +290,7 @@ class Trainer:
         wanted = self.valid and c.answers and not c.zero_sharer
         said = self.answers(c.answers) if wanted else None
         self.verdict = verdict.judge(losses, tokens, c.seed, c.zero_sharer, said)
-        with _writing(self.folder / verdict.FILE):
+        with checkpoints.writing(self.folder / verdict.FILE):
             verdict.write(self.folder, self.verdict)
         return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
@@ -299,7 +299,7 @@ class Trainer:
         if found := verdict.read(self.folder):
             losses, _ = twin._measure()
             self.verdict = verdict.with_twin(found, losses["valid"], self.config.seed)
-            with _writing(self.folder / verdict.FILE):
+            with checkpoints.writing(self.folder / verdict.FILE):
                 verdict.write(self.folder, self.verdict)
             self._save_fuser(self.folder)
 
@@ -345,7 +345,7 @@ class Trainer:
 
     def _log(self, metrics: Metrics) -> None:
         path = self.folder / METRICS
-        with _writing(path):
+        with checkpoints.writing(path):
             atomic.append(path, json.dumps(metrics) + "\n")
 
     def _save_fuser(self, folder: Path) -> None:
@@ -371,7 +371,7 @@ class Trainer:
             self.c2c.fuser.parameters(),
             self.optimizer.state,
         )
-        with _writing(self.folder / checkpoints.FOLDER):
+        with checkpoints.writing(self.folder / checkpoints.FOLDER):
             checkpoints.write(self.folder, state, self.config.keep_checkpoints)
 
     def resume(self, checkpoint: Path) -> None:
@@ -394,15 +394,3 @@ class Trainer:
         self.optimizer.state = state.optimizer
         self.step, self.tokens, self.position = state.step, state.tokens, state.position
         self.best, self.measured = state.best, state.metrics
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as e:  # MLX's own writing raises the latter
-        reason = getattr(e, "strerror", None) or str(e)
-        raise C2CError(
-            f"{path}: cannot be written ({reason}); earlier checkpoints are whole: make room, then "
-            "--resume"
-        ) from None

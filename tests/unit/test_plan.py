@@ -56,6 +56,17 @@ def test_the_longest_run_that_ends_in_time(seconds: float) -> None:
     assert pace.evaluation * config.iters / config.eval_every <= max(seconds / 3, 3)
 
 
+def test_a_time_is_shared_with_the_twin() -> None:
+    alone = Pace(step=0.5, evaluation=3.0, answer=0.1, peak_gb=0)
+    both = replace(alone, twin=replace(alone, step=0.4))
+    config = plan.fitted(TrainConfig(), 600, both, set())
+    twin = replace(config, answers=0)
+    assert both.twin is not None
+    seconds = alone.seconds(config) + both.twin.seconds(twin) + alone.evaluation
+    assert both.seconds(config) == pytest.approx(seconds) and seconds <= 600
+    assert config.iters < 0.6 * plan.fitted(TrainConfig(), 600, alone, set()).iters
+
+
 def test_a_time_is_not_spent_on_evaluations() -> None:
     pace = Pace(step=1.0, evaluation=60.0, answer=0.0, peak_gb=0)
     config = plan.fitted(TrainConfig(), 180, pace, set())

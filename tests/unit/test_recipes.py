@@ -87,7 +87,7 @@ def assistant(content: str) -> dict[str, str]:
 def test_a_recipe_of_the_package_describes_a_run(name: str) -> None:
     text = (recipe.FOLDER / f"{name}.yaml").read_text()
     assert re.search(r"^why: >\n( .+\n){3}", text) and "\nlicence: " in text
-    values = recipe.read(name, train._KNOWN)
+    values = recipe.read(name)
     run = described({"sharer": "s", "receiver": "r", "out": "o"} | values)
     assert run.licence
     for source, weight in run.sources:
@@ -124,7 +124,7 @@ def test_offline_the_text_of_the_package_is_taken_and_a_run_remembers_it(
     found = Fuser.load(out).provenance
     assert "package:reading/trivia" in found.data and "Tatoeba" in found.data_licence
     assert "OpenTriviaQA CC BY-SA 4.0" in (out / "README.md").read_text()
-    told = recipe.read(str(out / "run.yaml"), train._KNOWN)
+    told = recipe.read(str(out / "run.yaml"))
     assert (told["rows"], told["answer_with"]) == (3, "receiver")
     # Nothing is said again; that the hub can be had now changes nothing.
     hub.repositories[DATA_SET] = {}

@@ -7,56 +7,17 @@ import json
 import os
 import random
 import socket
-from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 
 import mlx.core as mx
-import openai
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_jobs import QUESTION, SAMPLING, Heard, asked, chat, running, send, serving
+from serving_jobs import QUESTION, Heard, asked, chat, send
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel
-from c2c_mlx.config import Pair
-from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.serving.job import Sampling
 
 # Clients that go away, bodies, and lines of HTTP; docs/experiments.md has the last large run.
 CLIENTS, BODIES, LINES = map(int, os.environ.get("C2C_MLX_HOSTILE", "100,150,60").split(","))
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair: Pair) -> Iterator[Engine]:
-    with running(tiny_pair, Limits(slots=4, queue=64)) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def port(engine: Engine) -> Iterator[int]:
-    with serving(engine) as port:
-        yield port
-
-
-@pytest.fixture
-def client(port: int) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
-    ) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def c2c_chat(receiver: LanguageModel, sharer: LanguageModel, tiny_pair: Pair) -> Callable[..., str]:
-    session = ChatSession(receiver, sharer, Fuser.load(tiny_pair.fusers[0]), sampling=SAMPLING)
-
-    def answer(question: str, mode: str = "c2c", system: str | None = None) -> str:
-        session.reset()
-        session.system = system
-        *_, finished = session.ask(question, mode)
-        return finished.text
-
-    return answer
 
 
 def test_clients_that_go_away_leave_nothing_behind(engine, port) -> None:

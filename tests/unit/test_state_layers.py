@@ -23,30 +23,9 @@ from c2c_mlx.fusion.reader import Reader
 
 
 @pytest.fixture
-def hybrid(sharer: LanguageModel, make_fuser: Any) -> C2C:
+def hybrid(lfm2: nn.Module, sharer: LanguageModel, make_fuser: Any) -> C2C:
     """Into a tiny LFM2; its layers 0 and 2 are convolutions, whose state can't be rolled back."""
-    args = lfm2.ModelArgs(
-        model_type="lfm2",
-        vocab_size=512,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        norm_eps=1e-5,
-        conv_bias=False,
-        conv_L_cache=3,
-        block_dim=32,
-        block_multiple_of=8,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        block_ff_dim=64,
-        full_attn_idxs=[1, 3],
-    )
-    mx.random.seed(5)
-    model = lfm2.Model(args)
-    mx.eval(model.parameters())
-    return C2C(model, sharer.model, make_fuser(model, sharer.model, layer_map=((1, 2), (3, 4))))
+    return C2C(lfm2, sharer.model, make_fuser(lfm2, sharer.model, layer_map=((1, 2), (3, 4))))
 
 
 def test_a_hybrid_receiver_turn_by_turn(hybrid: C2C) -> None:

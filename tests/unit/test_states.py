@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models import lfm2
 
 from c2c_mlx import LanguageModel, device
 from c2c_mlx.fusion import kv
@@ -22,33 +21,14 @@ PROMPT, ANSWER = list(range(20, 50)), [7, 300, 41, 5, 90, 211]
 
 
 @pytest.fixture(params=["qwen3", "gemma3", "lfm2"])
-def model(request: pytest.FixtureRequest, receiver: LanguageModel, gemma: nn.Module) -> nn.Module:
+def model(
+    request: pytest.FixtureRequest, receiver: LanguageModel, gemma: nn.Module, lfm2: nn.Module
+) -> nn.Module:
     if request.param == "qwen3":
         return receiver.model
     if request.param == "gemma3":
         return gemma
-    args = lfm2.ModelArgs(
-        model_type="lfm2",
-        vocab_size=512,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        norm_eps=1e-5,
-        conv_bias=False,
-        conv_L_cache=3,
-        block_dim=32,
-        block_multiple_of=8,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        block_ff_dim=64,
-        full_attn_idxs=[1, 3],
-    )
-    mx.random.seed(5)
-    hybrid = lfm2.Model(args)
-    mx.eval(hybrid.parameters())
-    return hybrid
+    return lfm2
 
 
 def read(model: nn.Module, ids: list[int]) -> kv.Cache:

@@ -1,118 +1,29 @@
-"""The training loop with two tiny models: losses, interruption, and what it writes."""
+"""The training loop with two tiny models: losses, and what it reports and writes."""
 
 from __future__ import annotations
 
 import json
-import re
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from trainers import POSITIONS, Make, loss_of, run, weights
 
-from c2c_mlx import C2C, Fuser, LanguageModel
-from c2c_mlx.config import FuserConfig, TrainConfig
+from c2c_mlx import Fuser, LanguageModel
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.project import inputs
 from c2c_mlx.text.tokens import end_ids
-from c2c_mlx.training import interrupt
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.batch import Batch, collate
-from c2c_mlx.training.checkpoints import Metrics, all_of, settings_in
-from c2c_mlx.training.dataset import Dataset, Example, Source
-from c2c_mlx.training.files import ChatRow
-from c2c_mlx.training.fits import CHOSEN
+from c2c_mlx.training.batch import collate
+from c2c_mlx.training.checkpoints import all_of
+from c2c_mlx.training.dataset import Example
 from c2c_mlx.training.measure import by_length, decode
-from c2c_mlx.training.start import measure_inputs, new_fuser
-from c2c_mlx.training.trainer import Trainer
-
-POSITIONS = ["all", "from_first_message", "messages"]
-
-
-@pytest.fixture(scope="module")
-def dataset(receiver: LanguageModel, sharer: LanguageModel) -> Dataset:
-    rows = [
-        ChatRow(
-            [
-                {"role": "user", "content": f"say {i}" + " please" * (i % 4)},
-                {"role": "assistant", "content": f"{i}" + " so" * (i % 3)},
-            ],
-            own=i % 4 == 0,
-            where=f"chats, line {i}",
-        )
-        for i in range(11)
-    ]
-    source = Source(rows, 1.0)
-    return Dataset([source], receiver.tokenizer, sharer.tokenizer, "span", 64)
-
-
-@pytest.fixture(scope="module")
-def examples(dataset: Dataset) -> list[Example]:
-    found = map(dataset.example, dataset.sources[0].rows)
-    return [e for e in found if e is not None]
-
-
-Make = Callable[..., Trainer]
-Say = Callable[[str], None]
-
-
-@pytest.fixture
-def make(
-    receiver: LanguageModel, sharer: LanguageModel, dataset: Dataset, examples: list[Example]
-) -> Make:
-    """A trainer; fields of both configurations may be given."""
-
-    def make(
-        folder: Path, say: Callable[[str], None] = lambda line: None, **options: Any
-    ) -> Trainer:
-        names = FuserConfig.__dataclass_fields__
-        fields = {k: options.pop(k) for k in list(options) if k in names}
-        config = TrainConfig(
-            **({"iters": 6, "batch_size": 3, "warmup": 2, "save_every": 3} | options)
-        )
-        fields = {"hidden_dim": 16, "intermediate_dim": 12, "dropout": 0.0} | fields
-        layers = tuple((i, i + 2) for i in range(4))
-        fuser = new_fuser(
-            FuserConfig(receiver.shape, sharer.shape, layers, **fields), config.gates, config.seed
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        c2c = C2C(receiver.model, sharer.model, fuser)
-        trainer = Trainer(c2c, dataset, examples[:4], config, folder, say=say)
-        fuser.temperature = trainer.temperature  # as `run` does before its first step
-        return trainer
-
-    return make
-
-
-def run(trainer: Trainer) -> list[Metrics]:
-    reports: list[Metrics] = []
-    trainer.run(reports.append)
-    return reports
-
-
-def weights(trainer: Trainer) -> dict[str, np.ndarray]:
-    return {k: np.array(v) for k, v in tree_flatten(trainer.c2c.fuser.parameters())}
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    assert a.keys() == b.keys()
-    return all(np.array_equal(a[k], b[k]) for k in a)
-
-
-def loss_of(trainer: Trainer, batch: Batch) -> float:
-    trainer.c2c.fuser.eval()
-    prefills = trainer.prefills(batch)
-    fused, _ = step_loss.fuse(trainer.c2c, prefills.own, prefills.sharer, batch)
-    return step_loss.response_loss(trainer.prefills.receiver, fused, batch, prefills.state).item()
-
+from c2c_mlx.training.start import measure_inputs
 
 # --- losses
 
@@ -221,317 +132,6 @@ def test_labels_open_and_shut_while_a_fuser_learns(
         np.testing.assert_array_equal(is_changed, ~batch.own & learns)
 
 
-# --- runs that are cut
-
-
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("rotated_keys", [False, True])
-def test_kept_prefills_are_the_computed_ones(
-    make: Make, examples: list[Example], tmp_path: Path, positions: str, rotated_keys: bool
-) -> None:
-    options = {"positions": positions, "rotated_keys": rotated_keys}
-    computed = make(tmp_path / "a", **options)
-    keeping = make(tmp_path / "b", prefill_cache=str(tmp_path / "kept"), **options)
-    for rows in (examples[:6], examples[6:]):
-        keeping.prefills(collate(rows, positions))
-    reading = make(tmp_path / "c", prefill_cache=str(tmp_path / "kept"), **options)
-    reading.c2c.sharer = None  # it must not be needed
-    batch = collate(examples[3:9], positions)  # batches of another epoch
-    assert loss_of(reading, batch) == pytest.approx(loss_of(computed, batch), rel=1e-3)
-    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == len(examples)
-
-
-def test_prefills_are_kept_up_to_the_limit(
-    make: Make, examples: list[Example], tmp_path: Path
-) -> None:
-    kept = tmp_path / "kept"
-    said: list[str] = []
-    trainer = make(tmp_path, prefill_cache=str(kept), prefill_cache_gb=20e-6, say=said.append)
-    batch = collate(examples, "all")
-    first = loss_of(trainer, batch)
-    files = list(kept.rglob("*.safetensors"))
-    assert 0 < len(files) < len(examples)
-    assert sum(f.stat().st_size for f in files) < 25e3
-    assert len(said) == 1 and "--prefill-cache-gb" in said[0]
-    files[0].write_bytes(b"torn")
-    assert loss_of(make(tmp_path, prefill_cache=str(kept)), batch) == first
-
-
-def test_a_kept_prefill_depends_on_its_chat_alone(
-    make: Make, examples: list[Example], tmp_path: Path
-) -> None:
-    """So a run is the same, whatever was kept when, and by whom."""
-    together = make(tmp_path / "a", prefill_cache=str(tmp_path / "kept"))
-    batch = collate(examples[:6], "all")
-    whole = loss_of(together, batch)
-    for path in [*(tmp_path / "kept").rglob("*.safetensors")][:2]:
-        path.unlink()
-    parts = make(tmp_path / "b", prefill_cache=str(tmp_path / "kept"))
-    assert loss_of(parts, batch) == whole
-    alone = make(tmp_path / "c", prefill_cache=str(tmp_path / "alone"))
-    for e in examples[5::-1]:
-        alone.prefills(collate([e], "all"))
-    alone.c2c.sharer = None
-    assert loss_of(alone, batch) == whole
-
-
-def test_other_weights_have_prefills_of_their_own(
-    make: Make, examples: list[Example], tmp_path: Path, receiver: LanguageModel
-) -> None:
-    """Names alone do not say how a model was quantised."""
-    batch, kept = collate(examples[:3], "all"), str(tmp_path / "kept")
-    loss_of(make(tmp_path / "a", prefill_cache=kept), batch)
-    other = make(tmp_path / "b", prefill_cache=kept)
-    norm = other.c2c.receiver.model.norm
-    weight, norm.weight = norm.weight, norm.weight * 1.5
-    try:
-        other = make(tmp_path / "b", prefill_cache=kept)
-        expected = loss_of(make(tmp_path / "c"), batch)
-        assert loss_of(other, batch) == pytest.approx(expected, rel=1e-3)
-    finally:
-        norm.weight = weight
-    assert len(list((tmp_path / "kept").iterdir())) == 2
-
-
-NOISY = {"gates": "learned", "dropout": 0.3}
-RECIPE = {"positions": "messages", "message_gate": True, "rotated_keys": False, "normalise": True}
-
-
-@pytest.mark.parametrize(
-    "options", [NOISY, RECIPE, {"accumulate": 2}, {"prefill_cache": "kept"}], ids=str
-)
-def test_a_resumed_run_gives_the_same_weights(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    whole = make(tmp_path / "whole", **options)
-    before = weights(whole)
-    reports = run(whole)
-    assert [c.name for c in all_of(tmp_path / "whole")] == ["0000003", "0000006"]
-
-    mx.random.normal((5,))  # whatever else drew numbers in the meantime
-    resumed = make(tmp_path / "resumed", **options)
-    resumed.resume(all_of(tmp_path / "whole")[0])
-    assert resumed.step == 3 and not same(weights(resumed), before)
-    again = run(resumed)
-    assert same(weights(resumed), weights(whole))
-    assert resumed.position == whole.position and resumed.tokens == whole.tokens
-    for key in ("valid_loss", "valid_receiver_loss", "learning_rate", "gates_open", "tokens"):
-        assert again[-1][key] == reports[-1][key]
-
-
-def test_ctrl_c_saves_a_checkpoint_that_continues_exactly(make: Make, tmp_path: Path) -> None:
-    whole, cut = make(tmp_path / "whole", **NOISY), make(tmp_path / "cut", report_every=1, **NOISY)
-    run(whole)
-
-    loss_and_grad = cut._loss_and_grad
-
-    def interrupted(*args: Any) -> Any:  # in the middle of the second step
-        if cut.step == 1:
-            signal.raise_signal(signal.SIGINT)
-        return loss_and_grad(*args)
-
-    cut._loss_and_grad = interrupted
-    said: list[str] = []
-    with interrupt.noticed(lambda: said.append("stopping")) as stopped:
-        cut.run(stopped=stopped)
-    assert said == ["stopping"] and not cut.finished
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert Fuser.load(tmp_path / "cut").provenance.steps == 2
-    resumed = make(tmp_path / "cut", **NOISY)
-    resumed.resume(all_of(tmp_path / "cut")[-1])
-    assert resumed.step == 2
-    run(resumed)
-    assert same(weights(resumed), weights(whole))
-
-
-def test_a_second_ctrl_c_is_raised_at_once() -> None:
-    with interrupt.noticed(lambda: None) as stopped:
-        assert not stopped()
-        signal.raise_signal(signal.SIGINT)
-        assert stopped()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"learning_rate": 0.001}, "learning_rate was 0.003, is 0.001"),
-        ({"batch_size": 2}, "batch_size was 3, is 2"),
-        ({"accumulate": 2}, "accumulate was 1, is 2"),
-        ({"activation": "silu"}, "fuser_config.activation was gelu, is silu"),
-        ({"hidden_dim": 8}, "fuser_config.hidden_dim was 16, is 8"),
-        ({"prefill_cache": "kept"}, "prefill_cache was False, is True"),
-        ({"seed": 7, "clip": 2.0}, "clip was 1.0, is 2.0, seed was 0, is 7"),
-    ],
-)
-def test_a_run_with_other_settings_is_not_resumed(
-    make: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    words: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run(make(tmp_path, iters=3))
-    other = make(tmp_path, **options)
-    before = weights(other)
-    with pytest.raises(C2CError) as e:
-        other.resume(all_of(tmp_path)[-1])
-    assert words in str(e.value) and "\n" not in str(e.value)
-    assert same(weights(other), before) and other.step == 0
-
-
-def test_other_chats_or_models_are_not_resumed(make: Make, tmp_path: Path) -> None:
-    run(make(tmp_path, iters=3))
-    other = make(tmp_path)
-    rows = other.train.sources[0].rows
-    other.train.sources[0] = Source(rows[:-1], 1.0)
-    chats = other.train.fingerprint()
-    other.train.sources[0] = Source(rows, 1.0)
-    for name, value in (("chats", chats), ("weights of the sharer", "f" * 16)):
-        changed = make(tmp_path)
-        assert changed.settings[name] != value
-        changed.settings[name] = value
-        with pytest.raises(C2CError, match=f"other {name}"):
-            changed.resume(all_of(tmp_path)[-1])
-
-
-def test_what_is_told_and_kept_may_change_and_a_run_may_get_longer(
-    make: Make, tmp_path: Path
-) -> None:
-    run(make(tmp_path, iters=3))
-    said: list[str] = []
-    free = {"report_every": 1, "eval_every": 2, "save_every": 1, "keep_checkpoints": 1}
-    longer = make(tmp_path, iters=4, grad_checkpoint=True, say=said.append, **free)
-    longer.resume(all_of(tmp_path)[-1])
-    assert longer.step == 3 and not longer.finished
-    assert said == [
-        "grad_checkpoint was False, is True from here on",
-        "iters was 3, is 4 from here on",
-    ]
-    run(longer)
-    assert longer.finished and [c.name for c in all_of(tmp_path)] == ["0000004"]
-
-
-def test_a_finished_run_that_is_resumed_is_finished_and_keeps_its_figures(
-    make: Make, tmp_path: Path
-) -> None:
-    trainer = make(tmp_path)
-    reports = run(trainer)
-    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    again = make(tmp_path)
-    again.resume(all_of(tmp_path)[-1])
-    assert again.finished and again.measured == reports[-1] and again.best == trainer.best
-    assert run(again) == []
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
-
-
-def test_a_damaged_checkpoint_is_named(make: Make, tmp_path: Path) -> None:
-    run(make(tmp_path, iters=3))
-    (tmp_path / "checkpoints" / "0000003" / "state.json").write_text('{"step": 3}')
-    with pytest.raises(C2CError, match=r"0000003: damaged, or of another version"):
-        make(tmp_path).resume(all_of(tmp_path)[-1])
-
-
-FULL = RuntimeError("[metal::malloc] Unable to allocate 17179869184 bytes.")  # MLX's own words
-
-
-def full_at(trainer: Trainer, step: int) -> None:
-    """The memory is full as soon as so many steps are done."""
-    loss_and_grad = trainer._loss_and_grad
-
-    def full(*given: Any) -> Any:
-        if trainer.step == step:
-            raise FULL
-        return loss_and_grad(*given)
-
-    trainer._loss_and_grad = full
-
-
-@pytest.mark.parametrize("options", [{}, NOISY], ids=str)
-@pytest.mark.parametrize("step", [0, 2, 3])  # before any checkpoint, after, and right behind one
-def test_a_run_that_did_not_fit_goes_on_with_less_and_learns_the_same(
-    make: Make, tmp_path: Path, step: int, options: dict[str, Any]
-) -> None:
-    whole, cut = (make(tmp_path / name, batch_size=6, **options) for name in ("whole", "cut"))
-    run(whole)
-    full_at(cut, step)
-    with pytest.raises(C2CError) as e:
-        run(cut)
-    assert str(e.value) == (
-        f"step {step + 1} did not fit into the memory: --resume goes on there with "
-        "--batch-size 3 --accumulate 2, from the same chats a step"
-    )
-    latest = all_of(tmp_path / "cut")[-1]
-    assert latest.name == f"{step:07d}"
-    chosen = {name: settings_in(latest)[name] for name in CHOSEN}
-    assert (chosen["batch_size"], chosen["accumulate"]) == (3, 2)
-    smaller = make(tmp_path / "cut", **options, **chosen)
-    smaller.resume(latest)
-    run(smaller)
-    assert smaller.position == whole.position and smaller.tokens == whole.tokens
-    if not options:
-        for key, value in weights(whole).items():
-            np.testing.assert_allclose(weights(smaller)[key], value, atol=1e-4)
-
-
-def test_other_noise_is_told(make: Make, tmp_path: Path) -> None:
-    run(make(tmp_path, iters=3, **NOISY))
-    said: list[str] = []
-    split = {"batch_size": 1, "accumulate": 3}
-    make(tmp_path, say=said.append, **split, **NOISY).resume(all_of(tmp_path)[-1])
-    assert "with other noise" in said[-1]
-
-
-def test_what_did_not_fit_gets_less_and_less(make: Make, tmp_path: Path) -> None:
-    trainer = make(tmp_path, batch_size=1, grad_checkpoint=True)
-    full_at(trainer, 0)
-    with pytest.raises(C2CError, match=r"^step 1 .*: start again .*--max-tokens") as e:
-        run(trainer)
-    assert "\n" not in str(e.value) and all_of(tmp_path) == []
-
-
-@pytest.mark.parametrize("split", [(3, 2), (2, 3), (1, 6)])
-def test_a_step_learns_from_the_same_chats_however_it_is_split(
-    make: Make, tmp_path: Path, split: tuple[int, int]
-) -> None:
-    whole = make(tmp_path / "whole", batch_size=6)
-    reports = run(whole)
-    said: list[str] = []
-    parts = make(tmp_path / "whole", batch_size=split[0], accumulate=split[1], say=said.append)
-    parts.resume(all_of(tmp_path / "whole")[0])
-    assert [line.split()[0] for line in said] == ["accumulate", "batch_size"]
-    again = run(parts)
-    assert parts.position == whole.position
-    assert again[-1]["loss"] == pytest.approx(reports[-1]["loss"], rel=0.5)
-    for key, value in weights(whole).items():
-        np.testing.assert_allclose(weights(parts)[key], value, atol=1e-4)
-
-
-def test_old_checkpoints_go(make: Make, tmp_path: Path) -> None:
-    run(make(tmp_path, iters=5, save_every=1, keep_checkpoints=3))
-    assert [c.name for c in all_of(tmp_path)] == ["0000003", "0000004", "0000005"]
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_changes_nothing(
-    make: Make, tmp_path: Path
-) -> None:
-    trainer = make(tmp_path)
-    fuser = trainer.c2c.fuser
-    fuser.proj_out.bias = fuser.proj_out.bias.at[0, 0, 0].add(mx.array(float("nan")))
-    before = weights(trainer)
-    with pytest.raises(C2CError, match="step 1: the loss is nan") as e:
-        run(trainer)
-    assert "--fuser" in str(e.value) and len(re.findall("chats, line", str(e.value))) == 3
-    after = weights(trainer)
-    assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
-    assert trainer.step == 0 and all_of(tmp_path) == []
-
-
 # --- what a run reports and leaves
 
 
@@ -617,6 +217,16 @@ def test_sharers_are_shuffled_over_all_chats(make: Make, tmp_path: Path, batch_s
     assert measured["valid_shuffled_loss"] != measured["valid_loss"]
     expected = make(tmp_path).evaluate()
     assert measured == {name: pytest.approx(loss, rel=1e-5) for name, loss in expected.items()}
+
+
+def test_a_shuffled_sharer_is_read_without_the_receiver(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    trainer, batch = make(tmp_path), collate(examples, "all")
+    expected = trainer.prefills(batch).sharer
+    trainer.c2c.receiver = None
+    for found, wanted in zip(trainer.prefills.sharer(batch), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_single_chat_has_no_other_sharer(make: Make, tmp_path: Path) -> None:

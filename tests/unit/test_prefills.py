@@ -1,0 +1,83 @@
+"""Prefills that are kept on disk: the same numbers, up to a limit, of these very models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import c2c_mlx.blas  # noqa: F401
+
+import pytest
+from trainers import POSITIONS, Make, loss_of
+
+from c2c_mlx import LanguageModel
+from c2c_mlx.training.batch import collate
+from c2c_mlx.training.dataset import Example
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("rotated_keys", [False, True])
+def test_kept_prefills_are_the_computed_ones(
+    make: Make, examples: list[Example], tmp_path: Path, positions: str, rotated_keys: bool
+) -> None:
+    options = {"positions": positions, "rotated_keys": rotated_keys}
+    computed = make(tmp_path / "a", **options)
+    keeping = make(tmp_path / "b", prefill_cache=str(tmp_path / "kept"), **options)
+    for rows in (examples[:6], examples[6:]):
+        keeping.prefills(collate(rows, positions))
+    reading = make(tmp_path / "c", prefill_cache=str(tmp_path / "kept"), **options)
+    reading.c2c.sharer = None  # it must not be needed
+    batch = collate(examples[3:9], positions)  # batches of another epoch
+    assert loss_of(reading, batch) == pytest.approx(loss_of(computed, batch), rel=1e-3)
+    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == len(examples)
+
+
+def test_prefills_are_kept_up_to_the_limit(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    said: list[str] = []
+    trainer = make(tmp_path, prefill_cache=str(kept), prefill_cache_gb=20e-6, say=said.append)
+    batch = collate(examples, "all")
+    first = loss_of(trainer, batch)
+    files = list(kept.rglob("*.safetensors"))
+    assert 0 < len(files) < len(examples)
+    assert sum(f.stat().st_size for f in files) < 25e3
+    assert len(said) == 1 and "--prefill-cache-gb" in said[0]
+    files[0].write_bytes(b"torn")
+    assert loss_of(make(tmp_path, prefill_cache=str(kept)), batch) == first
+
+
+def test_a_kept_prefill_depends_on_its_chat_alone(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    """So a run is the same, whatever was kept when, and by whom."""
+    together = make(tmp_path / "a", prefill_cache=str(tmp_path / "kept"))
+    batch = collate(examples[:6], "all")
+    whole = loss_of(together, batch)
+    for path in [*(tmp_path / "kept").rglob("*.safetensors")][:2]:
+        path.unlink()
+    parts = make(tmp_path / "b", prefill_cache=str(tmp_path / "kept"))
+    assert loss_of(parts, batch) == whole
+    alone = make(tmp_path / "c", prefill_cache=str(tmp_path / "alone"))
+    for e in examples[5::-1]:
+        alone.prefills(collate([e], "all"))
+    alone.c2c.sharer = None
+    assert loss_of(alone, batch) == whole
+
+
+def test_other_weights_have_prefills_of_their_own(
+    make: Make, examples: list[Example], tmp_path: Path, receiver: LanguageModel
+) -> None:
+    """Names alone do not say how a model was quantised."""
+    batch, kept = collate(examples[:3], "all"), str(tmp_path / "kept")
+    loss_of(make(tmp_path / "a", prefill_cache=kept), batch)
+    other = make(tmp_path / "b", prefill_cache=kept)
+    norm = other.c2c.receiver.model.norm
+    weight, norm.weight = norm.weight, norm.weight * 1.5
+    try:
+        other = make(tmp_path / "b", prefill_cache=kept)
+        expected = loss_of(make(tmp_path / "c"), batch)
+        assert loss_of(other, batch) == pytest.approx(expected, rel=1e-3)
+    finally:
+        norm.weight = weight
+    assert len(list((tmp_path / "kept").iterdir())) == 2
