@@ -192,7 +192,23 @@ def _main(args: argparse.Namespace, command: str) -> None:
     if "list" in (args.recipe or ()):
         print(recipe.table())
         return
-    values = _values(args)
+    carry_out(args, values_of(args), began, command)
+
+
+def carry_out(
+    args: argparse.Namespace, values: dict[str, Any], began: float, command: str
+) -> Trainer | None:
+    """Trains, or plans.
+
+    Args:
+        args: as this command's; what they lack was not given.
+        values: what describes the run.
+        began: on the clock of `time.monotonic`, from which `--time` counts.
+        command: where the fuser comes from, for its card.
+
+    Returns:
+        The trainer, finished; None of a plan.
+    """
     told = dict(values)
     track, limit = (values.pop(name, None) for name in BESIDE)
     if track not in (None, *TRACKERS):
@@ -204,13 +220,13 @@ def _main(args: argparse.Namespace, command: str) -> None:
     flags = [name for name in TRAIN if getattr(args, name, None) is not None]
     given = flags if args.resume else [name for name in TRAIN if name in values]
     config = described(values | {"given": given})
-    if args.plan:
+    if getattr(args, "plan", False):
         _plan(config, deadline, args.json, command)
-    else:
-        _train(config, args.resume, deadline, track, command, told)
+        return None
+    return _train(config, args.resume, deadline, track, command, told)
 
 
-def _values(args: argparse.Namespace) -> dict[str, Any]:
+def values_of(args: argparse.Namespace) -> dict[str, Any]:
     """What describes the run: recipes, the later over the earlier, and flags over all of them.
 
     A run that is resumed was described before; without --out it is one of the pair's in the cache,
@@ -284,7 +300,7 @@ def _train(
     track: str | None,
     command: str,
     told: dict[str, Any],
-) -> None:
+) -> Trainer:
     import c2c_mlx.blas  # noqa: F401
 
     import mlx.core as mx
@@ -310,7 +326,7 @@ def _train(
         train = trainer.config
         if trainer.finished and not config.twin:
             display.say(f"finished already: {trainer.step} steps; a larger --iters goes on")
-            return
+            return trainer
         tracking = None
         if track and is_first:
             tracking = tracker(track, out, dataclasses.asdict(train))
@@ -352,3 +368,4 @@ def _train(
                 f"stopped at step {last.step} of {train.iters}; the same with --resume goes on"
             )
             raise KeyboardInterrupt
+        return trainer

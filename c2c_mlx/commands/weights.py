@@ -1,4 +1,4 @@
-"""c2c-weights: look into fusers, fetch and share them, convert published checkpoints."""
+"""c2c-weights: look into fusers, fetch and share them, convert and shrink them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from c2c_mlx.commands import Parser, one_line, run
+from c2c_mlx.commands import Parser, one_line, run, shrink
 from c2c_mlx.commands.status import Status
 from c2c_mlx.errors import C2CError
 from c2c_mlx.progress import Progress
@@ -28,6 +28,7 @@ examples:
   c2c-weights pull qwen+llama                                  # a published fuser, converted
   c2c-weights show my-fuser                                    # shapes, layers, open gates
   c2c-weights convert qwen3_0.6b+qwen2.5_0.5b_Fuser my-fuser   # a folder of nics-efc/C2C_Fuser
+  c2c-weights shrink my-fuser --to 5% --recipe reading         # small enough to be free
   c2c-weights push my-fuser me/my-fuser --dry-run              # what would be uploaded
 """
 FUSER = "folder, known name, or hub id"
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROGRAM,
-        description="List, inspect, fetch, share and convert fusers.",
+        description="List, inspect, fetch, share, convert and shrink fusers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -71,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     argument("fuser", metavar="FUSER", help=FUSER)
     argument("dst", metavar="DST", help="fuser folder to make; must not exist or be empty")
     argument("--bits", type=int, choices=(8, 4), default=8, help="(%(default)s)")
+    command = commands.add_parser(
+        "shrink",
+        help=shrink.TEXT,
+        description=shrink.TEXT,
+        epilog=shrink.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(body=lambda args: shrink.shrink(args, _find, PROGRAM))
+    shrink.arguments(command)
     argument = add("verify", _verify, "check every byte of a fuser, or of a published checkpoint")
     argument("fuser", metavar="FUSER", help=f"{FUSER}, or checkpoint folder")
     argument = add("remove", _remove, "delete a fuser or a model of the embedded pair's cache")

@@ -285,6 +285,11 @@ def skeleton(config: FuserConfig, n_tensors: int, where: str) -> Fuser:
         raise C2CError(f"{where}: its description does not fit its {n_tensors} tensors") from None
 
 
+def count(config: FuserConfig) -> int:
+    """How many numbers a fuser's parameters are."""
+    return sum(w.size for w in parameters(skeleton(config, 10**6, "the fuser")).values())
+
+
 def pass_width(config: FuserConfig) -> int:
     """Numbers that a pass over all slices holds per position, as measured at two sizes."""
     width = config.sharer.width + 3 * config.receiver.width

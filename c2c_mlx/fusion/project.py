@@ -24,6 +24,7 @@ from c2c_mlx.config import FuserConfig
 KV = tuple[mx.array, mx.array]
 Slices = list[tuple[int, int]]  # (kind, index into the layer map), keys before values
 Weight = mx.array | dict[str, mx.array]  # dense; or packed, scales and biases
+Activation = Callable[[mx.array], mx.array]
 
 NORM_EPS = 1e-6
 GROUP = 64  # numbers of a row that share a scale once it is quantised
@@ -80,7 +81,7 @@ def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
     return total
 
 
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu,
     "silu": nn.silu,
     "relu": nn.relu,
@@ -147,20 +148,20 @@ def _project(
     if config.normalise:  # small differences of large numbers: in float32 whatever the rest is in
         mean, scale = (_take(params[f"input_{name}"], rows)[:, None] for name in ("mean", "scale"))
         x = (x.astype(mx.float32) - mean) * scale
-    h = _linear(params["proj_in"], rows, x.astype(dtype))
-    h = _block(params["mlp1"], rows, h, act, dropout)
-    s = _block(params["scalar_mlp2"], rows, h, act, dropout)
-    s = mx.sigmoid(_linear(params["scalar_head"], rows, s))
+    h = linear(params["proj_in"], rows, x.astype(dtype))
+    h = block(params["mlp1"], rows, h, act, dropout)
+    s = block(params["scalar_mlp2"], rows, h, act, dropout)
+    s = mx.sigmoid(linear(params["scalar_head"], rows, s))
     p = h
-    for block in params["proj_mlp2"]:
-        p = _block(block, rows, p, act, dropout)
-    p = _linear(params["proj_out"], rows, p)
+    for one in params["proj_mlp2"]:
+        p = block(one, rows, p, act, dropout)
+    p = linear(params["proj_out"], rows, p)
     if config.normalise:
         p = p * _take(params["output_scale"], rows)[:, None].astype(dtype)
     votes = None
     if config.message_gate:
         # All slices vote on one gate: thirty gates of their own would leave some open by mistake.
-        votes = _linear(params["message_head"], rows, h).astype(mx.float32)
+        votes = linear(params["message_head"], rows, h).astype(mx.float32)
         votes = votes.reshape(shape).mean(axis=0, keepdims=True)
     return p.reshape(shape), s.reshape(shape), votes
 
@@ -205,21 +206,28 @@ def _of_slices(kv: KV, slices: Slices) -> mx.array:
     return x.transpose(0, 1, 3, 2, 4).flatten(3)
 
 
-def _block(
+def block(
     params: dict[str, Any],
     rows: mx.array | None,
     x: mx.array,
-    act: Callable[[mx.array], mx.array],
-    dropout: float,
+    act: Activation,
+    dropout: float = 0.0,
 ) -> mx.array:
-    norm = mx.fast.rms_norm(x, None, NORM_EPS) * _take(params["norm"], rows)[:, None]
-    y = _product(act(_product(norm, params["w1"], rows)), params["w2"], rows)
+    """A residual block over x [S, N, H]: x + w2(inner)."""
+    y = _product(inner(params, rows, x, act), params["w2"], rows)
     if dropout:
         y = y * mx.random.bernoulli(1 - dropout, y.shape) / (1 - dropout)
     return x + y
 
 
-def _linear(params: dict[str, Any], rows: mx.array | None, x: mx.array) -> mx.array:
+def inner(params: dict[str, Any], rows: mx.array | None, x: mx.array, act: Activation) -> mx.array:
+    """A block's inner channels [S, N, I] over x [S, N, H]: act(w1(rmsnorm(x)))."""
+    norm = mx.fast.rms_norm(x, None, NORM_EPS) * _take(params["norm"], rows)[:, None]
+    return act(_product(norm, params["w1"], rows))
+
+
+def linear(params: dict[str, Any], rows: mx.array | None, x: mx.array) -> mx.array:
+    """One linear layer per slice over x [S, N, in], [S, N, out]."""
     weight, bias = params["weight"], _take(params["bias"], rows)[:, None]
     if rows is None and isinstance(weight, mx.array):
         return mx.addmm(bias, x, weight.swapaxes(-1, -2))

@@ -20,7 +20,7 @@ from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, ModelShape, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.fuser import parameters, pass_width, skeleton
+from c2c_mlx.fusion.fuser import count, parameters, pass_width, skeleton
 from c2c_mlx.models.load import open_model
 from c2c_mlx.models.sizes import ModelSize
 
@@ -128,6 +128,7 @@ def training(
     fuser: FuserConfig,
     config: TrainConfig,
     shapes: Sequence[tuple[int, int]] = (),
+    teacher: FuserConfig | None = None,
 ) -> Need:
     """What a training run will need.
 
@@ -138,17 +139,27 @@ def training(
         config: the run's.
         shapes: of its batches, the longest prompt and the longest answer of each in tokens; none:
             as long as `config` allows.
+        teacher: the configuration of a fuser that it learns from, if it does.
 
     Raises:
         C2CError: as `preflight` does.
     """
-    # In float32: the weights, their gradient, and the optimiser's two moments.
-    count = sum(w.size for w in parameters(skeleton(fuser, 10**6, "the fuser")).values())
+    shapes = shapes or [(config.max_tokens, config.max_tokens)]
     needs = [
-        _training(receiver, sharer, fuser, count, config, prompt, answer)
-        for prompt, answer in shapes or [(config.max_tokens, config.max_tokens)]
+        _training(receiver, sharer, fuser, count(fuser), config, prompt, answer)
+        for prompt, answer in shapes
     ]
-    return _checked(max(needs, key=lambda need: need.total))
+    need = max(needs, key=lambda need: need.total)
+    if teacher:
+        # It passes before the gradient begins.
+        longest = max(prompt for prompt, _ in shapes)
+        passing = _fusing(teacher, receiver.itemsize, config.batch_size * longest)
+        need = replace(
+            need,
+            fuser=need.fuser + _fuser_bytes(replace(teacher, bits=0), 0, receiver.itemsize),
+            working=max(need.working, passing),
+        )
+    return _checked(need)
 
 
 def shape(model: Path) -> ModelShape:
@@ -235,12 +246,12 @@ def _training(
     receiver: ModelSize,
     sharer: ModelSize,
     fuser: FuserConfig,
-    count: int,
+    size: int,
     config: TrainConfig,
     prompt: int,
     answer: int,
 ) -> Need:
-    """Of steps over batches of this shape; `count` is the fuser's parameters."""
+    """Of steps over batches of this shape; `size` is the fuser's parameters."""
     rows = config.batch_size
     caches = rows * (prompt * (receiver.per_position + sharer.per_position))
     fused = rows * (prompt + answer) * receiver.per_position
@@ -252,9 +263,10 @@ def _training(
     # As they are, shifted, their exponentials and their gradient.
     logits = 4 * min(4 * rows * answer * receiver.vocabulary, device.LOGITS)
     passing = 4 * rows * prompt * pass_width(fuser)
-    adding = 4 * count  # a batch's gradient, before it is added to the others'
+    adding = 4 * size  # a batch's gradient, before it is added to the others'
     working = fused + kept + logits + passing + adding
-    learning = 4 * 4 * count
+    # In float32: the weights, their gradient, and the optimiser's two moments.
+    learning = 4 * 4 * size
     loading = max(receiver.loading, sharer.loading) - caches - learning  # it comes before these
     return Need(
         *(receiver.weights, sharer.weights, learning),

@@ -22,9 +22,10 @@ from c2c_mlx.models import memory
 from c2c_mlx.models.load import LanguageModel, find_folder, load_model
 from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.progress import Progress
-from c2c_mlx.training import checkpoints, fits
+from c2c_mlx.training import checkpoints, distil, fits, shrink
 from c2c_mlx.training.answering import answered
 from c2c_mlx.training.dataset import Dataset, Source
+from c2c_mlx.training.distil import Distiller
 from c2c_mlx.training.files import VALID, ChatRow, answers_for, read_source
 from c2c_mlx.training.holdout import hold_out
 from c2c_mlx.training.run import RunConfig
@@ -91,7 +92,7 @@ def assemble(
         )
     _claim(out, resume, make=not dry or bool(run.answer_with))
     group = mx.distributed.init()
-    receiver, sharer, fuser, need = _load(run, watcher, models)
+    receiver, sharer, fuser, teacher, need = _load(run, watcher, models)
     alignment = fuser.config.alignment
     rows = [row for _, *parts in data for part in parts for row in part]
     tokenizers = receiver.tokenizer, sharer.tokenizer
@@ -125,12 +126,17 @@ def assemble(
     examples = [e for e in map(train.example, valid) if e is not None]
     names = tuple(name for name, _ in run.sources)
     provenance = Provenance(source=source, data=names, data_licence=run.licence)
-    stops = receiver.stop_strings
-    trainer = Trainer(c2c, train, examples, config, out, provenance, watcher.say, stops)
+    if teacher:
+        of_both = (*dict.fromkeys((*teacher.provenance.data, *names)),)
+        provenance = replace(provenance, data=of_both, licence=teacher.provenance.licence)
+    parts = (c2c, train, examples, config, out, provenance, watcher.say, receiver.stop_strings)
+    trainer = Distiller(*parts, teacher=teacher) if teacher else Trainer(*parts)
     trainer.fitted, trainer.answering = fitted, found.seconds
     if resume:
         trainer.resume(checkpoints.all_of(out)[-1])
         watcher.say(f"resumed at step {trainer.step}")
+    elif isinstance(trainer, Distiller):
+        _shrink(trainer, watcher)
     elif not run.fuser and fuser.config.normalise:
         first = first_examples(train, config.batch_size * config.accumulate, config.seed)
         measure_inputs(c2c, first, config.batch_size)
@@ -175,6 +181,16 @@ def assemble_twin(trainer: Trainer, run: RunConfig, watcher: Watcher) -> Trainer
     return twin
 
 
+def _shrink(trainer: Distiller, watcher: Watcher) -> None:
+    """Begins a small fuser from the big one's weights, and says how near that is."""
+    c, big = trainer.config, trainer.teacher.fuser
+    first = first_examples(trainer.train, c.batch_size * c.accumulate, c.seed)
+    x = shrink.read(trainer.c2c, trainer.prefills, first, c.batch_size)
+    shrink.begin(trainer.c2c.fuser, big, x, partial(watcher.count, "shrinking"))
+    if found := trainer.errors():
+        watcher.say(f"before it learns: {distil.told(found)}")
+
+
 def _begun(name: str, watcher: Watcher) -> Fuser:
     """A fuser to start from, in the precision that it learns in."""
     fuser = disk.load(store.find_folder(name, watcher.loading, watcher.say))
@@ -217,26 +233,37 @@ Needed = Callable[[TrainConfig, fits.Lengths], memory.Need]
 
 def _load(
     run: RunConfig, watcher: Watcher, models: tuple[LanguageModel, LanguageModel] | None
-) -> tuple[LanguageModel, LanguageModel, Fuser, Needed]:
-    """Both models and a fuser, and what a run of them needs of memory, if they can be loaded."""
+) -> tuple[LanguageModel, LanguageModel, Fuser, Fuser | None, Needed]:
+    """Both models, the fuser that learns and perhaps the one that it learns from.
+
+    And what a run of them needs of memory, if they can be loaded.
+    """
     folder: Path | None = None
     if run.fuser:
         folder = store.find_folder(run.fuser, watcher.loading, watcher.say)
     r, s = (find_folder(name, watcher.loading) for name in (run.receiver, run.sharer))
     wanted: FuserConfig
+    big: FuserConfig | None = None
     if folder:
         wanted, _ = disk.read_description(folder)
+        if run.shrink:
+            big, wanted = wanted, shrink.smaller(wanted, run.shrink)
     else:
         wanted = fuser_config(run, memory.shape(r), memory.shape(s))
     sizes = ModelSize.read(r), ModelSize.read(s)
-    need = partial(memory.training, *sizes, wanted)
+    need = partial(memory.training, *sizes, wanted, teacher=big)
     need(run.train)  # refuses what can't be loaded
     receiver, sharer = models or (
         load_model(name, progress=watcher.loading) for name in (run.receiver, run.sharer)
     )
     if folder is None:
         wanted = fuser_config(run, receiver.shape, sharer.shape)
-        return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed), need
-    fuser = _begun(run.fuser, watcher)
-    check_models(fuser.config, receiver.shape, sharer.shape)
-    return receiver, sharer, fuser, need
+        return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed), None, need
+    check_models(wanted, receiver.shape, sharer.shape)
+    if not run.shrink:
+        return receiver, sharer, _begun(run.fuser, watcher), None, need
+    teacher = disk.load(folder)
+    teacher.dequantise()
+    if not teacher.gates.any():
+        raise C2CError(f"{run.fuser}: every gate is shut, so there is nothing to imitate")
+    return receiver, sharer, new_fuser(wanted, "open", run.train.seed), teacher, need

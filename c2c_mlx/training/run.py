@@ -44,6 +44,8 @@ class RunConfig:
         answer_tokens: at most, of such an answer.
         preset: size of a new fuser.
         fuser: the fuser to start from; empty: a new one.
+        shrink: share of the parameters of `fuser` that a small one has at most, which begins from
+            its weights and learns to do what it does; 0: `fuser` itself learns.
         fuser_config: fields of a new fuser that the preset does not fix.
         twin: whether the control is trained, too: the same with nothing to read.
         train: the training itself.
@@ -61,6 +63,7 @@ class RunConfig:
     answer_tokens: int = 40
     preset: Literal["tiny", "small", "paper"] = "small"
     fuser: str = ""
+    shrink: float = 0.0
     fuser_config: dict[str, Any] = field(default_factory=dict)
     twin: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -76,6 +79,12 @@ class RunConfig:
             raise ValueError(f"answer_tokens must be at least 1, not {self.answer_tokens}")
         if self.fuser and self.fuser_config:
             raise ValueError("fuser_config is for a new fuser: leave it out, or fuser")
+        if not 0 <= self.shrink < 1:
+            raise ValueError(f"shrink must be a share above 0 and below 1, not {self.shrink}")
+        if self.shrink and not self.fuser:
+            raise ValueError("shrink: name the fuser that is to be made small")
+        if self.shrink and (self.twin or self.train.zero_sharer or self.train.gates != "open"):
+            raise ValueError("shrink: a small fuser has the big one's gates, and no control")
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:

@@ -55,16 +55,19 @@ def judge(
     for name in _OTHERS:
         found[f"vs_{name}"] = None
         if name in losses and total:
-            pairs = zip(losses["valid"], losses[name], strict=True)
-            differences = [own - other for own, other in pairs]
-            found[f"vs_{name}"] = {
-                "mean": sum(differences) / total,
-                "ci95": interval(differences, seed, tokens),
-            }
+            found[f"vs_{name}"] = difference(losses["valid"], losses[name], tokens, seed)
     found["answers"] = _compared(answers, seed) if answers else None
     found["verdict"] = _sentence(found, control)
     found["each"] = {"tokens": list(tokens), **{name: list(x) for name, x in losses.items()}}
     return found
+
+
+def difference(
+    own: Sequence[float], other: Sequence[float], tokens: Sequence[int], seed: int
+) -> Verdict:
+    """Of two losses on the same chats, nats per token, with its interval over chats."""
+    each = [a - b for a, b in zip(own, other, strict=True)]
+    return {"mean": sum(each) / sum(tokens), "ci95": interval(each, seed, tokens)}
 
 
 def with_twin(found: Verdict, losses: Sequence[float], seed: int) -> Verdict:
