@@ -185,8 +185,8 @@ def _shrink(trainer: Distiller, watcher: Watcher) -> None:
     """Begins a small fuser from the big one's weights, and says how near that is."""
     c, big = trainer.config, trainer.teacher.fuser
     first = first_examples(trainer.train, c.batch_size * c.accumulate, c.seed)
-    x = shrink.read(trainer.c2c, trainer.prefills, first, c.batch_size)
-    shrink.begin(trainer.c2c.fuser, big, x, partial(watcher.count, "shrinking"))
+    parts = shrink.read(trainer.c2c, trainer.prefills, first, c.batch_size)
+    shrink.begin(trainer.c2c.fuser, big, parts, partial(watcher.count, "shrinking"))
     if found := trainer.errors():
         watcher.say(f"before it learns: {distil.told(found)}")
 

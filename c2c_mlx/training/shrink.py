@@ -68,8 +68,10 @@ def smaller(config: FuserConfig, share: float) -> FuserConfig:
     return narrowed(widest - widest % _WHOLE if widest > 8 * _WHOLE else widest)
 
 
-def read(c2c: C2C, prefiller: Prefiller, examples: Sequence[Example], batch_size: int) -> mx.array:
-    """What the slices of a fuser read in the prompts of these examples, [S, N, in] float32.
+def read(
+    c2c: C2C, prefiller: Prefiller, examples: Sequence[Example], batch_size: int
+) -> list[mx.array]:
+    """What the slices of a fuser read in the prompts of these examples, parts [S, N, in] float32.
 
     Raises:
         C2CError: if nothing in the examples is fused.
@@ -92,32 +94,36 @@ def read(c2c: C2C, prefiller: Prefiller, examples: Sequence[Example], batch_size
         mx.clear_cache()  # the next batch has another shape
     if not found:
         raise C2CError("the data has no message to fuse")
-    return mx.concatenate(found, axis=1)
+    return found
 
 
 def begin(
-    small: Fuser, big: Fuser, x: mx.array, tell: Callable[[int, int], None] = lambda i, n: None
+    small: Fuser,
+    big: Fuser,
+    parts: Sequence[mx.array],
+    tell: Callable[[int, int], None] = lambda i, n: None,
 ) -> None:
     """Sets the weights of a small fuser from a big one's.
 
     Args:
         small: of the shape that `smaller` gives, or any other no wider than the big one.
         big: dense.
-        x: [S, N, in] what its slices read, from `read`.
+        parts: each [S, N, in], what its slices read, from `read`.
         tell: called now and then with the slices that are done, and all of them.
     """
     stack = (len(small.config.fused_kinds), len(small.config.layer_map))
-    found = []
-    for i in range(len(x)):
+    found, slices = [], len(parts[0])
+    for i in range(slices):
         if i % 10 == 0:
-            tell(i, len(x))
+            tell(i, slices)
         one = tree_map(
             lambda p, i=i: p.reshape(-1, *p.shape[2:])[i : i + 1].astype(mx.float32),
             big.parameters(),
         )
-        found.append(_cut(one, x[i : i + 1], small.config))
+        x = mx.concatenate([part[i : i + 1] for part in parts], axis=1)
+        found.append(_cut(one, x, small.config))
         mx.eval(found[-1])
-    tell(len(x), len(x))
+    tell(slices, slices)
     small.update(
         tree_map(lambda *of: mx.concatenate(list(of)).reshape(*stack, *of[0].shape[1:]), *found)
     )

@@ -74,8 +74,8 @@ def distiller(
 
 
 def begin(d: Distiller, examples: list[Example]) -> None:
-    x = shrink.read(d.c2c, d.prefills, examples, 4)
-    shrink.begin(d.c2c.fuser, d.teacher.fuser, x)
+    parts = shrink.read(d.c2c, d.prefills, examples, 4)
+    shrink.begin(d.c2c.fuser, d.teacher.fuser, parts)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9])
@@ -162,10 +162,14 @@ def test_the_message_gate_is_learned_from_the_big_one(
         assert mx.array_equal(a.state[0], b.state[0])
 
 
+@pytest.mark.parametrize("fields", [PAPER, RECIPE])
 def test_parts_of_a_long_batch_are_as_the_whole(
-    distiller: MakeDistiller, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+    distiller: MakeDistiller,
+    examples: list[Example],
+    fields: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    d = distiller(0.4, **RECIPE)
+    d = distiller(0.4, **fields)
     begin(d, examples)
     whole = d.errors()
     monkeypatch.setattr("c2c_mlx.device.fuser_pass", lambda: 1)
