@@ -26,7 +26,7 @@ more, from answers.
 """
 # What a recipe may say of a fresh fuser and how it learns, which is not this one.
 _FRESH = ("fuser_config", "preset", "twin", "gates", "zero_sharer")
-_USUAL = {"iters": 300, "learning_rate": 1e-3}  # where nothing is said
+_USUAL = {"iters": 300, "learning_rate": 3e-4}  # where nothing is said
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
