@@ -64,8 +64,8 @@ def test_no_held_out_sentence_or_frame_is_trained(data: Path) -> None:
         assert f"number {n} " not in everything
     for frame in frames.HELD_OUT:
         assert frame not in {f.en for f in frames.TRAINED}
-    measured = evaluation(data, 4)
-    used = {r["messages"][0]["content"] for r in train["english"] + valid["english"]}
+    used = of(train, valid)
+    measured = evaluation(data, 4, used)
     assert not used & {r["messages"][0]["content"] for r in measured["english"]}
     assert "these" not in json.dumps(train["trivia"] + valid["trivia"])
 
@@ -78,6 +78,17 @@ def test_the_parts_do_not_overlap_and_come_out_the_same_again(data: Path) -> Non
     assert all(row["own"] for row in train["english"])
     assert not any("own" in row for row in train["reading"] + train["trivia"])
     assert all("Phrase" not in row["answer_to"] for row in train["reading"])
+
+
+def of(*several: make_reading.Parts) -> set[str]:
+    return {row["of"] for parts in several for rows in parts.values() for row in rows}
+
+
+def test_a_wave_takes_other_texts_and_leaves_those_before_it_alone(data: Path) -> None:
+    first = of(*build(data))
+    train, valid = build(data, 1, first)
+    assert train["english"] and not of(train, valid) & first
+    assert of(*build(data)) == first
 
 
 def answered(text: str) -> Row:

@@ -14,7 +14,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ Parts = dict[str, list[Row]]
 
 TOKENS = {"reading": 40, "english": 20}
 VALID = {"reading": 64, "translation": 32, "english": 32, "trivia": 32, "conversations": 16}
-# Of the rows that could be made; answers take the receiver a quarter of a second each.
+WAVES = 2  # each of other texts, drawn and cleaned by itself: one more leaves these as they are
+# Of the rows that could be made in a wave; answers take the receiver a quarter of a second each.
 TAKEN = {"reading": 4200, "translation": 3000, "english": 868, "trivia": 1500}
 SENTENCES = 1800  # per language, with a frame
 BARE = 300  # per language, questions and statements as they are
@@ -105,14 +106,17 @@ def sentences(path: Path) -> list[Sentence]:
     return found
 
 
-def build(data: Path, seed: int = 0) -> tuple[Parts, Parts]:
-    """All parts but the conversations, unanswered: to train on, and for validation."""
-    draw = random.Random(seed)
+def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts, Parts]:
+    """All parts but the conversations, unanswered: to train on, and for validation.
+
+    A row's `of` is the English text that it is made of; none that is in `used` is taken.
+    """
+    draw = random.Random(wave)
     held = {
         s.english for p in ("translation", "german") for s in sentences(data / p / "valid.jsonl")
     }
     pool: dict[str, list[Sentence]] = {"fr": [], "zh": []}
-    seen: set[str] = set(held)
+    seen: set[str] = held.union(used)
     for s in sentences(data / "translation" / "train.jsonl"):
         if s.english not in seen and s.text not in seen:
             seen |= {s.english, s.text}
@@ -124,19 +128,21 @@ def build(data: Path, seed: int = 0) -> tuple[Parts, Parts]:
         told = [s for s in found if _is_told(s)]
         bare = questions[: BARE * 3 // 4] + told[: BARE // 4]
         framed = told[BARE // 4 :][:SENTENCES]
-        used = {s.text for s in bare + framed}
-        rest = [s for s in found if s.text not in used and _words(s) >= 4]
-        parts["reading"] += [_row(s.text, answer_to=s.english, lang=lang) for s in bare]
+        taken = {s.text for s in bare + framed}
+        rest = [s for s in found if s.text not in taken and _words(s) >= 4]
+        parts["reading"] += [
+            _row(s.text, answer_to=s.english, lang=lang, of=s.english) for s in bare
+        ]
         for n, s in enumerate(framed):
             parts["reading"].append(_framed(frames.TRAINED[n % len(frames.TRAINED)], s, draw))
         for n, s in enumerate(rest[:TRANSLATIONS]):
             asked = _phrase(frames.TRANSLATE[n % len(frames.TRANSLATE)], s, draw, own=0.4)
-            parts["translation"].append(_row(asked, s.english, lang=lang))
+            parts["translation"].append(_row(asked, s.english, lang=lang, of=s.english))
     prompts = [row["prompt"] for row in _lines(data / "english" / "prompts.jsonl")]
-    short = [p for p in dict.fromkeys(prompts) if len(p) <= 240]
+    short = [p for p in dict.fromkeys(prompts) if len(p) <= 240 and p not in seen]
     draw.shuffle(short)
-    parts["english"] = [{**_row(p), "own": True} for p in short[:ENGLISH]]
-    parts["trivia"] = _trivia(data / "trivia" / "train.jsonl", draw)
+    parts["english"] = [_row(p, own=True, of=p) for p in short[:ENGLISH]]
+    parts["trivia"] = _trivia(data / "trivia" / "train.jsonl", draw, seen)
     for rows in parts.values():
         draw.shuffle(rows)
     valid = {name: rows[: VALID[name]] for name, rows in parts.items()}
@@ -144,8 +150,8 @@ def build(data: Path, seed: int = 0) -> tuple[Parts, Parts]:
     return train, valid
 
 
-def evaluation(data: Path, per_group: int, seed: int = 3) -> Parts:
-    """What is measured afterwards, of sentences and prompts that nothing above has seen.
+def evaluation(data: Path, per_group: int, used: Collection[str], seed: int = 3) -> Parts:
+    """What is measured afterwards, of sentences and prompts that no wave has used.
 
     `reading` wants the receiver's answers to the English twins; a row's `lang` is its language and
     whether its frame was trained.
@@ -177,7 +183,6 @@ def evaluation(data: Path, per_group: int, seed: int = 3) -> Parts:
             question = _CAPITAL[lang].format(text)
             parts["facts"].append(_row(question, f"The capital of {name} is {city}.", lang=lang))
     prompts = [row["prompt"] for row in _lines(data / "english" / "prompts.jsonl")]
-    used = {r["messages"][0]["content"] for rows in build(data) for r in rows["english"]}
     rest = [p for p in dict.fromkeys(prompts) if p not in used and len(p) <= 240]
     draw.shuffle(rest)
     twins = [r["answer_to"] for r in parts["reading"][::5]]
@@ -238,7 +243,10 @@ def _twin(row: Row) -> Row:
 
 def _framed(frame: frames.Frame, s: Sentence, draw: random.Random) -> Row:
     return _row(
-        _phrase(frame, s, draw, own=0.35), answer_to=frame.en.format(s.english), lang=s.lang
+        _phrase(frame, s, draw, own=0.35),
+        answer_to=frame.en.format(s.english),
+        lang=s.lang,
+        of=s.english,
     )
 
 
@@ -248,11 +256,13 @@ def _phrase(frame: frames.Frame, s: Sentence, draw: random.Random, own: float) -
     return (native if draw.random() < own else frame.en).format(s.text)
 
 
-def _trivia(path: Path, draw: random.Random) -> list[Row]:
+def _trivia(path: Path, draw: random.Random, used: Collection[str]) -> list[Row]:
     """Questions that can be asked without their choices; the answer is the right choice's text."""
     rows = []
     for item in _lines(path):
         right = item["choices"][item["answer"]]
+        if item["question"] in used:
+            continue
         if len(item["question"]) <= 160 and sum(map(len, item["choices"])) <= 120:
             if not re.search(r"\b(?:of these|of the above|none)\b", right, re.I):
                 rows.append((item["question"], right))
@@ -260,7 +270,7 @@ def _trivia(path: Path, draw: random.Random) -> list[Row]:
     plain = re.compile(r"\b(?:these|the following|none|above)\b", re.I)
     good = [(q, a) for q, a in rows if len(q) <= 120 and len(a) <= 40 and not plain.search(q + a)]
     return [
-        _row(frames.QUIZ[n % len(frames.QUIZ)].format(question), right)
+        _row(frames.QUIZ[n % len(frames.QUIZ)].format(question), right, of=question)
         for n, (question, right) in enumerate(good[:TRIVIA])
     ]
 
@@ -350,22 +360,27 @@ def main(argv: list[str] | None = None) -> int:
 
     lm = load_model(args.receiver)
     kept_answers = args.out / "answers.jsonl"
-    train, valid = build(args.data)
-    for split, parts, seed in (("train", train, 1), ("valid", valid, 2)):
-        for name in ("english", "reading"):
-            parts[name] = answer(parts[name], lm, kept_answers, TOKENS[name])
-        # The same in English is the receiver's own to answer: the language tells the two apart.
-        twins = parts["reading"][: TWINS if split == "train" else VALID["english"] // 2]
-        parts["english"] += [_twin(row) for row in twins]
-        parts["reading"], dropped = informative(parts["reading"])
-        write(args.out / "dropped" / f"{split}.jsonl", dropped)
-        for name, rows in parts.items():  # what is done can be used before all is
+    made: dict[str, Parts] = {"train": {}, "valid": {}}
+    used: set[str] = set()
+    for wave in range(WAVES):
+        drawn = build(args.data, wave, used)
+        used |= {row["of"] for parts in drawn for rows in parts.values() for row in rows}
+        for split, parts, seed in (("train", drawn[0], 1), ("valid", drawn[1], 2)):
+            for name in ("english", "reading"):
+                parts[name] = answer(parts[name], lm, kept_answers, TOKENS[name])
+            # The same in English is the receiver's own to answer: the language tells them apart.
+            twins = parts["reading"][: TWINS if split == "train" else VALID["english"] // 2]
+            parts["english"] += [_twin(row) for row in twins]
+            parts["reading"], dropped = informative(parts["reading"])
+            count = CONVERSATIONS if split == "train" else VALID["conversations"]
+            parts["conversations"] = conversations(parts, 2 * wave + seed, count)
+            for name, rows in {**parts, "dropped": dropped}.items():
+                made[split].setdefault(name, []).extend(rows)
+    for split, parts in made.items():
+        for name, rows in parts.items():
             write(args.out / name / f"{split}.jsonl", rows)
-        count = CONVERSATIONS if split == "train" else VALID["conversations"]
-        parts["conversations"] = conversations(parts, seed, count)
-        write(args.out / "conversations" / f"{split}.jsonl", parts["conversations"])
-        print(split, {name: len(rows) for name, rows in parts.items()}, "dropped", len(dropped))
-    measured = evaluation(args.data, args.per_group)
+        print(split, {name: len(rows) for name, rows in parts.items()})
+    measured = evaluation(args.data, args.per_group, used)
     read = answer(measured["reading"], lm, kept_answers, TOKENS["reading"])
     measured["reading"] = informative(read)[0]
     for name, rows in measured.items():
