@@ -28,10 +28,11 @@ examples:
   c2c-eval --compare mine.json twin.json:c2c-zeroed    # item by item, without any model
 
 FILE holds one object per line, and its keys say what it is: 'question', 'choices' and 'answer'
-(multiple choice); 'messages', 'prompt' and 'completion', or another layout that c2c-train reads (a
-reference answer: its NLL, and chrF and BLEU of what is written); the same without an answer (how
-far a mode leaves the receiver's own answers alone). Rows with 'lang' or 'subject' are reported per
-group, too.
+(multiple choice); 'prompt' or 'messages' with 'accept', a list of texts (a fact: whether what is
+written says one of them as whole words); 'messages', 'prompt' and 'completion', or another layout
+that c2c-train reads (a reference answer: its NLL, and chrF and BLEU of what is written); the same
+without an answer (how far a mode leaves the receiver's own answers alone). Rows with 'lang' or
+'subject' are reported per group, too.
 NAME is one of: mmlu-redux, arc-challenge, openbookqa, c-eval, gsm8k (from the hub).
 
 An interrupted run leaves OUT.partial.jsonl; the same command continues it.

@@ -8,6 +8,7 @@ from typing import Any
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.agreement import Agreement
 from c2c_mlx.evaluation.choice import LETTERS, Choice, Method
+from c2c_mlx.evaluation.fact import Fact
 from c2c_mlx.evaluation.reference import Reference
 from c2c_mlx.evaluation.task import Item, Task
 from c2c_mlx.training.files import read_objects
@@ -18,8 +19,8 @@ def read(path: Path, method: Method) -> tuple[Task, list[Item]]:
     """Reads a file of one kind of rows.
 
     Args:
-        path: JSON lines, multiple choice or chats in the layouts that `c2c-train` reads; `lang` or
-            `subject` of a row is its group.
+        path: JSON lines, multiple choice or chats in the layouts that `c2c-train` reads, with
+            `accept` for questions of fact; `lang` or `subject` of a row is its group.
         method: of multiple choice.
 
     Raises:
@@ -42,6 +43,8 @@ def make(kind: str, method: Method) -> Task:
     """The task that scores items of this kind."""
     if kind == "choice":
         return Choice(method)
+    if kind == "fact":
+        return Fact()
     return Reference() if kind == "chat" else Agreement()
 
 
@@ -56,6 +59,12 @@ def _item(row: dict[str, Any], number: str, where: str) -> tuple[str, Item]:
     asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip():
         raise C2CError(f"{where}: a message of the user must come before the answer")
+    if "accept" in row:
+        accept = row["accept"]
+        said = isinstance(accept, list) and all(isinstance(x, str) and x.strip() for x in accept)
+        if not said or not accept:
+            raise C2CError(f"{where}: 'accept' must be a list of texts")
+        return "fact", Item(number, asked, " | ".join(accept), tuple(accept), group)
     if asked == messages:
         return "agreement", Item(number, messages, group=group)
     if not messages[-1]["content"].strip():

@@ -21,7 +21,7 @@ class Item:
     id: str  # unique in its task: a line number, or a benchmark's subset and row
     messages: Messages  # ends with the user's
     reference: str = ""  # the right answer; empty if the receiver's own answer is the reference
-    choices: tuple[str, ...] = ()  # of multiple choice
+    choices: tuple[str, ...] = ()  # of multiple choice; of a fact, every text that is right
     group: str = ""  # scores are reported per group, too
 
 

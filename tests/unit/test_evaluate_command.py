@@ -32,11 +32,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "choice": [
         {"question": f"who {i}?", "choices": ["he", "she", "it"], "answer": i} for i in range(3)
     ],
+    "fact": [{"prompt": f"how many {i}?", "accept": [str(i)]} for i in range(3)],
     "agreement": [{"prompt": "the lazy" + " dog" * i} for i in range(4)],
 }
 SCORES = {
     "chat": {"chrf", "bleu", "nll"},
     "choice": {"accuracy", "invalid"},
+    "fact": {"accuracy"},
     "agreement": {"kept", "nll"},
 }
 

@@ -13,6 +13,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import choice, files, number, report, result, scoring
 from c2c_mlx.evaluation.agreement import Agreement
 from c2c_mlx.evaluation.choice import Choice
+from c2c_mlx.evaluation.fact import Fact, says
 from c2c_mlx.evaluation.number import Number
 from c2c_mlx.evaluation.reference import Reference
 from c2c_mlx.evaluation.task import Answer, Item
@@ -180,6 +181,33 @@ def test_number_scores() -> None:
     item = Item("1", [], "1,234")
     assert Number().score(item, Answer("Answer: $1234."), None) == {"accuracy": 1, "invalid": 0}
     assert Number().score(item, Answer("1234"), None) == {"accuracy": 0, "invalid": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "fact", "right"),
+    [
+        ("The capital is Rome.", "Rome", True),
+        ("ROME", "rome ", True),
+        ("Romeo lives there.", "Rome", False),
+        ("It is 17.", "7", False),
+        ("It is 7.", "7", True),
+        ("The **blue whale**, of course", "blue whale", True),
+        ("Die Straße", "STRASSE", True),
+        ("意大利的首都是罗马。", "罗马", True),
+        ("答案是七天", "七", True),
+        ("Il est １２ heures", "12", True),
+        ("H2O (C++)", "C++", True),
+        ("", "Rome", False),
+    ],
+)
+def test_a_fact_is_said_in_whole_words(text: str, fact: str, right: bool) -> None:
+    assert says(text, fact) == right
+
+
+def test_fact_scores() -> None:
+    item = Item("1", [], "7 | seven", ("7", "seven"))
+    found = [Fact().score(item, Answer(text), None) for text in ("Seven days.", "17", "")]
+    assert found == [{"accuracy": 1}, {"accuracy": 0}, {"accuracy": 0}]
 
 
 def test_agreement_looks_at_sixteen_tokens() -> None:

@@ -14,6 +14,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import files, hub_tasks
 from c2c_mlx.evaluation.agreement import Agreement
 from c2c_mlx.evaluation.choice import Choice
+from c2c_mlx.evaluation.fact import Fact
 from c2c_mlx.evaluation.reference import Reference
 
 # --- files
@@ -39,6 +40,8 @@ MULTIPLE = {"question": "who?", "choices": ["a", "b", "c"], "answer": 1, "subjec
         ({"instruction": "hi", "input": "", "output": "ho"}, Reference, "ho", ""),
         (ASKED, Agreement, "", ""),
         ({"prompt": "hi"}, Agreement, "", ""),
+        ({"prompt": "hi", "accept": ["ho", "7"], "lang": "fr"}, Fact, "ho | 7", "fr"),
+        (CHAT | {"accept": ["he"]}, Fact, "he", ""),
         (MULTIPLE, Choice, "B", "s"),
         (MULTIPLE | {"answer": "C"}, Choice, "C", "s"),
     ],
@@ -72,6 +75,10 @@ def test_rows_say_which_task_they_are(
         ([MULTIPLE | {"choices": ["a"]}], "1 choices"),
         ([MULTIPLE | {"choices": "abc"}], "'choices' must be a list"),
         ([MULTIPLE | {"question": " "}], "'question' must be a text"),
+        ([{"prompt": "a", "accept": "b"}], "'accept' must be a list"),
+        ([{"prompt": "a", "accept": []}], "'accept' must be a list"),
+        ([{"prompt": "a", "accept": ["b", " "]}], "'accept' must be a list"),
+        ([CHAT, {"prompt": "a", "accept": ["b"]}], "a row of kind fact among"),
         ([{"prompt": 5}], "no chat can be made"),
         ([{"prompt": "a", "completion": 1}], "must be texts"),
         ([{"prompt": "a", "completion": " "}], "the reference answer is empty"),
