@@ -10,7 +10,7 @@ import pytest
 
 from c2c_mlx import bootstrap
 from c2c_mlx.errors import C2CError
-from c2c_mlx.evaluation import choice, files, number, report, result, scoring
+from c2c_mlx.evaluation import choice, content, files, number, report, result, scoring
 from c2c_mlx.evaluation.agreement import Agreement
 from c2c_mlx.evaluation.choice import Choice
 from c2c_mlx.evaluation.fact import Fact, says
@@ -258,6 +258,37 @@ def test_differences_are_paired() -> None:
     found = scoring.difference(a, b, 0)
     assert found == {"mean": 1.0, "ci95": [1.0, 1.0], "items": 100}
     assert scoring.difference(a, {}, 0) == {}
+
+
+# --- sets of prompts
+
+
+def in_sets(*nats: list[float], groups: str) -> report.Result:
+    """Two prompts a set; a set's group is its letter."""
+    asked = [
+        {"id": str(n), "reference": "AB"[n % 2], "group": groups[n // 2]} for n in range(len(nats))
+    ]
+    return {"items": asked, "modes": {"c2c": {"items": [{"nats": of} for of in nats]}}}
+
+
+def test_an_answer_is_weighed_against_its_mean_over_the_prompts() -> None:
+    # The second answer is always likelier, and likelier by more where it is right.
+    assert content.right(np.array([[9.0, 5.0], [9.5, 4.0]])).tolist() == [True, True]
+    assert content.right(np.array([[9.0, 4.0], [9.0, 5.0]])).tolist() == [False, False]
+    found = content.scores(
+        in_sets([9, 5], [9.5, 4], [9, 4], [9, 5], [1, 2], [1, 1], groups="xyx"), "c2c"
+    )
+    assert found[""] == {"0": 1, "2": 0, "4": 1}
+    assert found["x"] == {"0": 1, "4": 1} and found["y"] == {"2": 0}
+
+
+def test_half_a_set_is_refused() -> None:
+    with pytest.raises(C2CError, match="item 2: no whole set"):
+        content.scores(in_sets([1, 2], [2, 1], [1, 2], groups="xx"), "c2c")
+    failed = in_sets([1, 2], [2, 1], groups="x")
+    del failed["modes"]["c2c"]["items"][1]["nats"]
+    with pytest.raises(C2CError, match="item 0: no whole set"):
+        content.scores(failed, "c2c")
 
 
 # --- reports

@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from c2c_mlx.training.recipes import frames, make_reading
-from c2c_mlx.training.recipes.make_reading import (
-    Row,
-    build,
-    conversations,
-    evaluation,
-    informative,
-    sentences,
-)
+from c2c_mlx.evaluation.fact import says
+from c2c_mlx.training.recipes import facts, frames, make_reading, measured
+from c2c_mlx.training.recipes.make_reading import Row, build, conversations, informative, sentences
 
 
 def pair(n: int, lang: str, phrasing: str = "Translate to English: {}") -> Row:
@@ -40,7 +34,8 @@ def data(tmp_path: Path) -> Path:
     write(tmp_path / "translation" / "valid.jsonl", held)
     write(tmp_path / "german" / "valid.jsonl", [pair(n, "de") for n in (902, 903)])
     write(tmp_path / "trivia" / "train.jsonl", quiz)
-    prompts = [{"prompt": f"Is {n} even?"} for n in range(1200)]
+    write(tmp_path / "trivia" / "valid.jsonl", [{**quiz[0], "question": "Who is it?"}] * 9)
+    prompts = [{"prompt": f"Is {n} even?"} for n in range(2000)]
     write(tmp_path / "english" / "prompts.jsonl", prompts)
     return tmp_path
 
@@ -64,10 +59,75 @@ def test_no_held_out_sentence_or_frame_is_trained(data: Path) -> None:
         assert f"number {n} " not in everything
     for frame in frames.HELD_OUT:
         assert frame not in {f.en for f in frames.TRAINED}
-    used = of(train, valid)
-    measured = evaluation(data, 4, used)
-    assert not used & {r["messages"][0]["content"] for r in measured["english"]}
     assert "these" not in json.dumps(train["trivia"] + valid["trivia"])
+
+
+def test_what_is_measured_is_not_trained(data: Path) -> None:
+    used = measured.used(data)
+    assert used == of(*build(data), *build(data, 1, of(*build(data))))
+    read = measured.reading(data)
+    assert {row["lang"] for row in read} == {
+        f"{lang} {kind}" for lang in ("fr", "zh", "de") for kind in ("trained", "new")
+    }
+    trained = {frame.en for frame in frames.TRAINED}
+    for row in read:
+        assert (row["frame"] in trained) == row["lang"].endswith(" trained")
+        before, after = row["frame"].split("{}")
+        twin = row["answer_to"]
+        assert twin[len(before) : len(twin) - len(after)] not in used
+        assert row["messages"][0]["content"].startswith(f"{before}Phrase")
+    plain = [row["messages"][0]["content"] for row in measured.english(data, read)]
+    assert len(plain) >= measured.ENGLISH and not used & set(plain)
+    assert set(plain) & {row["answer_to"] for row in read}
+    assert [row["lang"] for row in measured.translation(data, 2)] == ["fr"] * 2 + ["zh"] * 2 + [
+        "de"
+    ] * 2
+    quiz = [row["question"] for row in measured.trivia(data)]
+    assert len(set(quiz)) == len(frames.QUIZ) and all("Who is it?" in q for q in quiz)
+
+
+def test_no_fact_stands_in_its_question() -> None:
+    asked, in_english = measured.facts()
+    assert len(asked) == 4 * len(in_english) == len({row["prompt"] for row in asked})
+    assert len(facts.FACTS) == 25 and len(facts.CAPITALS) == 20
+    for row in asked + in_english:
+        assert not [text for text in row["accept"] if says(row["prompt"], text)]
+
+
+def test_a_set_has_all_its_answers_as_choices() -> None:
+    def row(n: int, frame: str) -> Row:
+        said = answered(f"Answer {n} " + "and more " * 20)["messages"]
+        return {"messages": said, "answer_to": f"English {n}", "lang": "fr new", "frame": frame}
+
+    rows = [row(n, "ab"[n % 2]) for n in range(2 * measured.SET + 1)] + [row(99, "c")]
+    foreign, english = measured.content(rows)
+    assert len(foreign) == len(english) == 2 * measured.SET
+    for n, (asked, twin) in enumerate(zip(foreign, english, strict=True)):
+        number = twin["question"].removeprefix("English ")
+        assert asked["choices"][asked["answer"]].startswith(f"Answer {number} and")
+        assert asked["answer"] == n % measured.SET and asked["choices"] == twin["choices"]
+        assert all(len(text.split()) == measured.WORDS for text in asked["choices"])
+
+
+def test_measured_conversations_turn_from_one_language_to_the_other() -> None:
+    def row(asked: str, **more: Any) -> Row:
+        said = {"role": "assistant", "content": f"Answer to {asked}, at length. And more."}
+        return {"messages": [{"role": "user", "content": asked}, said], **more}
+
+    foreign = [row(f"Oui {n} ?", answer_to=f"Yes {n}?", lang="fr new") for n in range(9)]
+    rows = measured.conversations(foreign, [row(f"No {n}?") for n in range(9)])
+    assert {r["lang"] for r in rows} == {"fr after English", "English after fr"}
+    assert {len(r["messages"]) for r in rows} == {3, 5}
+    assert sum(r["lang"].startswith("English") for r in rows) == measured.TURNED
+    for r in rows:
+        said = [m["content"] for m in r["messages"]]
+        assert [m["role"] for m in r["messages"]] == [m["role"] for m in r["answer_to"]]
+        assert said[-1].startswith("Oui" if r["lang"].startswith("fr") else "No")
+        assert said[-3].startswith("No" if r["lang"].startswith("fr") else "Oui")
+        assert [m["content"] for m in r["answer_to"][::2]] == [
+            text.replace("Oui", "Yes").replace(" ?", "?") for text in said[::2]
+        ]
+        assert r["messages"][1]["content"].endswith("at length.")  # what leads up is short
 
 
 def test_the_parts_do_not_overlap_and_come_out_the_same_again(data: Path) -> None:
@@ -144,4 +204,3 @@ def test_frames_have_one_place_for_the_sentence() -> None:
     for frame in (*frames.TRAINED, *frames.TRANSLATE):
         assert all(text.count("{}") == 1 for text in frame)
     assert all(text.count("{}") == 1 for text in (*frames.HELD_OUT, *frames.QUIZ))
-    assert len(make_reading.CAPITALS) == len({c[0] for c in make_reading.CAPITALS})

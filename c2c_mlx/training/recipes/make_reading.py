@@ -2,8 +2,8 @@
 
 `python -m c2c_mlx.training.recipes.make_reading DATA OUT` reads a folder with translation, german,
 trivia and english, and writes OUT/PART/train.jsonl and valid.jsonl for each part of the mixture,
-what was dropped (OUT/dropped), and what is measured afterwards (OUT/eval). Answers are the
-receiver's own, given once and kept in OUT/answers.jsonl, so that an interrupted run continues.
+and what was dropped (OUT/dropped). Answers are the receiver's own, given once and kept in
+OUT/answers.jsonl, so that an interrupted run continues. `measured` is what it is measured with.
 """
 
 from __future__ import annotations
@@ -57,37 +57,6 @@ _REFUSAL = re.compile(
 )
 
 
-_CAPITAL = {
-    "fr": "Quelle est la capitale {} ?",
-    "de": "Was ist die Hauptstadt von {}?",
-    "zh": "{}的首都是哪里？",
-    "es": "¿Cuál es la capital de {}?",
-}
-# The country, its capital, and the country in French (with "of"), German, Chinese and Spanish.
-CAPITALS = (
-    ("France", "Paris", "de la France", "Frankreich", "法国", "Francia"),
-    ("Germany", "Berlin", "de l'Allemagne", "Deutschland", "德国", "Alemania"),
-    ("Italy", "Rome", "de l'Italie", "Italien", "意大利", "Italia"),
-    ("Spain", "Madrid", "de l'Espagne", "Spanien", "西班牙", "España"),
-    ("Portugal", "Lisbon", "du Portugal", "Portugal", "葡萄牙", "Portugal"),
-    ("Greece", "Athens", "de la Grèce", "Griechenland", "希腊", "Grecia"),
-    ("Russia", "Moscow", "de la Russie", "Russland", "俄罗斯", "Rusia"),
-    ("Japan", "Tokyo", "du Japon", "Japan", "日本", "Japón"),
-    ("China", "Beijing", "de la Chine", "China", "中国", "China"),
-    ("Egypt", "Cairo", "de l'Égypte", "Ägypten", "埃及", "Egipto"),
-    ("Poland", "Warsaw", "de la Pologne", "Polen", "波兰", "Polonia"),
-    ("Austria", "Vienna", "de l'Autriche", "Österreich", "奥地利", "Austria"),
-    ("Sweden", "Stockholm", "de la Suède", "Schweden", "瑞典", "Suecia"),
-    ("Norway", "Oslo", "de la Norvège", "Norwegen", "挪威", "Noruega"),
-    ("Ireland", "Dublin", "de l'Irlande", "Irland", "爱尔兰", "Irlanda"),
-    ("Cuba", "Havana", "de Cuba", "Kuba", "古巴", "Cuba"),
-    ("Thailand", "Bangkok", "de la Thaïlande", "Thailand", "泰国", "Tailandia"),
-    ("Iraq", "Baghdad", "de l'Irak", "Irak", "伊拉克", "Irak"),
-    ("Hungary", "Budapest", "de la Hongrie", "Ungarn", "匈牙利", "Hungría"),
-    ("South Korea", "Seoul", "de la Corée du Sud", "Südkorea", "韩国", "Corea del Sur"),
-)
-
-
 class Sentence(NamedTuple):
     """A foreign sentence and its English twin."""
 
@@ -125,7 +94,7 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
     for lang, found in pool.items():
         draw.shuffle(found)
         questions = [s for s in found if s.english.endswith("?") and _words(s) >= 4]
-        told = [s for s in found if _is_told(s)]
+        told = [s for s in found if is_told(s)]
         bare = questions[: BARE * 3 // 4] + told[: BARE // 4]
         framed = told[BARE // 4 :][:SENTENCES]
         taken = {s.text for s in bare + framed}
@@ -150,46 +119,6 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
     return train, valid
 
 
-def evaluation(data: Path, per_group: int, used: Collection[str], seed: int = 3) -> Parts:
-    """What is measured afterwards, of sentences and prompts that no wave has used.
-
-    `reading` wants the receiver's answers to the English twins; a row's `lang` is its language and
-    whether its frame was trained.
-    """
-    draw = random.Random(seed)
-    parts: Parts = {"reading": [], "translation": [], "facts": []}
-    for part in ("translation", "german"):
-        found: dict[str, list[Sentence]] = {}
-        for s in sentences(data / part / "valid.jsonl"):
-            found.setdefault(s.lang, []).append(s)
-        for lang, some in found.items():
-            parts["translation"] += [
-                _row(f"Translate to English: {s.text}", s.english, lang=lang)
-                for s in some[:per_group]
-            ]
-            told = [s for s in some if _is_told(s, 4)]
-            draw.shuffle(told)
-            known = [frames.TRAINED[n].en for n in (0, 1, 4, 6, 9, 12)]
-            # Twice as many as wanted: generic answers are dropped here, too.
-            for n, s in enumerate(told[: 4 * per_group]):
-                is_known = n % 2 == 0
-                frame = (known if is_known else frames.HELD_OUT)[n // 2 % 6]
-                group = f"{lang} {'trained' if is_known else 'new'}"
-                parts["reading"].append(
-                    _row(frame.format(s.text), answer_to=frame.format(s.english), lang=group)
-                )
-    for name, city, *asked in CAPITALS:
-        for lang, text in zip(("fr", "de", "zh", "es"), asked, strict=True):
-            question = _CAPITAL[lang].format(text)
-            parts["facts"].append(_row(question, f"The capital of {name} is {city}.", lang=lang))
-    prompts = [row["prompt"] for row in _lines(data / "english" / "prompts.jsonl")]
-    rest = [p for p in dict.fromkeys(prompts) if p not in used and len(p) <= 240]
-    draw.shuffle(rest)
-    twins = [r["answer_to"] for r in parts["reading"][::5]]
-    parts["english"] = [_row(p) for p in [*rest[:per_group], *twins[: per_group // 3]]]
-    return parts
-
-
 def conversations(parts: Parts, seed: int, count: int) -> list[Row]:
     """Two and three turns of answered rows: foreign after English, English after foreign.
 
@@ -209,7 +138,7 @@ def conversations(parts: Parts, seed: int, count: int) -> list[Row]:
         seen: list[dict[str, str]] = []
         for turn in turns:
             asked, said = turn["messages"]
-            seen += [asked, {**said, "content": _first_sentence(said["content"])}]
+            seen += [asked, {**said, "content": first_sentence(said["content"])}]
         end = draw.choice(kinds[last])
         more: Row = {key: end[key] for key in ("own", "cut", "lang") if key in end}
         rows.append({"messages": [*seen, *end["messages"]], **more})
@@ -233,6 +162,17 @@ def informative(rows: list[Row]) -> tuple[list[Row], list[Row]]:
         bad = bad or any(c > "\u2fff" for c in said)  # not English, or half a character
         (dropped if bad else kept).append(row)
     return kept, dropped
+
+
+def is_told(s: Sentence, words: int = 6) -> bool:
+    """A statement about others, long enough to say something."""
+    return not s.english.endswith("?") and _words(s) >= words and not _PERSONAL.search(s.english)
+
+
+def first_sentence(text: str) -> str:
+    """Up to a full stop, for what only leads up to the last turn."""
+    found = re.match(r"(.{12,}?[.!?])(?:\s|$)", text, re.S)
+    return found[1] if found else text
 
 
 def _twin(row: Row) -> Row:
@@ -286,11 +226,6 @@ def _words(s: Sentence) -> int:
     return len(s.english.split())
 
 
-def _is_told(s: Sentence, words: int = 6) -> bool:
-    """A statement about others, long enough to say something."""
-    return not s.english.endswith("?") and _words(s) >= words and not _PERSONAL.search(s.english)
-
-
 def _said(row: Row) -> str:
     said: str = row["messages"][-1]["content"]
     return said
@@ -307,12 +242,6 @@ def _circles(text: str) -> bool:
     words = re.findall(r"\w+", text.lower())
     threes = Counter(zip(words, words[1:], words[2:], strict=False))
     return max(threes.values(), default=0) >= 3
-
-
-def _first_sentence(text: str) -> str:
-    """Up to a full stop, for what only leads up to the last turn."""
-    found = re.match(r"(.{12,}?[.!?])(?:\s|$)", text, re.S)
-    return found[1] if found else text
 
 
 def _lines(path: Path) -> Iterable[Any]:
@@ -354,7 +283,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--receiver", default="smollm2-135m")
-    parser.add_argument("--per-group", type=int, default=60, help="of what is measured")
     args = parser.parse_args(argv)
     from c2c_mlx.models.load import load_model
 
@@ -380,11 +308,6 @@ def main(argv: list[str] | None = None) -> int:
         for name, rows in parts.items():
             write(args.out / name / f"{split}.jsonl", rows)
         print(split, {name: len(rows) for name, rows in parts.items()})
-    measured = evaluation(args.data, args.per_group, used)
-    read = answer(measured["reading"], lm, kept_answers, TOKENS["reading"])
-    measured["reading"] = informative(read)[0]
-    for name, rows in measured.items():
-        write(args.out / "eval" / f"{name}.jsonl", rows)
     print(pack.pack(args.out, args.out / "packed", args.receiver), "bytes for the package")
     return 0
 
