@@ -149,7 +149,7 @@ def cell(text: str) -> str:
     """Any text in one cell, as it is."""
     for plain, shown in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("*", "\\*")):
         text = text.replace(plain, shown)
-    return "<br>".join(line for line in text.split("\n") if line.strip())
+    return "<br>".join(line for line in text.splitlines() if line.strip())
 
 
 def page(found: dict[str, list[str]], about: str, limits: str) -> str:
