@@ -104,16 +104,17 @@ def _list(args: argparse.Namespace) -> None:
             cached = hub.cached_size(model.hub) if model.hub else size(model_folder(alias))
             mark = "*" if alias in default else " "
             _print(f"{mark} {alias:17} {_size(cached):>8}  {model.description} [{model.licence}]")
-    print("\nfusers (for --fuser, by receiver+sharer)")
-    kept = dict(store.cached())
+    print("\nfusers (for --fuser, by receiver+sharer; * what a pair gets where none is named)")
+    kept, first = dict(store.cached()), store.defaults()
+    rows: list[tuple[str, Path | None, str]] = []
     for entry in registry.fusers():
-        folder = kept.pop(entry.name, None)
         origin = f"on the hub, {store.find_remote(entry.name)}" if entry.hub else "shipped"
-        _print(f"  {entry.name:26} {_size(size(folder)) if folder else '':>8}  {origin}")
-    for name, folder in kept.items():
-        _print(f"  {name:26} {_size(size(folder)):>8}  from the hub")
-    for name, folder in trained.every():
-        _print(f"  {name:26} {_size(size(folder)):>8}  trained here")
+        rows.append((entry.name, kept.pop(entry.name, None), origin))
+    rows += [(name, folder, "from the hub") for name, folder in kept.items()]
+    rows += [(name, folder, "trained here") for name, folder in trained.every()]
+    for name, folder, origin in rows:
+        mark = "*" if name in first else " "
+        _print(f"{mark} {name:26} {_size(size(folder)) if folder else '':>8}  {origin}")
     _print("  Those of the hub were trained on models that are not quantised: ...-bf16 above.")
     for unfinished in sorted(downloads("").glob("*")):
         _print(f"\nunfinished download: {unfinished.name}, {_size(size(unfinished))}")

@@ -103,6 +103,14 @@ def find_for_pair(
     return find_folder(name, report, note)
 
 
+def defaults() -> set[str]:
+    """The names of the fusers that pairs get where none is named."""
+    of_pair = {f"{e.receiver}+{e.sharer}": e.name for e in registry.fusers()}
+    of_pair |= {name.rpartition("/")[0]: name for name, _ in trained.every()}  # the latest is last
+    of_pair |= {f"{e.receiver}+{e.sharer}": e.name for e in registry.fusers() if e.shipped}
+    return set(of_pair.values())
+
+
 def find_entry(name: str) -> registry.FuserEntry | None:
     """What the registry knows of a fuser's name; None if it is not in there."""
     return next((e for e in registry.fusers() if e.name == name), None)

@@ -55,6 +55,22 @@ def test_shipped_before_own_before_published(tiny_pair: Pair) -> None:
     assert store.find_for_pair("qwen", "llama", None) == own
 
 
+def test_the_list_says_which_fuser_a_pair_gets(
+    tiny_pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fuser = Path(tiny_pair.fusers[0])
+    for _ in range(2):
+        put(fuser, *registry.default_pair())  # for which one is shipped
+        put(fuser, "qwen", "llama")  # for which one is published
+    put(fuser, "gemma3-270m", "smollm2-135m")
+    assert weights.main(["list"]) == 0
+    listed = capsys.readouterr().out.partition("\nfusers")[2].splitlines()[1:-1]
+    marked = {line.split()[1] for line in listed if line.startswith("* ")}
+    assert {"smollm2-135m+gemma3-270m", "qwen+llama/2", "gemma3-270m+smollm2-135m/1"} <= marked
+    assert not marked & {"smollm2-135m+gemma3-270m/2", "qwen+llama/1", "qwen+llama"}
+    assert "qwen+qwen2.5" in marked  # published, and none was trained here
+
+
 def test_train_without_a_place_then_list_and_remove(
     tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +91,6 @@ def test_train_without_a_place_then_list_and_remove(
     assert disk.read_description(folder)[1].steps == 3
     capsys.readouterr()
     assert weights.main(["list"]) == 0
-    assert re.search(r"receiver\+sharer/1 +\S+ \wB +trained here", capsys.readouterr().out)
+    assert re.search(r"\* receiver\+sharer/1 +\S+ \wB +trained here", capsys.readouterr().out)
     assert weights.main(["remove", "receiver+sharer/1"]) == 0
     assert trained.latest(receiver, sharer) is None
