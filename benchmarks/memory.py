@@ -186,7 +186,7 @@ def measure(args: argparse.Namespace, case: str) -> None:
     print(f"{case}: {need}")
     for what, estimate, measured in (
         ("with buffers", need.total, watch.held),
-        ("in use", need.total - need.buffers, watch.peak),
+        ("in use", need.in_use, watch.peak),
     ):
         print(
             f"  {what:13} {estimate / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB: "

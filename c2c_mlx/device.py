@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +118,20 @@ def memory_limit() -> int:
 def buffer_limit() -> int:
     """Bytes of freed buffers that MLX keeps for reuse; part of every estimate of memory."""
     return max(_SMALL_BUFFERS, min(_MOST_BUFFERS, memory_limit() // 16))
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Inside, MLX waits for what it is at before it takes more than so many bytes.
+
+    Without that it takes memory for a whole graph in advance, as far as its queue goes. Where so
+    many bytes do not suffice it goes on, one operation after the other.
+    """
+    before = mx.set_memory_limit(size)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 def prepare() -> None:

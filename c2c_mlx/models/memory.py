@@ -52,9 +52,14 @@ class Need:
         return min(self.working, device.buffer_limit())
 
     @property
+    def in_use(self) -> int:
+        """What is there at one time."""
+        return self.weights + self.caches + self.working
+
+    @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.caches + self.working + self.buffers
+        return self.in_use + self.buffers
 
     def record(self) -> dict[str, float | int]:
         """For `--json`, in GB."""

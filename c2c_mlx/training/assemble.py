@@ -175,6 +175,7 @@ def assemble_twin(trainer: Trainer, run: RunConfig, watcher: Watcher) -> Trainer
     c2c = C2C(main.receiver, main.sharer, fuser)
     about, stops = trainer.provenance, trainer.stop_strings
     twin = Trainer(c2c, trainer.train, trainer.valid, config, out, about, watcher.say, stops)
+    twin.fitted = trainer.fitted
     if there := checkpoints.all_of(out):
         twin.resume(there[-1])
     out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class Trainer:
             say,
         )
         self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
-        # For plans: why the configuration is what it is, and the seconds that answers will take.
+        # Why the configuration is what it is, and the seconds that answers will take.
         self.fitted: fits.Fit | None = None
         self.answering = 0.0
         self.begin(config)
@@ -315,13 +315,15 @@ class Trainer:
 
     @contextmanager
     def fitting(self, keep: bool = False) -> Iterator[None]:
-        """Turns what MLX raises when the memory is full into the next smaller plan.
+        """Keeps to the memory that was planned; where there is less, names the next smaller plan.
 
         Args:
             keep: whether a checkpoint is written that goes on with it.
         """
+        planned = device.at_most(self.fitted.need.in_use) if self.fitted else nullcontext()
         try:
-            yield
+            with planned:
+                yield
             return
         except (RuntimeError, MemoryError) as e:
             if not device.is_out_of_memory(e):

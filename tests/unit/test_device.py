@@ -82,6 +82,19 @@ def test_buffers_kept_for_reuse_are_bounded(receiver: LanguageModel) -> None:
     assert before == device.buffer_limit() <= device.memory_limit() // 8
 
 
+def test_memory_is_taken_as_it_is_needed() -> None:
+    """Sixty-four numbers of 8 MB each, of which two need to be there at a time."""
+    x = mx.ones(1 << 21)
+    mx.eval(x)
+    limit = mx.set_memory_limit(1 << 40)
+    held = mx.get_active_memory()
+    with device.at_most(held + (1 << 24)):
+        mx.reset_peak_memory()
+        mx.eval(sum(mx.exp(x * i).sum() for i in range(64)))
+        assert mx.get_peak_memory() < held + (1 << 26)
+    assert mx.set_memory_limit(limit) == 1 << 40
+
+
 @pytest.mark.parametrize(
     ("error", "full"),
     [
