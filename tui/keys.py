@@ -100,9 +100,10 @@ SESSIONS = (
     Key("escape", "leave", "closes", "leave the renaming; close the list"),
 )
 OFFER = (
-    Key("1", "train(180)", "3 minutes", "long enough to see it move"),
-    Key("2", "train(900)", "15 minutes", "long enough to be of use between small models"),
-    Key("3", "train(3600)", "an hour", "better"),
+    Key("1", "train(180)", "3 minutes", "to see it move"),
+    Key("2", "train(900)", "15 minutes", "a first answer to whether there is anything to gain"),
+    Key("3", "train(3600)", "an hour", "of use between small models, if there is"),
+    Key("4", "train(28800)", "a night", "eight hours, for larger models or for more"),
     Key("r", "reverse", "turn round", "the same two models, the other way round"),
     Key("escape", "dismiss(None)", "closes", "as it was"),
 )

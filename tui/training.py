@@ -43,7 +43,7 @@ class Training:
         state, loaded, app = self.state, self.state.loaded, self.screen.app
         if state.is_training:
             self.backend.stop_training()
-            self.screen.say("training ends with this step, and is kept")
+            self.screen.say("training ends with what it is at, and what was learned is kept")
         elif loaded is None:
             app.notify("the models are not loaded yet", severity="warning")
         elif len(loaded.sharers) != 1:

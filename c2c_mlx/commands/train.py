@@ -286,9 +286,10 @@ def _plan(config: RunConfig, deadline: float | None, as_json: bool, command: str
             config, display, resume=False, source=command, dry=True, deadline=deadline
         )
         if deadline:
-            pace = plan.fit(trainer, deadline - trainer.answering, {*config.given}, config.twin)
+            fixed, until = {*config.given}, deadline - trainer.answering
+            pace = plan.fit(trainer, until, fixed, config.twin, display.trying)
         else:
-            pace = plan.probe(trainer, config.twin)
+            pace = plan.probe(trainer, config.twin, display.trying)
         found = plan.describe(config, trainer, pace)
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(plan.lines(found)))
 
@@ -319,7 +320,7 @@ def _train(
         if is_first:
             recipe.write(out / recipe.FILE, told)
         if deadline and not resume:
-            pace = plan.fit(trainer, deadline, fixed, config.twin)
+            pace = plan.fit(trainer, deadline, fixed, config.twin, display.trying)
             display.iters = trainer.config.iters
             lasts = plan.told(pace.seconds(trainer.config))
             display.say(f"{display.iters} steps fit into the time: about {lasts}")

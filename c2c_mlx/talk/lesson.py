@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,9 @@ def _begun(
         run, watcher, resume=False, source="c2c-chat", deadline=deadline, models=models
     )
     recipe.write(trainer.folder / recipe.FILE, values | {"time": f"{seconds:.0f}s"})
-    watcher.say("trying ten steps")
     # From here on: what is measured on has to be answered first, however long that takes.
-    pace = plan.fit(trainer, time.monotonic() + seconds, set(values), pause=watcher.check)
+    tell = partial(watcher.count, "trying ten steps")
+    pace = plan.fit(trainer, time.monotonic() + seconds, set(values), tell=tell)
     found = plan.describe(run, trainer, pace)
     return trainer, "\n".join(plan.lines(found)[:-1])
 

@@ -68,6 +68,10 @@ class Display:
             self.task, description=progress.what, completed=progress.done, total=progress.total
         )
 
+    def trying(self, done: int, total: int) -> None:
+        """Steps that are timed; the record has what comes of them."""
+        self.loading(Progress("trying ten steps", done, total))
+
     def step(self, step: int, loss: float) -> None:
         """One step more."""
         self.bar.update(

@@ -59,13 +59,15 @@ class Pace:
         return own + self.twin.seconds(replace(config, answers=0)) + self.twin.evaluation
 
 
-def probe(trainer: Trainer, twin: bool = False, pause: Callable[[], None] = lambda: None) -> Pace:
+def probe(
+    trainer: Trainer, twin: bool = False, tell: Callable[[int, int], None] = lambda i, n: None
+) -> Pace:
     """Times steps over batches of all lengths, then puts the trainer back to where it was.
 
     Args:
         trainer: of a run that has not begun.
         twin: whether the steps of its control are timed as well.
-        pause: called between the steps.
+        tell: called before each step with those that are done, and all of them.
 
     Raises:
         C2CError: if they don't fit into the memory, or the loss is not finite.
@@ -78,11 +80,12 @@ def probe(trainer: Trainer, twin: bool = False, pause: Callable[[], None] = lamb
     # The means of ten equal parts: the lengths of batches differ more than anything else does.
     typical = [drawn[int((i + 0.5) * len(drawn) / PROBE)] for i in range(PROBE)]
     before = fuser.parameters()
+    tell(0, PROBE)
     with trainer.fitting():
         trainer.train_step(trainer.split(drawn[-1]))  # the longest; and a first step is slower
         began = time.perf_counter()
-        for rows in typical:
-            pause()
+        for done, rows in enumerate(typical):
+            tell(done, PROBE)
             trainer.train_step(trainer.split(rows))
         step = (time.perf_counter() - began) / PROBE
         evaluation = answer = 0.0
@@ -99,7 +102,7 @@ def probe(trainer: Trainer, twin: bool = False, pause: Callable[[], None] = lamb
         return pace
     trainer.prefills.zero_sharer = True
     try:
-        return replace(pace, twin=probe(trainer))
+        return replace(pace, twin=probe(trainer, tell=tell))
     finally:
         trainer.prefills.zero_sharer = c.zero_sharer
 
@@ -170,7 +173,7 @@ def fit(
     deadline: float,
     fixed: set[str],
     twin: bool = False,
-    pause: Callable[[], None] = lambda: None,
+    tell: Callable[[int, int], None] = lambda i, n: None,
 ) -> Pace:
     """Gives a run that has not begun the length that ends by `deadline`, for all its processes.
 
@@ -179,12 +182,12 @@ def fit(
         deadline: on the clock of `time.monotonic`.
         fixed: fields of its configuration that stay as they are.
         twin: whether its control is to end by then, too.
-        pause: see `probe`.
+        tell: see `probe`.
 
     Raises:
         C2CError: as `probe` and `fitted` do.
     """
-    pace = probe(trainer, twin, pause)
+    pace = probe(trainer, twin, tell)
     mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed)
     is_first = trainer.group.rank() == 0
     iters = mx.distributed.all_sum(mx.array(mine.iters if is_first else 0), group=trainer.group)

@@ -63,7 +63,7 @@ async def test_a_pair_without_a_fuser_is_offered_training(shows) -> None:
     async with chat.run_test(size=SIZE, notifications=True) as pilot:
         await shows(chat, "C2C cannot answer", "Ctrl+S", "the-other-way")
         await pilot.press("ctrl+s")
-        await shows(chat, "train one?", "15 minutes", "turn round", "by the fuser the-other-way")
+        await shows(chat, "train one?", "15 minutes", "a night", "by the fuser the-other-way")
         await pilot.press("escape")
         await shows(chat, "C2C cannot answer", without="train one?")
         await pilot.press("ctrl+s", "2")

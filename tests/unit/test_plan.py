@@ -109,7 +109,7 @@ def test_a_probe_leaves_no_trace(chats: Path, tmp_path: Path) -> None:
     """Neither in the fuser and what is drawn, nor in the noise and the moments."""
     shape = {"dropout": 0.1}
     fixed = TrainConfig(batch_size=4)
-    made = []
+    made, told = [], []
     for name in ("probed", "plain"):
         run = RunConfig(
             *(str(TINY / "sharer"), str(TINY / "receiver"), (str(chats),), str(tmp_path / name)),
@@ -120,7 +120,8 @@ def test_a_probe_leaves_no_trace(chats: Path, tmp_path: Path) -> None:
         with Display(14) as display:
             trainer = assemble(run, display, resume=False, source="test")
         if name == "probed":
-            pace = plan.probe(trainer)
+            pace = plan.probe(trainer, tell=lambda *far: told.append(far))
+            assert told == [(0, 10), *((i, 10) for i in range(10))]
             assert pace.step > 0 and pace.evaluation > 0 and trainer.step == 0
             trainer.begin(plan.with_iters(trainer.config, 14, set()))
         trainer.run()
