@@ -261,10 +261,14 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """What two say of a run; the length that `above` gives takes the place of any other."""
+    """What two say of a run; a length that `above` gives takes the place of any other.
+
+    So does a fuser to start from, of what describes a new one.
+    """
     lengths = {"iters", "time"}
-    if lengths & above.keys():
-        below = {name: value for name, value in below.items() if name not in lengths}
+    for given, gone in ((lengths, lengths), ({"fuser"}, {"fuser_config"})):
+        if given & above.keys():
+            below = {name: value for name, value in below.items() if name not in gone}
     return below | above
 
 

@@ -180,6 +180,23 @@ def test_later_recipes_override_earlier_ones_and_flags_override_all(
     assert (found.data, found.steps) == (("package:reading/trivia",), 2)
 
 
+def test_a_fuser_to_start_from_takes_the_place_of_the_one_that_a_recipe_describes(
+    call: Call, tmp_path: Path
+) -> None:
+    pair = ["--sharer", TINY / "sharer", "--receiver", TINY / "receiver", *SHORT, "--answers", "0"]
+    (tmp_path / "r.yaml").write_text(
+        "data: [package:reading/trivia]\nfuser_config: {dropout: 0.25}\n"
+    )
+    given = [*pair, "--recipe", tmp_path / "r.yaml"]
+    assert call(*given, "--out", tmp_path / "first")[0] == 0
+    (tmp_path / "r.yaml").write_text(
+        "data: [package:reading/trivia]\nfuser_config: {dropout: 0.5}\n"
+    )
+    code, _, err = call(*given, "--fuser", tmp_path / "first", "--out", tmp_path / "second")
+    assert code == 0, err
+    assert Fuser.load(tmp_path / "second").config.dropout == 0.25
+
+
 def test_answers_of_another_receiver_are_not_this_ones() -> None:
     rows = [
         ChatRow([user("q"), assistant("a")]),
