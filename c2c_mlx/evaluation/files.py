@@ -20,7 +20,8 @@ def read(path: Path, method: Method) -> tuple[Task, list[Item]]:
 
     Args:
         path: JSON lines, multiple choice or chats in the layouts that `c2c-train` reads, with
-            `accept` for questions of fact; `lang` or `subject` of a row is its group.
+            `accept` for questions of fact; `lang` or `subject` of a row is its group, and `cut`
+            says that its answer was cut at a limit.
         method: of multiple choice.
 
     Raises:
@@ -69,7 +70,8 @@ def _item(row: dict[str, Any], number: str, where: str) -> tuple[str, Item]:
         return "agreement", Item(number, messages, group=group)
     if not messages[-1]["content"].strip():
         raise C2CError(f"{where}: the reference answer is empty")
-    return "chat", Item(number, asked, messages[-1]["content"], group=group)
+    cut = row.get("cut", False) is True
+    return "chat", Item(number, asked, messages[-1]["content"], group=group, cut=cut)
 
 
 def choice_item(row: dict[str, Any], number: str, group: str, where: str) -> Item:

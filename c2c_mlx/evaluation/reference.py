@@ -7,7 +7,7 @@ from typing import Any
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation.task import Answer, Item, Task
-from c2c_mlx.text.tokens import response_ids
+from c2c_mlx.text.tokens import response_ids, text_ids
 
 
 class Reference(Task):
@@ -30,9 +30,10 @@ class Reference(Task):
         self._sentence_bleu = BLEU(effective_order=True)  # short sentences have no 4-grams
 
     def continuations(self, item: Item, tokenizer: Any, own: Answer | None) -> list[list[int]]:
-        """The reference, to the end of the turn."""
+        """The reference, to the end of the turn unless it was cut before that."""
         said = {"role": "assistant", "content": item.reference}
-        return [response_ids([*item.messages, said], tokenizer)]
+        ids = text_ids if item.cut else response_ids
+        return [ids([*item.messages, said], tokenizer)]
 
     def score(self, item: Item, answer: Answer, own: Answer | None) -> dict[str, float]:
         """Scores of a sentence, 0 to 100, and the NLL."""

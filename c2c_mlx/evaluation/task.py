@@ -23,6 +23,7 @@ class Item:
     reference: str = ""  # the right answer; empty if the receiver's own answer is the reference
     choices: tuple[str, ...] = ()  # of multiple choice; of a fact, every text that is right
     group: str = ""  # scores are reported per group, too
+    cut: bool = False  # the reference was cut at a limit: that it ends there says nothing
 
 
 @dataclass(frozen=True)

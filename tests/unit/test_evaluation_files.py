@@ -16,6 +16,9 @@ from c2c_mlx.evaluation.agreement import Agreement
 from c2c_mlx.evaluation.choice import Choice
 from c2c_mlx.evaluation.fact import Fact
 from c2c_mlx.evaluation.reference import Reference
+from c2c_mlx.models.load import load_model
+
+TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 
 # --- files
 
@@ -58,6 +61,15 @@ def test_rows_say_which_task_they_are(
     assert items[0].messages[-1]["role"] == "user"
     if kind is not Choice:
         assert items[0].messages == [{"role": "user", "content": "hi"}]
+
+
+def test_a_cut_reference_says_nothing_of_its_end(tmp_path: Path) -> None:
+    task, (whole, cut) = files.read(written(tmp_path / "f", CHAT, CHAT | {"cut": True}), "generate")
+    assert (whole.cut, cut.cut) == (False, True)
+    tokenizer = load_model(str(TINY / "receiver")).tokenizer
+    ended, begun = (task.continuations(item, tokenizer, None)[0] for item in (whole, cut))
+    assert ended[: len(begun)] == begun and len(begun) < len(ended)
+    assert tokenizer.decode(begun) == "ho"
 
 
 @pytest.mark.parametrize(
