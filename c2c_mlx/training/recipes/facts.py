@@ -26,8 +26,8 @@ class Fact(NamedTuple):
     es: str
 
 
-# All that SmolLM2-135M knows, asked in English, of 63 that were tried before there was a fuser; a
-# few that repeat others are left out.
+# 25 of the 37 that SmolLM2-135M knows, asked in English, of 63 that were tried before there was a
+# fuser.
 FACTS = (
     Fact(
         ("blue", "bleu", "bleue", "blau", "蓝", "azul"),
