@@ -4,6 +4,8 @@ PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin
+# A file's tests stay in one process; two BLAS threads in each of several processes would be slower.
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 PAIR := smollm2-135m gemma3-270m
 override PROMPT := $(value PROMPT)
 export PROMPT
@@ -49,7 +51,7 @@ chat: setup
 
 test: setup
 	@$(BIN)/c2c-weights pull $(PAIR) >/dev/null || echo "so the tests that need the embedded pair are skipped"
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 doctor: setup
 	@$(BIN)/c2c-doctor
@@ -57,13 +59,13 @@ doctor: setup
 # What a Mac's GPU would decide, computed here. The embedded pair is packed then, and a CPU takes
 # minutes to read a prompt with packed weights.
 rehearse: setup
-	@C2C_MLX_REHEARSE=gpu $(BIN)/python -m pytest -q -m "not pair"
+	@C2C_MLX_REHEARSE=gpu $(PYTEST) -m "not pair"
 
 PRECISION := tests/golden tests/unit/test_c2c.py tests/unit/test_fused.py \
 	tests/unit/test_several_sharers.py tests/unit/test_state_layers.py tests/unit/test_rope.py \
 	tests/unit/test_fuser.py tests/unit/test_kv.py tests/unit/test_fused_answers.py
 rehearse-fast: setup
-	@C2C_MLX_REHEARSE=gpu $(BIN)/python -m pytest -q -m "not pair" $(PRECISION)
+	@C2C_MLX_REHEARSE=gpu $(PYTEST) -m "not pair" $(PRECISION)
 
 check: setup
 	@$(BIN)/ruff check .
