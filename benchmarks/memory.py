@@ -1,6 +1,6 @@
 """The estimate of memory before a load, against what MLX then takes, on four cases.
 
-    python benchmarks/memory.py [--batch N] [--grad-checkpoint] [chat published small paper]
+    python benchmarks/memory.py [--batch N] [--grad-checkpoint] [--turned] [chat small ...]
 
 Two pairs of figures, each of the whole process from its first load on: `Need.total` against the
 most that MLX held at one time, memory in use and freed buffers that it keeps (sampled every few
@@ -26,7 +26,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import qwen2, qwen3
 from mlx_lm.utils import save_config, save_model
 
-from c2c_mlx import ChatSession, Fuser, load_model
+from c2c_mlx import ChatSession, Fuser, device, load_model
 from c2c_mlx.config import FuserConfig, ModelShape, SamplingConfig, TrainConfig
 from c2c_mlx.fusers import disk, store
 from c2c_mlx.fusion.c2c import C2C
@@ -128,12 +128,15 @@ def published(scratch: Path) -> memory.Need:
     return memory.preflight(*folders, [config], tokens=TOKENS, modes=["c2c"])
 
 
-def training(preset: Literal["small", "paper"], batch_size: int, lighter: bool) -> memory.Need:
-    """Two steps on the embedded pair, with chats of one length.
+def training(
+    preset: Literal["small", "paper"], batch_size: int, lighter: bool, turned: bool
+) -> memory.Need:
+    """Two steps on the embedded pair, perhaps turned round, with chats of one length.
 
     The paper's fuser has its last eight layers only: with all thirty a step takes 12 GB.
     """
-    receiver, sharer = map(load_model, registry.default_pair())
+    names = registry.default_pair()
+    receiver, sharer = map(load_model, names[::-1] if turned else names)
     train = TrainConfig(batch_size=batch_size, grad_checkpoint=lighter)
     fields = {}
     if preset == "paper":
@@ -159,16 +162,17 @@ def training(preset: Literal["small", "paper"], batch_size: int, lighter: bool) 
     data = Dataset([source], *tokenizers, config.alignment, train.max_tokens)
     example = data.example(source.rows[0])
     assert example is not None
-    with tempfile.TemporaryDirectory() as folder:
+    prompt = max(len(example.receiver_ids), len(example.sharer_ids))
+    sizes = ModelSize.read(receiver.path), ModelSize.read(sharer.path)
+    need = memory.training(*sizes, config, train, [(prompt, len(example.response_ids))])
+    with tempfile.TemporaryDirectory() as folder, device.at_most(need.in_use):  # as a run does it
         c2c = C2C(receiver.model, sharer.model, fuser)
         trainer = Trainer(c2c, data, [], train, Path(folder))
         for _ in range(2):
             mx.reset_peak_memory()
             trainer.train_step([[example] * batch_size])
             print(f"  a step: {mx.get_peak_memory() / 1e9:.2f} GB in use")
-    prompt = max(len(example.receiver_ids), len(example.sharer_ids))
-    sizes = ModelSize.read(receiver.path), ModelSize.read(sharer.path)
-    return memory.training(*sizes, config, train, [(prompt, len(example.response_ids))])
+    return need
 
 
 def measure(args: argparse.Namespace, case: str) -> None:
@@ -180,7 +184,7 @@ def measure(args: argparse.Namespace, case: str) -> None:
         elif case == "published":
             need = published(args.scratch)
         else:
-            need = training(case, args.batch, args.grad_checkpoint)
+            need = training(case, args.batch, args.grad_checkpoint, args.turned)
     finally:
         watch.stop()
     print(f"{case}: {need}")
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--batch", type=int, default=6, help="of the training runs")
     parser.add_argument("--grad-checkpoint", action="store_true", help="in the training runs")
+    parser.add_argument("--turned", action="store_true", help="Gemma is their receiver")
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.scratch:
@@ -211,6 +216,7 @@ def main() -> None:
                 write_published(Path(scratch))
             command = [sys.executable, __file__, case, f"--scratch={scratch}"]
             command += [f"--batch={args.batch}"] + ["--grad-checkpoint"] * args.grad_checkpoint
+            command += ["--turned"] * args.turned
             subprocess.run(command, check=True)
 
 

@@ -252,8 +252,9 @@ def lines(plan: dict[str, Any]) -> list[str]:
         f"{plan['evaluation_s']:.1f} s an evaluation, {plan['answers']} answers of "
         f"{plan['answer_s']:.1f} s for the verdict"
         + (f"; {told(first)} before that, for prompts to be answered)" if first else ")"),
-        f"memory: about {plan['memory']['total_gb']:.1f} GB of "
-        f"{plan['memory']['limit_gb']:.1f} GB; ten steps took {plan['probe_peak_gb']:.1f} GB",
+        f"memory: ten steps took {plan['probe_peak_gb']:.1f} GB; the longest chats in one batch, "
+        f"and what MLX keeps for reuse, would be about {plan['memory']['total_gb']:.1f} GB of "
+        f"{plan['memory']['limit_gb']:.1f} GB",
         plan["batches"],
         f"fuser: {plan['fuser_parameters'] / 1e6:.2f} M parameters, "
         f"{1e3 * plan['fuser_gb']:.1f} MB",
