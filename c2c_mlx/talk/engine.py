@@ -310,9 +310,10 @@ class InferenceThread(threading.Thread):
 
     def _loaded(self, session: ChatSession, need: Need, missing: str) -> Loaded:
         from c2c_mlx import device
+        from c2c_mlx.fusers.trained import pair_name
         from c2c_mlx.talk.lesson import outlook
 
-        named = [given or f"{self.pair.receiver}+{sharer}" for sharer, given in self.pair.links]
+        named = [given or pair_name(self.pair.receiver, s) for s, given in self.pair.links]
         parts = zip(session.sharers, named, session.links, session.gates, strict=False)
         return Loaded(
             receiver=session.receiver.name,

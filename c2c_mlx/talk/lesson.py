@@ -168,8 +168,8 @@ def _begun(
     # From here on: what is measured on has to be answered first, however long that takes.
     tell = partial(watcher.count, "trying ten steps")
     pace = plan.fit(trainer, time.monotonic() + seconds, set(values), tell=tell)
-    found = plan.describe(run, trainer, pace)
-    return trainer, "\n".join(plan.lines(found)[:-1])
+    data, *lines, _ = plan.lines(plan.describe(run, trainer, pace))
+    return trainer, "\n".join([*lines, data])  # what is long, and known, goes last
 
 
 def _gone_on(

@@ -126,13 +126,19 @@ async def test_after_training_the_fuser_is_loaded_and_the_question_asked_again(s
         await pilot.press(*"Who?", "enter")
         await until(lambda: stage.told == [("Who?", ("relay",))] and not chat.state.is_busy)
         await pilot.press("ctrl+s", "1")
-        stage.say(PLAN, TrainingStep(120, 120, 2.0, 0.0, 20))
+        tried = [Trial(n, "Who?", "Ada Lovelace wrote it. " * 12) for n in (30, 60, 90)]
+        stage.say(PLAN, *tried, TrainingStep(120, 120, 2.0, 0.0, 20))
+        await shows(chat, "measuring what it is worth")
         await pilot.press(*"More?", "enter")  # the others answer meanwhile
         await until(lambda: ("More?", ("relay",)) in stage.told and not chat.state.is_busy)
         stage.say(TrainingOver(120, 120, "Worth using: on 60 chats."))
         await until(lambda: stage.told[-1] == ("More?", ("c2c",)))
         assert stage.pair in stage.told
         await shows(chat, "120 steps done", "Worth using: on 60 chats.", without="cannot answer")
+        await shows(chat, "step 120 of 120", without="measuring what it is worth")
+        await pilot.resize_terminal(80, 24)
+        await shows(chat, "Worth using: on 60 chats.")
+        await pilot.resize_terminal(*SIZE)
         takes = chat.state.turn.takes
         assert [list(take.answers) for take in takes] == [["relay"], ["c2c"]]
 

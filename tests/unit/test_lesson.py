@@ -101,7 +101,8 @@ def test_training_goes_on_beside_the_conversation_until_it_is_stopped(
     assert not loaded.links and not loaded.unfinished
     _, begun = until(engine, TrainingBegun)
     assert begun.step == 0 < begun.steps
-    assert "steps: " in begun.plan and "memory: " in begun.plan and "time: " in begun.plan
+    heads = [line.partition(":")[0] for line in begun.plan.splitlines()]
+    assert heads == ["steps", "time", "memory", "batches", "fuser", "data"]
     until(engine, TrainingStep)
     engine.ask("Who?", ["receiver"])
     between, _ = until(engine, TurnOver)

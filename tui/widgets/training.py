@@ -37,6 +37,7 @@ class TrainingView(Vertical):
         self._losses: list[float] = []
         self._tried: list[Trial] = []
         self._latest: TrainingStep | None = None
+        self._is_over, self._verdict = False, ""
 
     def compose(self) -> ComposeResult:
         """How it goes, what came of it, what was planned: in a low pane the last is left out."""
@@ -48,7 +49,7 @@ class TrainingView(Vertical):
         """Another run; what one that was stopped has shown stays, if this goes on with it."""
         if not event.step:
             self._losses, self._tried = [], []
-        self._latest = None
+        self._latest, self._is_over, self._verdict = None, False, ""
         self._plan.update(event.plan)
         self._figures.update(f"step {event.step} of {event.steps}")
         self._show_trials()
@@ -67,10 +68,12 @@ class TrainingView(Vertical):
         self._show_trials()
 
     def end(self, subtitle: str, verdict: str) -> None:
-        """Nothing more comes; what it came to stands there until the next run."""
+        """Nothing more comes; what it came to stands there, above all else, until the next run."""
         self.border_subtitle = subtitle
+        self._is_over, self._verdict = True, verdict
         if verdict:
-            self._plan.update(verdict)
+            self._plan.update("")
+        self._show_figures()
 
     def hide(self) -> None:
         """It came to nothing."""
@@ -84,12 +87,16 @@ class TrainingView(Vertical):
         if (e := self._latest) is None:
             return
         minutes, seconds = divmod(round(e.left_s), 60)
-        left = f"{minutes} min {seconds} s left" if e.left_s else "done"
-        gates = f"{e.gates_open} gates open · " if e.gates_open else ""
+        left = f"{minutes} min {seconds} s left" if e.left_s else "measuring what it is worth"
+        gates = f"{e.gates_open} gates open" if e.gates_open else ""
         drawn = curve(self._losses, max(self._figures.size.width, 8))
-        self._figures.update(
-            f"step {e.step} of {e.steps} · loss {e.loss:.3f}\n{gates}{left}\n{drawn}"
-        )
+        lines = [
+            self._verdict,
+            f"step {e.step} of {e.steps} · loss {e.loss:.3f}",
+            " · ".join(filter(None, [gates, "" if self._is_over else left])),
+            drawn,
+        ]
+        self._figures.update("\n".join(filter(None, lines)))
 
     def _show_trials(self) -> None:
         lines = [f"after step {t.step}: {harmless(' '.join(t.text.split()))}" for t in self._tried]
