@@ -12,6 +12,7 @@ import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,21 @@ def cached_bytes() -> int:
     A CPU that finds them in its cache is four times as fast; a GPU wants all at once.
     """
     return 1 << 20 if mx.default_device().type == mx.cpu else 1 << 40
+
+
+def second_stream() -> mx.Stream | mx.ThreadLocalStream:
+    """The stream for work beside that of the current one, to be evaluated together with it.
+
+    A CPU computes on each stream in a thread of its own; of the streams of one GPU nobody has
+    measured what they are good for, so there it is the current one.
+    """
+    device = mx.default_device()
+    return _second_stream() if device.type == mx.cpu else mx.default_stream(device)
+
+
+@cache
+def _second_stream() -> mx.ThreadLocalStream:
+    return mx.new_thread_local_stream(mx.Device(mx.cpu))
 
 
 def has_slow_erf() -> bool:

@@ -13,7 +13,8 @@ from mlx_lm.generate import generate_step
 
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
-from c2c_mlx.fusion.fused import FusedCache, Fusion
+from c2c_mlx.fusion.fused import FusedCache
+from c2c_mlx.fusion.gates import Fusion
 from c2c_mlx.text.alignment import TokenAlignment
 
 _WRITTEN = 32  # tokens

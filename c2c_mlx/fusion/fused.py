@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -17,45 +17,14 @@ from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fuser import Change, pass_width
-from c2c_mlx.fusion.gates import GateStats
+from c2c_mlx.fusion.gates import Fusion, GateStats, Trace
 from c2c_mlx.fusion.link import Link
 from c2c_mlx.fusion.reader import Progress, Reader, common_prefix, padding
+from c2c_mlx.fusion.states import States
 from c2c_mlx.text.alignment import TokenAlignment, message_groups
 from c2c_mlx.text.answer import AnswerAlignment
 
 Layers = dict[int, tuple[mx.array, mx.array]]  # per attention layer keys and values [1, H, n, D]
-
-
-class Trace(NamedTuple):
-    """What is kept of a change to tell of it: two numbers a head and position."""
-
-    start: int  # the first of the n positions
-    slices: list[tuple[int, int]]
-    weight: mx.array  # [S, Hr, n], message gate included; 0 where nothing was added
-    norm: mx.array  # [S, Hr, n], of what was added
-
-    @classmethod
-    def of(cls, change: Change, start: int) -> Trace:
-        """What is kept of this one, of a batch of one; in float32, for squares overflow."""
-        weight = change.weight[:, 0, ..., 0].astype(mx.float32)
-        if change.message_weight is not None:
-            weight = weight * change.message_weight[:, 0, ..., 0]
-        norm = mx.linalg.norm(change.delta[:, 0].astype(mx.float32), axis=-1)
-        return cls(start, change.slices, mx.where(norm > 0, weight, 0.0), norm)
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """What one fusion cost, and how each sharer changed positions [start, stop)."""
-
-    start: int
-    stop: int
-    sharer_tokens: int  # that had to be read, over all sharers
-    sharer_s: float
-    receiver_s: float
-    fuse_s: float
-    texts: tuple[TokenAlignment, ...]  # what has been read, as each sharer feeds it
-    traces: tuple[list[Trace], ...]  # per sharer, in order of positions
 
 
 class FusedCache:
@@ -79,6 +48,9 @@ class FusedCache:
             raise C2CError("several sharers need one receiver, the same for all of them")
         self.links, self.order = links, order
         self.own = Reader(links[0].receiver)
+        # Below its first fused layer the receiver's own pass is the fused one's, too.
+        self.first = min(layer for link in links for layer in link.receiver_layers)
+        self._watched = States(links[0].receiver, self.first)
         layers: dict[tuple[int, str], set[int]] = {}
         for link in links:
             layers.setdefault(link.reader_key, set()).update(link.sharer_layers)
@@ -168,9 +140,19 @@ class FusedCache:
 
     def _advance(self, texts: Sequence[TokenAlignment], ids: mx.array) -> mx.array:
         """The receiver's pass over `ids`, which go on in the texts where the caches end."""
-        stop = kv.length(self.cache) + ids.shape[1]
-        fused = self._fuse(texts, stop, held_back=ids.shape[1])
-        logits = self.own.model(ids, cache=kv.injecting(self.cache, fused))
+        n = ids.shape[1]
+        stop = kv.length(self.cache) + n
+        self._watched.forget()
+        fused = self._fuse(texts, stop, held_back=n)
+        states = self._watched.take(n)
+        if states is None:  # they were read before
+            logits = self.own.model(ids, cache=kv.injecting(self.cache, fused))
+        else:
+            above = {layer: pair for layer, pair in fused.items() if layer >= self.first}
+            cache = kv.injecting(self.cache, above)
+            logits = self._watched.go_on(states, ids, cache, self.own.cache)
+            # Else a look at the own cache stays, and the next pass has to copy it.
+            mx.async_eval(kv.arrays(self.cache[: self.first]))
         self._fused_from = self._sources(texts, stop)
         return logits
 
@@ -202,22 +184,43 @@ class FusedCache:
             kv.copy_state(self.own.cache, self.cache)
 
         unread = [len(ids) - kept[reader] for reader, ids in reading.items()]
-        times = [time.perf_counter()]
-        for i, (reader, ids) in enumerate(reading.items()):
-            reader.extend(ids, _part(progress, sum(unread[:i]), sum(unread)))
-            times.append(time.perf_counter())
+        reads = self._read_at_once(reading) if held_back else self._read(reading, unread, progress)
+        tic = time.perf_counter()
         if not held_back:
             kv.copy_state(self.own.cache, self.cache)
         border = stop - held_back
         held, traces = self._append(texts, start, border, stop)
-        times.append(time.perf_counter())
         self._fused_from = sources[:, :border]
-        *sharers, own, fusing = np.diff(times).tolist()
-        costs = sum(unread[:-1]), sum(sharers), own, fusing
+        costs = sum(unread[:-1]), sum(reads[:-1]), reads[-1], time.perf_counter() - tic
         while self.fusions and self.fusions[-1].start >= start:  # fused anew
             self.fusions.pop()
         self.fusions.append(Fusion(start, stop, *costs, tuple(texts), traces))
         return held
+
+    def _read(
+        self, reading: Mapping[Reader, list[int]], unread: list[int], progress: Progress | None
+    ) -> list[float]:
+        """Has one model read after the other; the seconds of each, the receiver's last."""
+        seconds = []
+        for i, (reader, ids) in enumerate(reading.items()):
+            tic = time.perf_counter()
+            reader.extend(ids, _part(progress, sum(unread[:i]), sum(unread)))
+            seconds.append(time.perf_counter() - tic)
+        return seconds
+
+    def _read_at_once(self, reading: Mapping[Reader, list[int]]) -> list[float]:
+        """Has all models read side by side; as `_read`, but all of it is the receiver's time."""
+        tic = time.perf_counter()
+        with ExitStack() as passes:
+            new = []
+            with mx.stream(device.second_stream()):
+                for reader, ids in reading.items():
+                    if reader is not self.own:
+                        new.append(passes.enter_context(reader.extending(ids)))
+            own = self.own.extending(reading[self.own], model=self._watched)
+            new.append(passes.enter_context(own))
+            mx.eval(new)
+        return [0.0, time.perf_counter() - tic]
 
     def _append(
         self, texts: Sequence[TokenAlignment], start: int, border: int, stop: int
@@ -246,7 +249,7 @@ class FusedCache:
         for layer in rest[0] if rest else ():
             keys = mx.concatenate([part[layer][0] for part in rest], axis=2)
             held[layer] = keys, mx.concatenate([part[layer][1] for part in rest], axis=2)
-        mx.eval(held, [trace[2:] for of in traces for trace in of])
+        mx.async_eval(held, [trace[2:] for of in traces for trace in of])
         return held, traces
 
     def _sources(self, texts: Sequence[TokenAlignment], stop: int) -> np.ndarray:

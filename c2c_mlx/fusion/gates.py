@@ -3,8 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
 import numpy as np
+
+from c2c_mlx.fusion.fuser import Change
+from c2c_mlx.text.alignment import TokenAlignment
+
+
+class Trace(NamedTuple):
+    """What is kept of a change to tell of it: two numbers a head and position."""
+
+    start: int  # the first of the n positions
+    slices: list[tuple[int, int]]
+    weight: mx.array  # [S, Hr, n], message gate included; 0 where nothing was added
+    norm: mx.array  # [S, Hr, n], of what was added
+
+    @classmethod
+    def of(cls, change: Change, start: int) -> Trace:
+        """What is kept of this one, of a batch of one; in float32, for squares overflow."""
+        weight = change.weight[:, 0, ..., 0].astype(mx.float32)
+        if change.message_weight is not None:
+            weight = weight * change.message_weight[:, 0, ..., 0]
+        norm = mx.linalg.norm(change.delta[:, 0].astype(mx.float32), axis=-1)
+        return cls(start, change.slices, mx.where(norm > 0, weight, 0.0), norm)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What one fusion cost, and how each sharer changed positions [start, stop)."""
+
+    start: int
+    stop: int
+    sharer_tokens: int  # that had to be read, over all sharers
+    sharer_s: float
+    receiver_s: float  # of an answer, which all models read at once, it is the time of all
+    fuse_s: float
+    texts: tuple[TokenAlignment, ...]  # what has been read, as each sharer feeds it
+    traces: tuple[list[Trace], ...]  # per sharer, in order of positions
 
 
 @dataclass(frozen=True)

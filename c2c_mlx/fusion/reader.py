@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -46,6 +47,27 @@ class Reader:
 
         An id below zero is padding: `~id` takes its place, and nobody attends to it.
         """
+        with self.extending(ids, progress) as new:
+            mx.eval(new)
+        mx.clear_cache()
+
+    @contextmanager
+    def extending(
+        self,
+        ids: Sequence[int],
+        progress: Progress | None = None,
+        model: Callable[..., mx.array] | None = None,
+    ) -> Iterator[list[Any]]:
+        """As `extend`, but the last chunk is evaluated by who asks, together with other work.
+
+        Args:
+            ids: see `extend`.
+            progress: called with new positions read and to read.
+            model: is called in the model's place; see `states.States`.
+
+        Yields:
+            What is to be evaluated inside.
+        """
         keep = common_prefix(self.ids, ids)
         if kv.has_state(self.cache) and (self._is_ahead or keep < len(self.ids)):
             self._start_anew()  # state can't be rolled back
@@ -53,17 +75,22 @@ class Reader:
         # First of all: an interruption then leaves more in the cache than is noted, never less.
         self.ids = list(ids[:keep])
         kv.trim(self.cache, keep)
+        if keep == len(ids):
+            yield []
         step = device.prefill_chunk()
         while len(self.ids) < len(ids):
             chunk = ids[len(self.ids) : len(self.ids) + step]
             kv.hide(self.cache, padding(chunk, len(self.ids)))
             self._is_ahead = True
-            self.model(mx.array([max(i, ~i) for i in chunk])[None], cache=self.cache)
-            mx.eval(kv.arrays(self.cache))  # the head's logits are in no state: never computed
+            (model or self.model)(mx.array([max(i, ~i) for i in chunk])[None], cache=self.cache)
+            # The head's logits are in no state: never computed.
+            if len(self.ids) + len(chunk) < len(ids):
+                mx.eval(kv.arrays(self.cache))
+                mx.clear_cache()  # a chunk's buffers fit no other chunk
+            else:
+                yield kv.arrays(self.cache)
             self._is_ahead = False
             self.ids.extend(chunk)
-            if len(chunk) > 1:
-                mx.clear_cache()  # a chunk's buffers fit no other chunk
             if progress:
                 progress(len(self.ids) - keep, len(ids) - keep)
 

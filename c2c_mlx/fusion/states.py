@@ -45,6 +45,41 @@ class States:
             self._kept.append(caught.output)
         return logits
 
+    def forget(self) -> None:
+        """Gives up all that was kept."""
+        self._kept = []
+
+    def take(self, n: int) -> mx.array | None:
+        """The states of the last `n` positions, [B, n, E]; all that were kept are given up.
+
+        None if fewer were kept.
+        """
+        kept, self._kept = self._kept, []
+        states = mx.concatenate(kept, axis=1)[:, -n:] if kept else None
+        return states if states is not None and states.shape[1] == n else None
+
+    def go_on(self, states: mx.array, ids: mx.array, cache: kv.Cache, held: kv.Cache) -> mx.array:
+        """The model's pass over ids of which the states are known.
+
+        Args:
+            states: [B, n, E] in front of the layer.
+            ids: [B, n].
+            cache: grows by n positions, in the layers below by those of `held`.
+            held: another cache of the same ids, these included.
+
+        Returns:
+            Logits [B, n, V].
+        """
+        begin = kv.length(cache)
+        layers = self._layers
+        below = [Passed(layer, states) for layer in layers[: self.layer]]
+        with standing_in(layers, [*below, *layers[self.layer :]]):
+            logits: mx.array = self.model(ids, cache=cache)
+        for i in kv.attention_layers(cache):
+            if i < self.layer:  # for the masks of the next pass
+                kv.append(cache, i, *kv.read_layer(held, i, begin, begin + ids.shape[1]))
+        return logits
+
     def above(self, held: kv.Cache) -> Callable[[mx.array, kv.Cache], mx.array]:
         """The model for the same ids once more, over other keys and values above.
 
@@ -64,14 +99,6 @@ class States:
             if done > kept.shape[1]:
                 logits: mx.array = self.model(ids, cache=cache)
                 return logits
-            begin = kv.length(cache)
-            layers = self._layers
-            below = [Passed(layer, kept[:, at:done]) for layer in layers[: self.layer]]
-            with standing_in(layers, [*below, *layers[self.layer :]]):
-                logits = self.model(ids, cache=cache)
-            for i in kv.attention_layers(cache):
-                if i < self.layer:  # for the masks of the next part
-                    kv.append(cache, i, *kv.read_layer(held, i, begin, begin + ids.shape[1]))
-            return logits
+            return self.go_on(kept[:, at:done], ids, cache, held)
 
         return model

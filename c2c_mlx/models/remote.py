@@ -11,7 +11,8 @@ import http.client
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -245,8 +246,14 @@ class RemoteReader(Reader):
     def ids(self, ids: list[int]) -> None:
         self._read = ids
 
-    def extend(self, ids: Sequence[int], progress: Progress | None = None) -> None:
-        """Asks for what is new in `ids`, and does not wait for it."""
+    @contextmanager
+    def extending(
+        self,
+        ids: Sequence[int],
+        progress: Progress | None = None,
+        model: Callable[..., mx.array] | None = None,
+    ) -> Iterator[list[Any]]:
+        """Asks for what is new in `ids`, and does not wait for it: nothing is to be evaluated."""
         keep = common_prefix(self.ids, ids)
         self._read = list(ids[:keep])
         kv.trim(self._held, keep)
@@ -255,6 +262,7 @@ class RemoteReader(Reader):
             self._fetch.start()
         if progress:
             progress(len(ids) - keep, len(ids) - keep)
+        yield []
 
     def wait(self, seconds: float) -> bool:
         """Whether nothing more is to come, after so many seconds at most."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,8 +86,7 @@ class Decoded:
 
 def watched(fused: FusedCache) -> States:
     """The receiver, for decoding, which keeps what weighing the answer would compute again."""
-    first = min(layer for link in fused.links for layer in link.receiver_layers)
-    return States(fused.own.model, first)
+    return States(fused.own.model, fused.first)
 
 
 class Crossing:
@@ -202,10 +202,19 @@ class _Borrowed(Reader):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
-    def extend(self, ids: Sequence[int], progress: Progress | None = None) -> None:
+    @contextmanager
+    def extending(
+        self,
+        ids: Sequence[int],
+        progress: Progress | None = None,
+        model: Callable[..., mx.array] | None = None,
+    ) -> Iterator[list[Any]]:
         """Reads only where it has read something else, or less."""
-        if self._reader.ids[: len(ids)] != list(ids):
-            self._reader.extend(ids, progress)
+        if self._reader.ids[: len(ids)] == list(ids):
+            yield []
+            return
+        with self._reader.extending(ids, progress, model) as new:
+            yield new
 
 
 class _Written(AnswerAlignment):

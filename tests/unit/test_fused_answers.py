@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -62,6 +63,30 @@ def test_ids_of_an_answer_are_fused_together_as_one_by_one(make_c2c: MakeC2C) ->
     whole = Follow(start).add([30, 31])
     plain = c2c.receiver(mx.array([ids[-1:]]), cache=FusedCache(c2c).extend([whole]))
     assert mx.abs(together - plain[0, -1]).max().item() > 1e-2
+
+
+def test_layers_below_the_fused_ones_are_computed_once(
+    make_c2c: MakeC2C, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c2c, start = make_c2c(layer_map=((2, 3),)), aligned(prompt(FIRST))
+    model = c2c.receiver
+    layers, computed = [id(layer) for layer in model.layers], []
+    block = type(model.layers[0])
+    compute = block.__call__
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        computed.append(layers.index(id(self)))
+        return compute(self, *args, **options)
+
+    reader, answer = FusedCache(c2c), Follow(start)
+    cache = reader.extend([start])
+    receiver = reader.answering([answer])
+    monkeypatch.setattr(block, "__call__", noted)
+    for ids in (start.receiver_ids[-1:], [30, 31], [32, 33]):
+        computed.clear()
+        receiver(mx.array([ids]), cache)
+        assert computed == [*range(len(layers)), *range(2, len(layers))]
+    assert_same(cache, FusedCache(c2c).extend([answer.add([5])]), 1e-4)
 
 
 @pytest.mark.parametrize("several_ids", [False, True])
