@@ -77,9 +77,12 @@ def prefill_slice() -> int:
     return prefill_chunk() // 4
 
 
-def fuser_pass() -> int:
-    """Bytes that a pass of a fuser may hold at once, beside its weights."""
-    return 1 << 30 if is_dense() else 1 << 28
+def fuser_pass(weights: int) -> int:
+    """Bytes that a pass of a fuser may hold at once, beside weights of so many bytes.
+
+    Every pass reads all of them, so a large fuser wants many positions at a time.
+    """
+    return max(1 << 27, weights // 4) if is_dense() else 1 << 28
 
 
 def cached_bytes() -> int:

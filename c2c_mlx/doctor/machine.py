@@ -49,7 +49,7 @@ def device_facts() -> dict[str, Any]:
         "memory_limit_gb": _gb(limit),
         "buffers_kept_gb": _gb(device.buffer_limit()),
         "prefill_chunk": device.prefill_chunk(),
-        "fuser_pass_gb": _gb(device.fuser_pass()),
+        "fuser_pass_gb": _gb(device.fuser_pass(0)),
         "fits_billion_weights": round(limit * _FOR_WEIGHTS * 8 / bits / 1e9, 1),
     }
 

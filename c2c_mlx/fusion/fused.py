@@ -16,7 +16,7 @@ from c2c_mlx import device
 from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.fuser import Change, pass_width
+from c2c_mlx.fusion.fuser import Change, positions_at_once
 from c2c_mlx.fusion.gates import Fusion, GateStats, Trace
 from c2c_mlx.fusion.link import Link
 from c2c_mlx.fusion.reader import Progress, Reader, common_prefix, padding
@@ -61,8 +61,8 @@ class FusedCache:
         # What every position was fused from; see `_sources`.
         self._fused_from = np.zeros((1 + 2 * len(links), 0), np.int64)
         self.fusions: list[Fusion] = []  # of this turn: the prompt's, then the answer's
-        width = max(pass_width(link.fuser.config) for link in links)
-        self._bytes_per_position = kv.dtype_of(links[0].receiver).size * width  # of a fuser's pass
+        size = kv.dtype_of(links[0].receiver).size
+        self._part = min(positions_at_once(link.fuser, size) for link in links)
 
     @property
     def last(self) -> Fusion | None:
@@ -282,11 +282,10 @@ class FusedCache:
 
     def _own_chunks(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, Layers]]:
         """The receiver's own keys and values, in parts that a pass of every fuser has room for."""
-        step = max(device.fuser_pass() // self._bytes_per_position, 1)
         layers = kv.attention_layers(self.own.cache)
         for start, stop in spans:
-            for at in range(start, stop, step):
-                end = min(at + step, stop)
+            for at in range(start, stop, self._part):
+                end = min(at + self._part, stop)
                 yield at, {layer: kv.read_layer(self.own.cache, layer, at, end) for layer in layers}
 
     def _through(

@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from c2c_mlx import device
 from c2c_mlx.config import FuserConfig, Provenance
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion.project import GROUP, KV, Slices, message_mean, project, soft_gates
@@ -288,6 +289,12 @@ def skeleton(config: FuserConfig, n_tensors: int, where: str) -> Fuser:
 def count(config: FuserConfig) -> int:
     """How many numbers a fuser's parameters are."""
     return sum(w.size for w in parameters(skeleton(config, 10**6, "the fuser")).values())
+
+
+def positions_at_once(fuser: Fuser, itemsize: int, rows: int = 1) -> int:
+    """Positions that a pass has room for, of each of so many rows of a batch."""
+    weights = sum(w.nbytes for w in parameters(fuser).values())
+    return max(device.fuser_pass(weights) // (itemsize * rows * pass_width(fuser.config)), 1)
 
 
 def pass_width(config: FuserConfig) -> int:

@@ -116,7 +116,7 @@ def preflight(
         caches = sum(_caches(mode, own, read, sharers, fusers, tokens) for mode in modes)
         caches += 2 * batch * own.cache(tokens)  # as they were read, and side by side
         passes = [m.prefill(tokens) for m in models]
-        passes += [_fusing(config, own.itemsize, tokens) for config in fusers]
+        passes += [_fusing(config, bits, own.itemsize, tokens) for config in fusers]
         passes.append(max(m.loading for m in models) - caches)
         return Need(*weights, caches, max(passes), tokens, device.memory_limit())
 
@@ -158,7 +158,7 @@ def training(
     if teacher:
         # It passes before the gradient begins.
         longest = max(prompt for prompt, _ in shapes)
-        passing = _fusing(teacher, receiver.itemsize, config.batch_size * longest)
+        passing = _fusing(teacher, 0, receiver.itemsize, config.batch_size * longest)
         need = replace(
             need,
             fuser=need.fuser + _fuser_bytes(replace(teacher, bits=0), 0, receiver.itemsize),
@@ -221,11 +221,12 @@ def _caches(
     return 2 * own.cache(tokens) + sum(read[s].cache(tokens) for s, _ in readings) + told
 
 
-def _fusing(config: FuserConfig, itemsize: int, tokens: int) -> int:
+def _fusing(config: FuserConfig, bits: Literal[0, 4, 8], itemsize: int, tokens: int) -> int:
     """Bytes of a fuser's pass over a chunk, and of changes that wait for a message gate."""
     at_once = itemsize * pass_width(config)
     waiting = itemsize * _slices(config) * config.receiver.width if config.message_gate else 0
-    return min(at_once * tokens, max(device.fuser_pass(), at_once)) + waiting * tokens
+    room = device.fuser_pass(_fuser_bytes(config, bits, itemsize))
+    return min(at_once * tokens, max(room, at_once)) + waiting * tokens
 
 
 def _fuser_bytes(config: FuserConfig, bits: Literal[0, 4, 8], itemsize: int) -> int:

@@ -12,10 +12,9 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from c2c_mlx import device
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.fusion.c2c import C2C
-from c2c_mlx.fusion.fuser import SHUT, Change, Fuser, pass_width
+from c2c_mlx.fusion.fuser import SHUT, Change, Fuser, positions_at_once
 from c2c_mlx.fusion.project import KV, Slices
 from c2c_mlx.training import fingerprint, measure
 from c2c_mlx.training import loss as step_loss
@@ -91,7 +90,7 @@ def change(fuser: Fuser, sharer: KV, view: KV, batch: Batch) -> Change:
     rows = view[0].shape[1]
     step = length
     if not fuser.training:
-        step = max(device.fuser_pass() // (4 * rows * pass_width(fuser.config)), 1)
+        step = positions_at_once(fuser, 4, rows)
     parts = []
     for at in range(0, length, step):
         (sk, sv), (rk, rv) = ([x[..., at : at + step, :] for x in kv] for kv in (sharer, view))

@@ -111,3 +111,25 @@ def test_memory_is_taken_as_it_is_needed() -> None:
 )
 def test_what_mlx_raises_when_the_memory_is_full(error: Exception, full: bool) -> None:
     assert device.is_out_of_memory(error) == full
+
+
+@pytest.mark.parametrize(
+    ("rehearsed", "small", "large"), [("", 1 << 27, 1 << 29), ("gpu", 1 << 28, 1 << 28)]
+)
+def test_a_large_fuser_has_room_for_many_positions(
+    rehearsed: str, small: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu, 0))
+    monkeypatch.setenv(device.REHEARSE, rehearsed)
+    found = [device.fuser_pass(weights) for weights in (0, 1 << 20, 1 << 31)]
+    assert found == [small, small, large]
+
+
+def test_what_two_streams_compute_is_evaluated_together() -> None:
+    x = mx.arange(6.0)
+    with mx.stream(device.second_stream()):
+        beside = x + 1
+    both = x * 2, beside
+    mx.eval(both)
+    assert [y.tolist() for y in both] == [[0, 2, 4, 6, 8, 10], [1, 2, 3, 4, 5, 6]]
+    assert (both[0] + both[1]).tolist() == [1, 4, 7, 10, 13, 16]

@@ -192,7 +192,7 @@ def test_a_long_prompt_is_fused_in_parts(
 
     whole, much = fused()
     width = 4 * pass_width(c2c.fuser.config)
-    monkeypatch.setattr(device, "fuser_pass", lambda: 7 * width)
+    monkeypatch.setattr(device, "fuser_pass", lambda weights: 7 * width)
     parts, little = fused()
     assert_same(parts, whole, 1e-5)
     assert little < much / 2
