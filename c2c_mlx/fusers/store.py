@@ -105,9 +105,10 @@ def find_for_pair(
 
 def defaults() -> set[str]:
     """The names of the fusers that pairs get where none is named."""
-    of_pair = {f"{e.receiver}+{e.sharer}": e.name for e in registry.fusers()}
+    known = registry.fusers()[::-1]  # of a pair's several the first counts
+    of_pair = {f"{e.receiver}+{e.sharer}": e.name for e in known}
     of_pair |= {name.rpartition("/")[0]: name for name, _ in trained.every()}  # the latest is last
-    of_pair |= {f"{e.receiver}+{e.sharer}": e.name for e in registry.fusers() if e.shipped}
+    of_pair |= {f"{e.receiver}+{e.sharer}": e.name for e in known if e.shipped}
     return set(of_pair.values())
 
 
