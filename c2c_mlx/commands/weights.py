@@ -112,9 +112,10 @@ def _list(args: argparse.Namespace) -> None:
         rows.append((entry.name, kept.pop(entry.name, None), origin))
     rows += [(name, folder, "from the hub") for name, folder in kept.items()]
     rows += [(name, folder, "trained here") for name, folder in trained.every()]
+    width = max(len(name) for name, *_ in rows)
     for name, folder, origin in rows:
         mark = "*" if name in first else " "
-        _print(f"{mark} {name:26} {_size(size(folder)) if folder else '':>8}  {origin}")
+        _print(f"{mark} {name:{width}} {_size(size(folder)) if folder else '':>8}  {origin}")
     _print("  Those of the hub were trained on models that are not quantised: ...-bf16 above.")
     for unfinished in sorted(downloads("").glob("*")):
         _print(f"\nunfinished download: {unfinished.name}, {_size(size(unfinished))}")

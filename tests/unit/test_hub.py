@@ -114,7 +114,7 @@ def test_pull_list_show_and_remove(hub: Hub, home: Path, call: Call) -> None:
     assert Fuser.load(folder).provenance.source == f"converted from {PUBLISHED}/{FOLDER}"
     assert "was there" in call("weights", "pull", "qwen+llama", offline=True)[2]
     _, listed, _ = call("weights", "list")
-    (line,) = [line for line in listed.splitlines() if line.startswith("  qwen+llama ")]
+    (line,) = [line for line in listed.splitlines() if line.startswith("* qwen+llama ")]
     assert "kB" in line
     code, removed, _ = call("weights", "remove", "qwen+llama")
     assert code == 0 and removed.startswith("qwen+llama: deleted, ")
