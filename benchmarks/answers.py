@@ -181,12 +181,13 @@ def main() -> None:
     modes = Modes(
         loaded.receiver, loaded.sharers, loaded.fusers, who.order, items, seed=0, max_tokens=TOKENS
     )
+    named = "".join(f" --fuser {fuser}" for fuser in who.fusers)
     about = (
         f"{len(items)} prompts in {len(PROMPTS)} languages, and what {who.receiver} answers alone "
         f"(receiver), {who.sharers[0]} alone (sharer), the receiver behind a text of the sharer "
         f"(relay), and the receiver with the sharer's cache (c2c). Greedy, at most {TOKENS} "
         "tokens. The prompts were written before the fuser was trained, and no answer was picked "
-        "or mended: `python benchmarks/answers.py docs/answers.md` makes this page."
+        f"or mended: `python benchmarks/answers.py docs/answers.md{named}` makes this page."
     )
     old = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
     limits = LIMITS + old.partition(LIMITS)[2]
