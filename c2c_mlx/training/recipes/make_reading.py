@@ -14,7 +14,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +117,20 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
     valid = {name: rows[: VALID[name]] for name, rows in parts.items()}
     train = {name: rows[VALID[name] :][: TAKEN[name]] for name, rows in parts.items()}
     return train, valid
+
+
+def waves(data: Path) -> Iterator[tuple[Parts, Parts]]:
+    """What `build` gives, wave after wave."""
+    used: set[str] = set()
+    for wave in range(WAVES):
+        drawn = build(data, wave, used)
+        used |= texts(drawn)
+        yield drawn
+
+
+def texts(drawn: tuple[Parts, Parts]) -> set[str]:
+    """The English texts that a wave is made of."""
+    return {row["of"] for parts in drawn for rows in parts.values() for row in rows}
 
 
 def conversations(parts: Parts, seed: int, count: int) -> list[Row]:
@@ -289,10 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     lm = load_model(args.receiver)
     kept_answers = args.out / "answers.jsonl"
     made: dict[str, Parts] = {"train": {}, "valid": {}}
-    used: set[str] = set()
-    for wave in range(WAVES):
-        drawn = build(args.data, wave, used)
-        used |= {row["of"] for parts in drawn for rows in parts.values() for row in rows}
+    for wave, drawn in enumerate(waves(args.data)):
         for split, parts, seed in (("train", drawn[0], 1), ("valid", drawn[1], 2)):
             for name in ("english", "reading"):
                 parts[name] = answer(parts[name], lm, kept_answers, TOKENS[name])

@@ -31,11 +31,7 @@ _NEW = frames.HELD_OUT[:3]
 
 def used(data: Path) -> set[str]:
     """The English texts that the recipe is made of."""
-    found: set[str] = set()
-    for wave in range(make_reading.WAVES):
-        drawn = make_reading.build(data, wave, found)
-        found |= {row["of"] for parts in drawn for rows in parts.values() for row in rows}
-    return found
+    return set().union(*map(make_reading.texts, make_reading.waves(data)))
 
 
 def facts() -> tuple[list[Row], list[Row]]:
