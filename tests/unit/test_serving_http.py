@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 from http.client import HTTPConnection, HTTPResponse
+from threading import Event
 from typing import Any
 
 import openai
@@ -14,7 +15,7 @@ from serving_jobs import QUESTION, SAMPLING, Heard, asked, chat, running, send, 
 
 from c2c_mlx.serving import exchange, server
 from c2c_mlx.serving.engine import Limits
-from c2c_mlx.serving.job import Accepted, Job, Sampling
+from c2c_mlx.serving.job import Accepted, Job
 
 # --- what clients do ----------------------------------------------------------------------------
 
@@ -212,19 +213,22 @@ def test_the_key_opens(engine) -> None:
 
 
 def test_a_full_queue_is_429_with_a_wait(tiny_pair) -> None:
+    held, go_on = Event(), Event()
+
+    def hold(event: Any) -> None:
+        if isinstance(event, Accepted):
+            held.set()
+            go_on.wait(timeout=60)
+
     with running(tiny_pair, Limits(slots=1, queue=1)) as engine, serving(engine) as port:
-        busy = Heard(engine, "receiver", QUESTION, sampling=Sampling(max_tokens=400))
-        busy.until(Accepted)
-        # Of two more, the first may be taken up to wait for the slot, not for the queue.
-        waiting = [Heard(engine, "receiver", QUESTION)]
-        with contextlib.suppress(Exception):
-            waiting.append(Heard(engine, "receiver", QUESTION))
-            waiting.append(Heard(engine, "receiver", QUESTION))
+        engine.submit(Job("receiver", QUESTION, hold))
+        assert held.wait(timeout=60)
+        waiting = Heard(engine, "receiver", QUESTION)  # nobody takes it up now
         status, told, headers = send(port, chat())
+        go_on.set()
         assert status == 429 and told["error"]["code"] == "rate_limit_exceeded"
         assert int(headers["retry-after"]) >= 1
-        for heard in (busy, *waiting):
-            heard.job.gone = True
+        assert waiting.answers()[1] == ["length"]
 
 
 def test_health_says_that_the_thread_is_dead(tiny_pair) -> None:
