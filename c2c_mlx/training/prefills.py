@@ -50,10 +50,11 @@ class Prefills:
 class Prefiller:
     """Runs both models over the prompts of a batch, or reads what an earlier run left.
 
-    With a folder every example is prefilled by itself, and what a step sees has been rounded to
-    half precision, whether it was read or just computed. So its numbers depend on the models and
-    the example alone, not on the batch, on what an interrupted run had kept, or on other runs that
-    share the folder; and of a batch only what is missing is computed.
+    With a folder, what is missing of a batch is prefilled together (a CPU reads the weights once
+    instead of once a row), and what a step sees has been rounded to half precision, whether it was
+    read or just computed. Of what one batch computes, all or nothing is kept: so a resumed run
+    finds or computes the very numbers that it would have gone on with. Another run's, with which a
+    folder is shared, are the same up to rounding.
 
     A file holds what the layers from the first fused one on need: their keys and values of the
     prompt, and the response's state below them, in the model's own precision, for it has channels
@@ -97,11 +98,18 @@ class Prefiller:
     def __call__(self, batch: Batch) -> Prefills:
         """Everything frozen that a step over this batch needs."""
         if self.folder is None or batch.start == batch.stop:
-            found = self.whole(batch)
-            found.state = self.receiver.state(mx.array(batch.inputs), found.own)
-            mx.eval(found.state)
-            return found
-        return self._join([self._one(self.folder, e) for e in batch.examples], batch)
+            whole = self.whole(batch)
+            whole.state = self.receiver.state(mx.array(batch.inputs), whole.own)
+            mx.eval(whole.state)
+            return whole
+        paths = [self.folder / f"{_key(e)}.safetensors" for e in batch.examples]
+        kept = {path: found for path in paths if (found := _read(path))}
+        missing = {p: e for p, e in zip(paths, batch.examples, strict=True) if p not in kept}
+        if missing:
+            computed = dict(zip(missing, self._compute([*missing.values()]), strict=True))
+            self._keep(computed)
+            kept |= computed
+        return self._join([kept[path] for path in paths], batch)
 
     def whole(self, batch: Batch) -> Prefills:
         """The prompts alone, just computed, with the receiver's cache in all of its layers."""
@@ -123,33 +131,47 @@ class Prefiller:
         cache = sharers.prefill(self.c2c, batch.sharer, self._memos[1])
         return step_loss.read_sharer(self.c2c, cache, batch)
 
-    def _one(self, folder: Path, example: Example) -> Kept:
-        path = folder / f"{_key(example)}.safetensors"
-        try:
-            return mx.load(str(path))  # type: ignore[return-value]
-        except (OSError, RuntimeError):  # not there, or torn by a loss of power
-            pass
-        batch = collate([example], self.c2c.fuser.config.positions)
+    def _compute(self, examples: list[Example]) -> list[Kept]:
+        """What is kept of each, prefilled together."""
+        batch = collate(examples, self.c2c.fuser.config.positions)
         own, sharer = self._run(batch, with_sharer=True)
-        start, _ = _fused_range(example, self.c2c.fuser.config.positions)
-        # The response's state is that over what a step will read.
-        own = [c.copy(*(_rounded(x, start) for x in c.keys_and_values())) for c in own]
-        kept = self._split(own, sharer, batch)
-        mx.eval(kept)
-        mx.clear_cache()  # the next example has another length
-        self._keep(path, kept)
-        return kept
+        spans = [_fused_range(e, self.c2c.fuser.config.positions) for e in examples]
+        starts = [
+            start + int(n) for (start, _), n in zip(spans, batch.receiver.padding, strict=True)
+        ]
+        # The responses' states are those over what a step will read.
+        behind = mx.arange(batch.receiver.ids.shape[1]) >= mx.array(starts)[:, None]  # [B, N]
+        own = [c.copy(*(_rounded(x, behind) for x in c.keys_and_values())) for c in own]
+        state = self.receiver.state(mx.array(batch.inputs), own)
+        layers = [s for _, s in self.c2c.fuser.config.layer_map]
+        distinct = mx.array([layers.index(s) for s in self.c2c.sharer_layers])
+        held = [c.keys_and_values() for c in own[self.receiver.first :]]
+        found: list[Kept] = [{} for _ in examples]
+        for kind, name in enumerate(("keys", "values")):
+            stacked = mx.stack([layer[kind] for layer in held])  # [layers, B, Hr, N, Dr]
+            fed = sharer[kind][distinct]
+            for row, (column, (start, stop)) in enumerate(zip(starts, spans, strict=True)):
+                at = column - batch.start
+                found[row][f"own_{name}"] = _half(stacked[:, row, :, column:])
+                found[row][f"sharer_{name}"] = _half(fed[:, row, :, at : at + stop - start])
+        if state is not None:
+            for row, e in enumerate(examples):
+                found[row]["state"] = state[row, : len(e.response_ids)]  # [R, D]
+        mx.eval(found)
+        mx.clear_cache()  # the next rows have other lengths
+        return found
 
-    def _keep(self, path: Path, kept: Kept) -> None:
-        size = sum(x.nbytes for x in kept.values())
+    def _keep(self, found: dict[Path, Kept]) -> None:
+        size = sum(x.nbytes for kept in found.values() for x in kept.values())
         if self._room <= 0:
             return
         if size > self._room:
             self._full(f"holds {self._limit_gb:g} GB; --prefill-cache-gb allows more")
             return
         try:
-            with atomic.overwriting(path) as partial:
-                mx.save_safetensors(str(partial), kept)
+            for path, kept in found.items():
+                with atomic.overwriting(path) as partial:
+                    mx.save_safetensors(str(partial), kept)
         except (OSError, RuntimeError) as e:  # a full disk: a cache is not worth a run
             self._full(f"cannot be written ({getattr(e, 'strerror', None) or e})")
         else:
@@ -204,22 +226,6 @@ class Prefiller:
         keys, values = (mx.stack(x, axis=1).astype(mx.float32)[at] for x in fed)
         return Prefills(cache, (keys, values), state)
 
-    def _split(self, own: kv.Cache, sharer: KV, batch: Batch) -> Kept:
-        """What is kept of a batch of one: no repetitions, and nothing that `_prefix` can give."""
-        config = self.c2c.fuser.config
-        layers = [s for _, s in config.layer_map]
-        distinct = mx.array([layers.index(s) for s in self.c2c.sharer_layers])
-        start, _ = _fused_range(batch.examples[0], config.positions)
-        kept = {}
-        for kind, name in enumerate(("keys", "values")):
-            held = [c.keys_and_values()[kind] for c in own[self.receiver.first :]]
-            kept[f"own_{name}"] = _half(mx.stack(held)[:, 0, :, start:])  # [layers, Hr, n, Dr]
-            kept[f"sharer_{name}"] = _half(sharer[kind][distinct, 0])
-        state = self.receiver.state(mx.array(batch.inputs), own)
-        if state is not None:
-            kept["state"] = state[0]  # [R, D]
-        return kept
-
     def _prefix(self, ids: np.ndarray) -> kv.StackedKV:
         """The receiver's own cache over a template's beginning, [layers, 1, Hr, len(ids), Dr].
 
@@ -244,6 +250,13 @@ def _key(e: Example) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def _read(path: Path) -> Kept | None:
+    try:
+        return mx.load(str(path))  # type: ignore[return-value]
+    except (OSError, RuntimeError):  # not there, or torn by a loss of power
+        return None
+
+
 def _fused_range(example: Example, positions: str) -> tuple[int, int]:
     """[start, stop): from the first fused position to the last; two ends of the prompt if none."""
     fused = np.flatnonzero(message_groups(example.message[:-1], positions) >= 0)
@@ -255,10 +268,9 @@ def _half(x: mx.array) -> mx.array:
     return mx.contiguous(x if x.itemsize == 2 else x.astype(mx.float16))
 
 
-def _rounded(x: mx.array, start: int) -> mx.array:
-    """Keys or values [1, H, N, D] as files give them back: rounded from `start` on."""
-    kept = _half(x[:, :, start:]).astype(x.dtype)
-    return mx.concatenate([x[:, :, :start], kept], axis=2)
+def _rounded(x: mx.array, behind: mx.array) -> mx.array:
+    """Keys or values [B, H, N, D] as files give them back: rounded where `behind` [B, N] is."""
+    return mx.where(behind[:, None, :, None], _half(x).astype(x.dtype), x)
 
 
 def _pad(x: mx.array, left: int, right: int) -> mx.array:
