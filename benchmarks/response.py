@@ -69,12 +69,12 @@ def main() -> None:
     readers, strategy = (receiver.tokenizer, sharer.tokenizer), fuser.config.alignment
     words = len(receiver.tokenizer.encode(SENTENCE))
 
-    def aligned(n: int) -> tuple[list[dict[str, str]], TokenAlignment]:
+    def aligned(n: int) -> TokenAlignment:
         messages = [{"role": "user", "content": SENTENCE * max(n // words, 1)}]
-        return messages, align_chat(messages, *readers, strategy=strategy)
+        return align_chat(messages, *readers, strategy=strategy)
 
     for n in args.positions:
-        messages, prompt = aligned(n)
+        prompt = aligned(n)
         caches = FusedCache(c2c)
         if n > device.prefill_chunk():
             make_up(caches.own, prompt.receiver_ids[:-1])
@@ -82,13 +82,10 @@ def main() -> None:
             mx.clear_cache()
 
         def measure(
-            fusing: bool,
-            caches: FusedCache = caches,
-            messages: Any = messages,
-            prompt: TokenAlignment = prompt,
+            fusing: bool, caches: FusedCache = caches, prompt: TokenAlignment = prompt
         ) -> float:
             caches.extend([prompt])  # rolls back what was answered before
-            answer = AnswerAlignment(messages, prompt, *readers, strategy=strategy)
+            answer = AnswerAlignment(prompt, *readers, strategy=strategy)
             model = caches.answering([answer]) if fusing else receiver.model
             last = prompt.receiver_ids[-1:]
             return seconds_per_token(model, last, caches.cache, args.tokens)

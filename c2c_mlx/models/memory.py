@@ -259,7 +259,8 @@ def _training(
 ) -> Need:
     """Of steps over batches of this shape; `size` is the fuser's parameters."""
     rows = config.batch_size
-    caches = rows * (prompt * (receiver.per_position + sharer.per_position))
+    read = prompt + answer if fuser.fuse_response else prompt
+    caches = rows * (read * (receiver.per_position + sharer.per_position))
     fused = rows * (prompt + answer) * receiver.per_position
     # The gradient needs nothing of layers below the first fused one.
     layers = receiver.layers - fuser.layer_map[0][0]
@@ -268,7 +269,7 @@ def _training(
     kept = receiver.itemsize * rows * answer * (inside + layers * receiver.hidden)
     # As they are, shifted, their exponentials and their gradient.
     logits = 4 * min(4 * rows * answer * receiver.vocabulary, device.LOGITS)
-    passing = 4 * rows * prompt * pass_width(fuser)
+    passing = 4 * rows * read * pass_width(fuser)
     adding = 4 * size  # a batch's gradient, before it is added to the others'
     working = fused + kept + logits + passing + adding
     # In float32: the weights, their gradient, and the optimiser's two moments.

@@ -124,7 +124,6 @@ def write_fused(
     assert isinstance(fused, FusedCache)
     alignments = [
         AnswerAlignment(
-            prompt.messages,
             text,
             prompt.lm.tokenizer,
             sharer.tokenizer,

@@ -332,7 +332,7 @@ class ChatSession:
         self._decoded = decoded = Decoded(ids, self.fuse_response, watched(self._fused))
         model: Any = decoded.states
         if self.fuse_response:
-            model = self._fused.answering(self._alignments(messages, prompts))
+            model = self._fused.answering(self._alignments(prompts))
         try:
             for piece in self._decode(lm, model, cache, ids, sampling, lm.stop_strings, cost):
                 decoded.add(piece.token, piece.text, piece.log_prob)
@@ -340,13 +340,10 @@ class ChatSession:
         finally:
             decoded.cut(cost.generated)
 
-    def _alignments(
-        self, messages: Messages, prompts: Sequence[TokenAlignment]
-    ) -> list[AnswerAlignment]:
+    def _alignments(self, prompts: Sequence[TokenAlignment]) -> list[AnswerAlignment]:
         """How each sharer will read along what is answered to the prompts."""
         return [
             AnswerAlignment(
-                messages,
                 prompt,
                 self.receiver.tokenizer,
                 sharer.tokenizer,

@@ -47,6 +47,23 @@ def align_ids(
     return [known[token] for token in receiver_ids]
 
 
+def along(
+    receiver_ids: Sequence[int],
+    receiver_tokenizer: Tokenizer,
+    sharer_tokenizer: Tokenizer,
+    strategy: Strategy,
+) -> list[int]:
+    """The ids that a sharer reads for those that the receiver writes, one for each.
+
+    None of them depends on what is written after it. A sharer's own tokens for the text would, so
+    under *span*, which gives a prompt those, an answer is read as under *longest*.
+    """
+    if strategy == "same":
+        return list(receiver_ids)
+    chosen: Literal["first", "longest"] = "longest" if strategy == "span" else strategy
+    return align_ids(receiver_ids, receiver_tokenizer, sharer_tokenizer, chosen)
+
+
 def tokenize(text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a rendered prompt; what the template wrote is all there is."""
     return encode(text, tokenizer)[0]

@@ -122,7 +122,8 @@ def assemble(
     sources, valid = [Source(rows, weight) for rows, weight in pairs if rows], found.valid
     if not sources:
         raise C2CError("--time is over before any prompt was answered: give it more")
-    train = Dataset(sources, *tokenizers, alignment, config.max_tokens)
+    heard = fuser.config.fuse_response and not teacher
+    train = Dataset(sources, *tokenizers, alignment, config.max_tokens, heard)
     examples = [e for e in map(train.example, valid) if e is not None]
     names = tuple(name for name, _ in run.sources)
     provenance = Provenance(source=source, data=names, data_licence=run.licence)

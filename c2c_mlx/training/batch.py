@@ -48,7 +48,7 @@ class Batch:
         receiver: all of the prompts but their last ids, N columns.
         sharer: the sharer's prompts, as far as they feed anything.
         start: the first column that is fused in any row.
-        stop: one behind the last.
+        stop: one behind the last; beyond N, where `inputs` go on, if responses are fused, too.
         index: [B, stop - start] columns of `sharer` that feed these columns.
         messages: [B, stop - start] message numbers, -1 where nothing is fused.
         inputs: [B, R] the last prompt id, then the response but its last id.
@@ -73,6 +73,11 @@ class Batch:
         return np.array([e.own for e in self.examples])
 
     @property
+    def fuses_responses(self) -> bool:
+        """Whether keys and values of `inputs` are fused before they are attended to."""
+        return self.examples[0].heard is not None
+
+    @property
     def tokens(self) -> int:
         """Targets that count."""
         return int(self.mask.sum())
@@ -80,28 +85,29 @@ class Batch:
 
 def collate(examples: Sequence[Example], positions: str) -> Batch:
     """Lays the examples out as one batch; `positions` is the fuser's field of that name."""
-    fused = [message_groups(e.message[:-1], positions) for e in examples]
-    feeds = [e.index[:-1][m >= 0] for e, m in zip(examples, fused, strict=True)]
+    read = [e.read for e in examples]
+    fused = [message_groups(r.message, positions) for r in read]
+    feeds = [r.index[m >= 0] for r, m in zip(read, fused, strict=True)]
     starts = [int(np.argmax(m >= 0)) if (m >= 0).any() else len(m) for m in fused]
     receiver = pad([e.receiver_ids[:-1] for e in examples], min(starts))
     sharer = pad(
-        [e.sharer_ids[: int(f.max(initial=0)) + 1] for e, f in zip(examples, feeds, strict=True)],
+        [r.sharer_ids[: int(f.max(initial=0)) + 1] for r, f in zip(read, feeds, strict=True)],
         min(int(f.min(initial=0)) for f in feeds),
     )
-    width = receiver.ids.shape[1]
+    longest = max(len(e.response_ids) for e in examples)
+    width = receiver.ids.shape[1] + (longest if examples[0].heard is not None else 0)
     messages = np.full((len(examples), width), -1, dtype=np.int32)
     index = np.zeros((len(examples), width), dtype=np.int32)
-    for row, (e, m) in enumerate(zip(examples, fused, strict=True)):
+    for row, (r, m) in enumerate(zip(read, fused, strict=True)):
         at = receiver.columns(np.arange(len(m)), row)
         messages[row, at] = m
-        index[row, at] = sharer.columns(e.index[:-1], row)
+        index[row, at] = sharer.columns(r.index, row)
     columns = np.flatnonzero((messages >= 0).any(axis=0))
     start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (width, width)
     messages, index = messages[:, start:stop], index[:, start:stop]
     low = index[messages >= 0].min(initial=np.iinfo(np.int32).max)
     index = np.where(messages >= 0, index, low)
 
-    longest = max(len(e.response_ids) for e in examples)
     responses = [e.response_ids + [0] * (longest - len(e.response_ids)) for e in examples]
     targets = np.array(responses, dtype=np.int32)
     last = np.array([[e.receiver_ids[-1]] for e in examples], dtype=np.int32)

@@ -22,24 +22,26 @@ class TrainingCache:
     Args:
         padding: [B] columns of padding per row; None if there is none at all.
         prefix: columns before the padding.
+        ahead: the last columns held, if they are those of the ids that come next. A pass over
+            these attends to what is here, fused, in place of what it computes.
     """
 
-    def __init__(self, padding: mx.array | None, prefix: int) -> None:
+    def __init__(self, padding: mx.array | None, prefix: int, ahead: int = 0) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.padding, self.prefix = padding, prefix
+        self.padding, self.prefix, self.ahead = padding, prefix, ahead
 
     def copy(self, keys: mx.array | None = None, values: mx.array | None = None) -> TrainingCache:
         """The same layout, with these keys and values or the same ones."""
-        other = TrainingCache(self.padding, self.prefix)
+        other = TrainingCache(self.padding, self.prefix, self.ahead)
         other.keys = self.keys if keys is None else keys
         other.values = self.values if values is None else values
         return other
 
     @property
     def columns(self) -> int:
-        """Columns held, padding included."""
-        return 0 if self.keys is None else int(self.keys.shape[2])
+        """Columns before the ids that come next, padding included."""
+        return 0 if self.keys is None else int(self.keys.shape[2]) - self.ahead
 
     @property
     def offset(self) -> int | mx.array:
@@ -50,6 +52,8 @@ class TrainingCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """mlx-lm's cache protocol."""
+        if self.ahead:
+            return self.keys, self.values  # type: ignore[return-value]
         if self.keys is not None and self.values is not None:
             keys = mx.concatenate([self.keys, keys], axis=2)
             values = mx.concatenate([self.values, values], axis=2)

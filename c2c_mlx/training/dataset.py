@@ -12,7 +12,7 @@ import numpy as np
 from c2c_mlx.errors import C2CError
 from c2c_mlx.text.alignment import TokenAlignment, align_chat
 from c2c_mlx.text.rendering import Tokenizer
-from c2c_mlx.text.tokens import Strategy, response_ids
+from c2c_mlx.text.tokens import Strategy, along, response_ids
 from c2c_mlx.training.date import on_a_fixed_day
 from c2c_mlx.training.files import ChatRow
 
@@ -27,27 +27,59 @@ class Example(TokenAlignment):
         response_ids: what the receiver is to say, the end-of-turn token included.
         own: whether the response is the receiver's own.
         where: file and line, for messages.
+        heard: the response but its last id as the sharer reads it along, an id for each; None: the
+            prompt alone is fused.
     """
 
     response_ids: list[int]
     own: bool = False
     where: str = ""
+    heard: list[int] | None = None
+
+    @property
+    def read(self) -> TokenAlignment:
+        """What may be fused: the prompt but its last id, or all but the last of the whole chat."""
+        if self.heard is None:
+            ids, index, message = self.receiver_ids[:-1], self.index[:-1], self.message[:-1]
+            return TokenAlignment(ids, self.sharer_ids, index, message)
+        n, answer = len(self.heard), self.message.max(initial=-1) + 1
+        return TokenAlignment(
+            [*self.receiver_ids, *self.response_ids[:-1]],
+            [*self.sharer_ids, *self.heard],
+            np.append(self.index, len(self.sharer_ids) + np.arange(n, dtype=np.int32)),
+            np.append(self.message, np.full(n, answer, dtype=np.int32)),
+        )
 
 
 def make_example(
-    chat: ChatRow, receiver: Tokenizer, sharer: Tokenizer, alignment: Strategy
+    chat: ChatRow,
+    receiver: Tokenizer,
+    sharer: Tokenizer,
+    alignment: Strategy,
+    fuse_response: bool = False,
 ) -> Example:
-    """Tokenises and aligns one chat; `receiver` and `sharer` are tokenizers."""
+    """Tokenises and aligns one chat.
+
+    Args:
+        chat: with the answer that is wanted.
+        receiver: the receiver's tokenizer.
+        sharer: the sharer's tokenizer.
+        alignment: the fuser's field of that name.
+        fuse_response: the fuser's field of that name.
+    """
     aligned = align_chat(chat.messages[:-1], receiver, sharer, strategy=alignment, padding=False)
     response = response_ids(chat.messages, receiver)
+    response = response[:-1] if chat.cut and len(response) > 1 else response
+    heard = along(response[:-1], receiver, sharer, alignment) if fuse_response else None
     return Example(
         aligned.receiver_ids,
         aligned.sharer_ids,
         aligned.index,
         aligned.message,
-        response[:-1] if chat.cut and len(response) > 1 else response,
+        response,
         chat.own,
         chat.where,
+        heard,
     )
 
 
@@ -71,6 +103,7 @@ class Dataset:
         sharer: the sharer's tokenizer.
         alignment: the fuser's field of that name.
         max_tokens: longer prompts or responses are left out, and counted in `too_long`.
+        fuse_response: the fuser's field of that name.
     """
 
     def __init__(
@@ -80,17 +113,23 @@ class Dataset:
         sharer: Tokenizer,
         alignment: Strategy,
         max_tokens: int,
+        fuse_response: bool = False,
     ) -> None:
         self.sources = sources
         self.receiver, self.sharer = on_a_fixed_day(receiver), on_a_fixed_day(sharer)
         self.alignment, self.max_tokens = alignment, max_tokens
+        self.fuse_response = fuse_response
         self.too_long: set[tuple[int, int]] = set()  # source and row, however often it was drawn
 
     def example(self, row: ChatRow) -> Example | None:
         """The row's example; None if it is too long."""
-        example = make_example(row, self.receiver, self.sharer, self.alignment)
+        example = self._made(row)
         parts = (example.receiver_ids, example.sharer_ids, example.response_ids)
         return None if max(map(len, parts)) > self.max_tokens else example
+
+    def _made(self, row: ChatRow) -> Example:
+        tokenizers = self.receiver, self.sharer
+        return make_example(row, *tokenizers, self.alignment, self.fuse_response)
 
     def fingerprint(self) -> str:
         """A name for what is drawn: all rows, their weights, and how a chat becomes ids."""
@@ -99,8 +138,8 @@ class Dataset:
             digest.update(json.dumps([source.weight, self.alignment, self.max_tokens]).encode())
             for row in source.rows:
                 digest.update(json.dumps([row.messages, row.own, row.cut]).encode())
-            e = make_example(source.rows[0], self.receiver, self.sharer, self.alignment)
-            ids = [e.receiver_ids, e.sharer_ids, e.response_ids]
+            e = self._made(source.rows[0])
+            ids = [e.receiver_ids, e.read.sharer_ids, e.response_ids]
             digest.update(json.dumps(ids).encode())
         return digest.hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -58,6 +59,8 @@ def answers(
 ) -> Answers:
     """Greedy answers to each chat's prompt, in the ways that `losses` measures, and what is wanted.
 
+    Prompts alone are fused.
+
     Args:
         c2c: both models and the fuser.
         prefiller: reads prompts with both models.
@@ -71,6 +74,7 @@ def answers(
         Texts by name ("wanted", and the names of `losses`), in the order of `by_length`.
     """
     ends = end_ids(tokenizer)
+    chats = [replace(e, heard=None) for e in chats]
     ids = {"wanted": [[i for i in e.response_ids if i not in ends] for e in by_length(chats)]}
     for name, batch, cache, _ in _ways(c2c, prefiller, chats, batch_size, True, computed=True):
         some = decode(c2c.receiver, cache, batch.inputs[:, 0], ends, most)

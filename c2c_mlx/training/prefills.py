@@ -99,8 +99,8 @@ class Prefiller:
         """Everything frozen that a step over this batch needs."""
         if self.folder is None or batch.start == batch.stop:
             whole = self.whole(batch)
-            whole.state = self.receiver.state(mx.array(batch.inputs), whole.own)
-            mx.eval(whole.state)
+            whole.own, whole.state = self._answers(whole.own, batch)
+            mx.eval(whole.state, kv.arrays(whole.own))
             return whole
         paths = [self.folder / f"{_key(e)}.safetensors" for e in batch.examples]
         kept = {path: found for path in paths if (found := _read(path))}
@@ -120,6 +120,12 @@ class Prefiller:
         if computed or self.folder is None or batch.start == batch.stop:
             return self._read_sharer(batch, with_sharer=not self.zero_sharer)
         return self(batch).sharer
+
+    def _answers(self, own: kv.Cache, batch: Batch) -> tuple[kv.Cache, mx.array | None]:
+        """The receiver's cache, over the responses as well if they are fused, and their state."""
+        ids = mx.array(batch.inputs)
+        state = self.receiver.state(ids, own)
+        return self.receiver.ahead(ids, own, state) if batch.fuses_responses else own, state
 
     def _run(self, batch: Batch, with_sharer: bool) -> tuple[kv.Cache, KV]:
         own = step_loss.prefill(self.c2c.receiver, batch.receiver, self._memos[0])
@@ -142,7 +148,7 @@ class Prefiller:
         # The responses' states are those over what a step will read.
         behind = mx.arange(batch.receiver.ids.shape[1]) >= mx.array(starts)[:, None]  # [B, N]
         own = [c.copy(*(_rounded(x, behind) for x in c.keys_and_values())) for c in own]
-        state = self.receiver.state(mx.array(batch.inputs), own)
+        own, state = self._answers(own, batch)
         layers = [s for _, s in self.c2c.fuser.config.layer_map]
         distinct = mx.array([layers.index(s) for s in self.c2c.sharer_layers])
         held = [c.keys_and_values() for c in own[self.receiver.first :]]
@@ -152,7 +158,8 @@ class Prefiller:
             fed = sharer[kind][distinct]
             for row, (column, (start, stop)) in enumerate(zip(starts, spans, strict=True)):
                 at = column - batch.start
-                found[row][f"own_{name}"] = _half(stacked[:, row, :, column:])
+                end = column + _own_length(examples[row], start)
+                found[row][f"own_{name}"] = _half(stacked[:, row, :, column:end])
                 found[row][f"sharer_{name}"] = _half(fed[:, row, :, at : at + stop - start])
         if state is not None:
             for row, e in enumerate(examples):
@@ -186,6 +193,7 @@ class Prefiller:
         config = self.c2c.fuser.config
         first, longest = self.receiver.first, batch.inputs.shape[1]
         prefix, width = batch.receiver.prefix, batch.receiver.ids.shape[1]
+        ahead = longest if batch.fuses_responses else 0
         shared = self._prefix(batch.receiver.ids[0, :prefix])
         dtype = shared.keys.dtype
         own: list[list[mx.array]] = [[], []]
@@ -203,7 +211,8 @@ class Prefiller:
                 x = row[f"own_{name}"].astype(dtype)
                 if before is not None:
                     x = mx.concatenate([before[kind][:, 0, :, prefix:], x], axis=2)
-                own[kind].append(_pad(x, width - prefix - x.shape[2], 0))
+                behind = ahead - len(example.response_ids) if ahead else 0
+                own[kind].append(_pad(x, width + ahead - prefix - x.shape[2] - behind, behind))
                 fed[kind].append(_pad(row[f"sharer_{name}"], column, right))
         padding = mx.array(batch.receiver.padding) if batch.receiver.padding.any() else None
         stacked = []
@@ -213,7 +222,7 @@ class Prefiller:
             stacked.append(mx.concatenate([head, x], axis=3))
         cache = training_cache(self.c2c.receiver, padding, prefix)
         for layer, c in enumerate(cache[first:]):
-            c.keys, c.values = stacked[0][layer], stacked[1][layer]
+            c.keys, c.values, c.ahead = stacked[0][layer], stacked[1][layer], ahead
         state = None
         if first:
             rows = [
@@ -247,6 +256,7 @@ class Prefiller:
 
 def _key(e: Example) -> str:
     parts = [e.receiver_ids, e.response_ids, e.sharer_ids, e.index.tolist(), e.message.tolist()]
+    parts += [] if e.heard is None else [e.heard]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -259,9 +269,14 @@ def _read(path: Path) -> Kept | None:
 
 def _fused_range(example: Example, positions: str) -> tuple[int, int]:
     """[start, stop): from the first fused position to the last; two ends of the prompt if none."""
-    fused = np.flatnonzero(message_groups(example.message[:-1], positions) >= 0)
+    fused = np.flatnonzero(message_groups(example.read.message, positions) >= 0)
     end = len(example.receiver_ids) - 1
     return (int(fused[0]), int(fused[-1]) + 1) if len(fused) else (end, end)
+
+
+def _own_length(example: Example, start: int) -> int:
+    """Positions from `start` on that the receiver's cache is kept of."""
+    return len(example.read.receiver_ids) - start
 
 
 def _half(x: mx.array) -> mx.array:
@@ -270,6 +285,8 @@ def _half(x: mx.array) -> mx.array:
 
 def _rounded(x: mx.array, behind: mx.array) -> mx.array:
     """Keys or values [B, H, N, D] as files give them back: rounded where `behind` [B, N] is."""
+    if x.itemsize == 2:
+        return x
     return mx.where(behind[:, None, :, None], _half(x).astype(x.dtype), x)
 
 

@@ -65,6 +65,20 @@ class Sections:
             self.model(ids, cache=[c.copy() for c in cache])
         return caught.inputs
 
+    def ahead(self, ids: mx.array, cache: kv.Cache, state: mx.array | None) -> kv.Cache:
+        """The cache with the receiver's own keys and values of `ids`, for these to be fused.
+
+        Args:
+            ids: [B, N], which go on where the cache ends.
+            cache: as in `losses`, not fused; it stays as it is.
+            state: from `state`, of these ids.
+        """
+        grown = _copies(cache)
+        self._run(ids, grown, state)  # its logits are never computed
+        for c in grown[self.first :]:
+            c.ahead = ids.shape[1]
+        return grown
+
     def losses(
         self,
         ids: mx.array,

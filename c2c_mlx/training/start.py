@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -41,8 +41,6 @@ def fuser_config(run: RunConfig, receiver: ModelShape, sharer: ModelShape) -> Fu
     wanted = from_dict(FuserConfig, values, "fuser_config")
     if wanted.bits:
         raise C2CError("fuser_config: 'bits' is for a trained fuser; c2c-weights quantize sets it")
-    if wanted.fuse_response:
-        raise C2CError("fuser_config: 'fuse_response' cannot be trained here: prompts alone are")
     return wanted
 
 
@@ -88,7 +86,8 @@ def measure_inputs(c2c: C2C, examples: list[Example], batch_size: int) -> None:
     count, total, squares = 0, mx.array(0.0), mx.array(0.0)
     origin: mx.array | None = None  # [S, 1, in]: about the mean, so that squares do not cancel
     for at in range(0, len(examples), batch_size):
-        batch = collate(examples[at : at + batch_size], fuser.config.positions)
+        prompts = [replace(e, heard=None) for e in examples[at : at + batch_size]]
+        batch = collate(prompts, fuser.config.positions)
         if batch.start == batch.stop:
             continue
         rows = mx.array(np.flatnonzero(batch.messages.reshape(-1) >= 0))

@@ -286,8 +286,9 @@ class Trainer:
     def _judge(self) -> Metrics:
         """Gives the verdict, and returns what `evaluate` does."""
         losses, tokens = self._measure(zeroed=True) if self.valid else ({}, [])
-        c = self.config
-        wanted = self.valid and c.answers and not c.zero_sharer
+        c, fuses_responses = self.config, self.c2c.fuser.config.fuse_response
+        # Answers are written in batches, whose prompts alone are fused.
+        wanted = self.valid and c.answers and not (c.zero_sharer or fuses_responses)
         said = self.answers(c.answers) if wanted else None
         self.verdict = verdict.judge(losses, tokens, c.seed, c.zero_sharer, said)
         with checkpoints.writing(self.folder / verdict.FILE):

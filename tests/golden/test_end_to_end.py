@@ -110,7 +110,7 @@ def test_fusing_the_response(c2c: C2C, meta: dict[str, Any]) -> None:
     def start() -> tuple[Any, kv.Cache]:
         prefix = FusedCache(c2c)
         cache = prefix.extend([prompt])
-        answer = AnswerAlignment([], prompt, tokenizer, tokenizer, strategy="same")
+        answer = AnswerAlignment(prompt, tokenizer, tokenizer, strategy="same")
         return prefix.answering([answer]), cache
 
     receiver, cache = start()

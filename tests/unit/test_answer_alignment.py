@@ -36,7 +36,7 @@ def test_the_alignment_of_a_growing_answer_is_total_and_monotone(
     messages, receiver, sharer, strategy, ids
 ):
     prompt = align_chat(messages, receiver, sharer, strategy=strategy)
-    growing = AnswerAlignment(messages, prompt, receiver, sharer, strategy=strategy)
+    growing = AnswerAlignment(prompt, receiver, sharer, strategy=strategy)
     n, aligned = len(prompt.receiver_ids), growing.add([])
     assert aligned.receiver_ids == prompt.receiver_ids
     for at, token in enumerate(ids, 1):
@@ -48,47 +48,37 @@ def test_the_alignment_of_a_growing_answer_is_total_and_monotone(
         np.testing.assert_array_equal(aligned.index[:n], prompt.index)
         assert np.all(np.diff(aligned.index) >= 0)
         assert np.all(aligned.index < len(aligned.sharer_ids))
-        assert set(aligned.message[n:].tolist()) <= {len(messages), -1}
-    again = AnswerAlignment(messages, prompt, receiver, sharer, strategy=strategy).add(ids)
+        assert set(aligned.message[n:].tolist()) <= {prompt.message.max(initial=-1) + 1, -1}
+    again = AnswerAlignment(prompt, receiver, sharer, strategy=strategy).add(ids)
     assert again.sharer_ids == aligned.sharer_ids
     np.testing.assert_array_equal(again.index, aligned.index)
 
 
 @settings(deadline=None)
 @given(
-    st.sampled_from([CHATML, TRIM]),
     st.sampled_from(["bytes", "trimmed"]),
-    st.sampled_from([CHATML, PLAIN, TRIM]),
+    st.sampled_from(["span", "first", "longest"]),
     st.sampled_from([*SENTENCES, "世界 🚀🎉", "👩‍💻 🇫🇷 e\u0301", "x"]),
 )
-def test_a_whole_answer_is_aligned_as_a_message(template, kind, other_template, answer):
-    receiver, sharer = wrapped("bytes", template), wrapped(kind, other_template)
-    messages = [user("What do you know?")]
-    prompt = align_chat(messages, receiver, sharer)
-    growing = AnswerAlignment(messages, prompt, receiver, sharer)
+def test_what_feeds_a_token_stays_as_the_answer_goes_on(kind, strategy, answer):
+    receiver, sharer = wrapped("bytes", CHATML), wrapped(kind, PLAIN)
+    prompt = align_chat([user("What do you know?")], receiver, sharer, strategy=strategy)
+    growing = AnswerAlignment(prompt, receiver, sharer, strategy=strategy)
+    before = growing.add([])
     for token in receiver(answer, add_special_tokens=False)["input_ids"]:
         aligned = growing.add([token])
-    said = [*messages, {"role": "assistant", "content": answer}]
-    whole = align_chat(said, receiver, sharer, add_generation_prompt=False)
-    n = len(aligned.receiver_ids)
-    assert aligned.receiver_ids == whole.receiver_ids[:n]
-    assert aligned.sharer_ids == whole.sharer_ids[: len(aligned.sharer_ids)]
-    number = whole.message[:n] == 1
-    assert number.sum() == n - len(prompt.receiver_ids)
-    np.testing.assert_array_equal(aligned.message, whole.message[:n])
-    np.testing.assert_array_equal(aligned.index[number], whole.index[:n][number])
+        assert aligned.sharer_ids[:-1] == before.sharer_ids
+        np.testing.assert_array_equal(aligned.index[:-1], before.index)
+        assert aligned.index[-1] == len(before.sharer_ids)
+        before = aligned
 
 
 def test_an_end_of_turn_is_no_part_of_the_answer():
     receiver, sharer = wrapped("bytes", CHATML), wrapped("trimmed", PLAIN)
-    messages = [user("hi")]
-    prompt = align_chat(messages, receiver, sharer)
-    growing = AnswerAlignment(messages, prompt, receiver, sharer)
+    prompt = align_chat([user("hi")], receiver, sharer)
+    growing = AnswerAlignment(prompt, receiver, sharer)
     ids = receiver("a dog<|im_end|>", add_special_tokens=False)["input_ids"]
-    aligned = growing.add(ids)
-    assert aligned.message.tolist()[-3:] == [1, 1, -1]
-    assert sharer.decode(aligned.sharer_ids).endswith("### assistant: a dog")
-    assert aligned.index[-1] == aligned.index[-2] == len(aligned.sharer_ids) - 1
+    assert growing.add(ids).message.tolist()[-3:] == [1, 1, -1]
 
 
 ANSWER = {"role": "assistant", "content": "a dog"}

@@ -108,7 +108,6 @@ def test_a_file_describes_a_run_and_flags_override_it(
         ("data: 3", "'data' must be a list"),
         ("fuser_config: {hidden: 3}", "fuser_config: unknown key 'hidden'"),
         ("fuser_config: {bits: 8}", "'bits' is for a trained fuser"),
-        ("fuser_config: {fuse_response: true}", "'fuse_response' cannot be trained here"),
         ("iters: 0", "iters must be at least 1"),
         ("iters: many", "'iters' must be of type int"),
     ],
