@@ -143,6 +143,20 @@ class Dataset:
             digest.update(json.dumps(ids).encode())
         return digest.hexdigest()[:16]
 
+    def some(self, n: int, seed: int) -> list[Example]:
+        """About n chats at random, of each source as many as its share."""
+        total = sum(s.weight for s in self.sources)
+        random, found = np.random.default_rng(seed), []
+        for source in self.sources:
+            share = min(max(round(n * source.weight / total), 1), len(source.rows))
+            found += [source.rows[i] for i in random.permutation(len(source.rows))[:share]]
+        return [e for e in map(self.example, found) if e]
+
+    def distinct(self, n: int) -> float:
+        """How many different chats there are among the first n that are drawn, about."""
+        total = sum(s.weight for s in self.sources)
+        return sum(min(n * s.weight / total, len(s.rows)) for s in self.sources)
+
     def batches(
         self, batch_size: int, seed: int, start: Position = (0, 0)
     ) -> Iterator[tuple[Position, list[Example]]]:

@@ -24,6 +24,7 @@ from c2c_mlx.training.trainer import Trainer
 from c2c_mlx.training.verdict import ANSWER_TOKENS
 
 PROBE = 10  # steps that are timed
+_LOOKED_FOR = 64  # chats of which one sees how many are kept
 _ANSWERED = 4  # tokens of an answer that are timed
 _ANSWERING = 0.1  # of a given time, at most, is for the verdict's answers
 _EVALUATING = 0.25  # of a given time, at most, is for evaluations; there is always one
@@ -39,6 +40,10 @@ class Pace:
         evaluation: one look at all chats that are only measured.
         answer: the verdict's greedy answers to one of them.
         peak_gb: of memory, while this was measured.
+        first: what the first evaluation takes beyond that, where prefills are kept.
+        chat: the prefills of one chat that a step does not find kept; 0 if none are kept: then
+            they are part of a step.
+        new: such chats among the first n that are drawn.
         twin: that of a run with nothing to read, if one comes after this.
     """
 
@@ -46,12 +51,16 @@ class Pace:
     evaluation: float
     answer: float
     peak_gb: float
+    first: float = 0.0
+    chat: float = 0.0
+    new: Callable[[int], float] = lambda n: 0.0
     twin: Pace | None = None
 
     def seconds(self, config: TrainConfig) -> float:
         """Of a whole run and its twin; a verdict measures a third more than an evaluation does."""
         evaluations = math.ceil(config.iters / config.eval_every) + 1 / 3
-        own = config.iters * self.step + evaluations * self.evaluation
+        own = config.iters * self.step + evaluations * self.evaluation + self.first
+        own += self.chat * self.new(config.iters * config.batch_size * config.accumulate)
         own += config.answers * self.answer
         if self.twin is None:
             return own
@@ -72,10 +81,11 @@ def probe(
     Raises:
         C2CError: if they don't fit into the memory, or the loss is not finite.
     """
-    c, fuser = trainer.config, trainer.c2c.fuser
+    c, fuser, prefills = trainer.config, trainer.c2c.fuser, trainer.prefills
+    missing = prefills.missing(trainer.train.some(_LOOKED_FOR, c.seed)) if prefills.folder else 0.0
     stream = trainer.train.batches(c.batch_size * c.accumulate, c.seed)
-    first = takewhile(lambda drawn: drawn[0][0] == 0, islice(stream, WINDOW))
-    drawn = [rows for _, rows in first]
+    window = takewhile(lambda drawn: drawn[0][0] == 0, islice(stream, WINDOW))
+    drawn = [rows for _, rows in window]
     drawn.sort(key=_columns)
     # The means of ten equal parts: the lengths of batches differ more than anything else does.
     typical = [drawn[int((i + 0.5) * len(drawn) / PROBE)] for i in range(PROBE)]
@@ -83,28 +93,43 @@ def probe(
     tell(0, PROBE)
     with trainer.fitting():
         trainer.train_step(trainer.split(drawn[-1]))  # the longest; and a first step is slower
-        began = time.perf_counter()
+        began, spent, computed = time.perf_counter(), prefills.spent, prefills.computed
         for done, rows in enumerate(typical):
             tell(done, PROBE)
             trainer.train_step(trainer.split(rows))
-        step = (time.perf_counter() - began) / PROBE
-        evaluation = answer = 0.0
+        spent = prefills.spent - spent
+        step = (time.perf_counter() - began - spent) / PROBE
+        chat = spent / max(prefills.computed - computed, 1)
+        evaluation = answer = first = 0.0
         if trainer.valid:
             part = trainer.valid[: c.batch_size]
-            began = time.perf_counter()
-            measure.losses(trainer.c2c, trainer.prefills, part, c.batch_size)
-            evaluation = (time.perf_counter() - began) * len(trainer.valid) / len(part)
+            began, spent = time.perf_counter(), prefills.spent
+            measure.losses(trainer.c2c, prefills, part, c.batch_size)
+            spent = prefills.spent - spent
+            evaluation, first = (
+                seconds * len(trainer.valid) / len(part)
+                for seconds in (time.perf_counter() - began - spent, spent)
+            )
             answer = _answer(trainer)
     fuser.update(before)
     trainer.begin(c)
-    pace = Pace(step, evaluation, answer, mx.get_peak_memory() / 1e9)
+    pace = Pace(
+        step,
+        evaluation,
+        answer,
+        mx.get_peak_memory() / 1e9,
+        first,
+        chat,
+        lambda drawn: missing * trainer.train.distinct(drawn),
+    )
     if not twin:
         return pace
-    trainer.prefills.zero_sharer = True
+    prefills.zero_sharer = True
     try:
-        return replace(pace, twin=probe(trainer, tell=tell))
+        # It finds kept what the run before it has computed.
+        return replace(pace, twin=replace(probe(trainer, tell=tell), first=0.0, chat=0.0))
     finally:
-        trainer.prefills.zero_sharer = c.zero_sharer
+        prefills.zero_sharer = c.zero_sharer
 
 
 def _answer(trainer: Trainer) -> float:
@@ -224,6 +249,7 @@ def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
         "chats_per_step": c.batch_size * c.accumulate,
         "epochs": c.iters * c.batch_size * c.accumulate / chats,
         "step_s": pace.step,
+        "new_chat_s": pace.chat,
         "evaluation_s": pace.evaluation,
         "answers": c.answers,
         "answer_s": pace.answer,
@@ -243,15 +269,18 @@ def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:
 def lines(plan: dict[str, Any]) -> list[str]:
     """A plan for people."""
     first = plan["answering_s"]
+    costs = [f"{plan['step_s']:.2f} s a step"]
+    if plan["new_chat_s"]:
+        costs.append(f"{plan['new_chat_s']:.2f} s a chat that is not prefilled yet")
+    costs.append(f"{plan['evaluation_s']:.1f} s an evaluation")
+    costs.append(f"{plan['answers']} answers of {plan['answer_s']:.1f} s for the verdict")
+    before = f"; {told(first)} before that, for prompts to be answered" if first else ""
     return [
         f"data: {plan['chats']} chats from {', '.join(plan['data'])}; {plan['valid_chats']} more "
         "to measure on",
         f"steps: {plan['steps']} of {plan['chats_per_step']} chats, {plan['epochs']:.1f} times "
         "through the data" + (", and as many for the twin" if plan["twin"] else ""),
-        f"time: about {told(3600 * plan['hours'])} ({plan['step_s']:.2f} s a step, "
-        f"{plan['evaluation_s']:.1f} s an evaluation, {plan['answers']} answers of "
-        f"{plan['answer_s']:.1f} s for the verdict"
-        + (f"; {told(first)} before that, for prompts to be answered)" if first else ")"),
+        f"time: about {told(3600 * plan['hours'])} ({', '.join(costs)}{before})",
         f"memory: ten steps took {plan['probe_peak_gb']:.1f} GB; the longest chats in one batch, "
         f"and what MLX keeps for reuse, would be about {plan['memory']['total_gb']:.1f} GB of "
         f"{plan['memory']['limit_gb']:.1f} GB",

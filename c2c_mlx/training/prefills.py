@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ class Prefiller:
         zero_sharer: the control; the sharer need not run, and is all zeros.
         weights: of the receiver and the sharer, by `fingerprint.of_weights`.
         say: told once when no more fits.
+
+    Attributes:
+        computed: chats that were not in the folder.
+        spent: seconds that these took.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Prefiller:
         self._memos: tuple[step_loss.PrefixMemo, step_loss.PrefixMemo] = ({}, {})
         self._prefixes: dict[tuple[int, ...], kv.StackedKV] = {}
         self._say, self._limit_gb = say, limit_gb
+        self.computed, self.spent = 0, 0.0
         self.folder: Path | None = None
         if folder:
             config = c2c.fuser.config
@@ -102,14 +108,23 @@ class Prefiller:
             whole.own, whole.state = self._answers(whole.own, batch)
             mx.eval(whole.state, kv.arrays(whole.own))
             return whole
-        paths = [self.folder / f"{_key(e)}.safetensors" for e in batch.examples]
+        paths = [self._path(self.folder, e) for e in batch.examples]
         kept = {path: found for path in paths if (found := _read(path))}
         missing = {p: e for p, e in zip(paths, batch.examples, strict=True) if p not in kept}
         if missing:
+            began = time.perf_counter()
             computed = dict(zip(missing, self._compute([*missing.values()]), strict=True))
             self._keep(computed)
             kept |= computed
+            self.computed += len(missing)
+            self.spent += time.perf_counter() - began
         return self._join([kept[path] for path in paths], batch)
+
+    def missing(self, examples: list[Example]) -> float:
+        """The share of these that are not in the folder; all, if there is none."""
+        if self.folder is None or not examples:
+            return 1.0
+        return sum(not self._path(self.folder, e).exists() for e in examples) / len(examples)
 
     def whole(self, batch: Batch) -> Prefills:
         """The prompts alone, just computed, with the receiver's cache in all of its layers."""
@@ -120,6 +135,9 @@ class Prefiller:
         if computed or self.folder is None or batch.start == batch.stop:
             return self._read_sharer(batch, with_sharer=not self.zero_sharer)
         return self(batch).sharer
+
+    def _path(self, folder: Path, example: Example) -> Path:
+        return folder / f"{_key(example)}.safetensors"
 
     def _answers(self, own: kv.Cache, batch: Batch) -> tuple[kv.Cache, mx.array | None]:
         """The receiver's cache, over the responses as well if they are fused, and their state."""

@@ -18,6 +18,7 @@ from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import plan
 from c2c_mlx.training.assemble import assemble
+from c2c_mlx.training.batch import collate
 from c2c_mlx.training.checkpoints import all_of, settings_in
 from c2c_mlx.training.display import Display
 from c2c_mlx.training.plan import Pace
@@ -84,6 +85,13 @@ def test_a_time_for_no_step_is_refused() -> None:
         plan.fitted(TrainConfig(), 3, Pace(step=5.0, evaluation=3.0, answer=0.1, peak_gb=0), set())
 
 
+def test_a_chat_is_prefilled_once_where_it_is_kept() -> None:
+    pace = Pace(1.0, 0.0, 0.0, 0, first=20, chat=0.5, new=lambda n: min(n, 100))
+    config = TrainConfig(iters=50, batch_size=4)
+    assert pace.seconds(config) == 50 + 20 + 100 * 0.5
+    assert pace.seconds(replace(config, iters=10)) == 10 + 20 + 40 * 0.5
+
+
 # --- the commands
 
 
@@ -129,6 +137,27 @@ def test_a_probe_leaves_no_trace(chats: Path, tmp_path: Path) -> None:
     (a, *rest), (b, *others) = made
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
     assert rest == others
+
+
+def test_a_probe_sees_which_prefills_are_kept(chats: Path, tmp_path: Path) -> None:
+    """A run that found those of its first steps planned for as many more as it had no time for."""
+    run = RunConfig(
+        *(str(TINY / "sharer"), str(TINY / "receiver"), (str(chats),), str(tmp_path / "run")),
+        preset="tiny",
+        train=TrainConfig(batch_size=4, prefill_cache=str(tmp_path / "kept")),
+    )
+    with Display(14) as display:
+        trainer, again = (
+            assemble(replace(run, out=str(tmp_path / name)), display, resume=False, source="test")
+            for name in ("run", "again")
+        )
+    pace = plan.probe(trainer)
+    assert pace.chat > 0 and pace.first > 0
+    assert [pace.new(n) for n in (4, 36, 400)] == [4, 36, 36]
+    for rows in ([e] for e in trainer.train.some(99, 0)):
+        trainer.prefills(collate(rows, trainer.c2c.fuser.config.positions))
+    pace = plan.probe(again)
+    assert (pace.new(400), pace.chat, pace.first) == (0, 0, 0) and pace.step > 0
 
 
 def test_a_timed_run_that_is_resumed_keeps_its_length(
