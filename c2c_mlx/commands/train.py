@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, help="size of the fuser (default: small)")
     add("--fuser", metavar="DIR", help="start from this fuser instead of a fresh one")
     add(
+        "--fuse-response",
+        action="store_true",
+        default=None,
+        help="for answers that are fused while they are written",
+    )
+    add(
         "--twin",
         action="store_true",
         default=None,

@@ -248,6 +248,7 @@ def _load(
     big: FuserConfig | None = None
     if folder:
         wanted, _ = disk.read_description(folder)
+        wanted = replace(wanted, fuse_response=wanted.fuse_response or run.fuse_response)
         if run.shrink:
             big, wanted = wanted, shrink.smaller(wanted, run.shrink)
     else:
@@ -263,7 +264,9 @@ def _load(
         return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed), None, need
     check_models(wanted, receiver.shape, sharer.shape)
     if not run.shrink:
-        return receiver, sharer, _begun(run.fuser, watcher), None, need
+        fuser = _begun(run.fuser, watcher)
+        fuser.config = replace(fuser.config, fuse_response=wanted.fuse_response)
+        return receiver, sharer, fuser, None, need
     teacher = disk.load(folder)
     teacher.dequantise()
     if not teacher.gates.any():

@@ -47,6 +47,7 @@ class RunConfig:
         shrink: share of the parameters of `fuser` that a small one has at most, which begins from
             its weights and learns to do what it does; 0: `fuser` itself learns.
         fuser_config: fields of a new fuser that the preset does not fix.
+        fuse_response: whether answers are fused, too, by a new fuser or the one to start from.
         twin: whether the control is trained, too: the same with nothing to read.
         train: the training itself.
         given: fields of `train` that stay as they are; the others may be made to fit the device.
@@ -65,6 +66,7 @@ class RunConfig:
     fuser: str = ""
     shrink: float = 0.0
     fuser_config: dict[str, Any] = field(default_factory=dict)
+    fuse_response: bool = False
     twin: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
     given: tuple[str, ...] = ()
@@ -83,6 +85,10 @@ class RunConfig:
             raise ValueError(f"shrink must be a share above 0 and below 1, not {self.shrink}")
         if self.shrink and not self.fuser:
             raise ValueError("shrink: name the fuser that is to be made small")
+        if self.shrink and self.fuse_response:
+            raise ValueError(
+                "shrink: a small fuser fuses what the big one does, and learns on prompts"
+            )
         if self.shrink and (self.twin or self.train.zero_sharer or self.train.gates != "open"):
             raise ValueError("shrink: a small fuser has the big one's gates, and no control")
 

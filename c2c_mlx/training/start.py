@@ -38,6 +38,8 @@ def fuser_config(run: RunConfig, receiver: ModelShape, sharer: ModelShape) -> Fu
     shapes = {"receiver": asdict(receiver), "sharer": asdict(sharer)}
     size = PRESETS[run.preset]
     values = {"layer_map": layer_map, **recipe, **size, **run.fuser_config, **shapes}
+    if run.fuse_response:
+        values["fuse_response"] = True
     wanted = from_dict(FuserConfig, values, "fuser_config")
     if wanted.bits:
         raise C2CError("fuser_config: 'bits' is for a trained fuser; c2c-weights quantize sets it")

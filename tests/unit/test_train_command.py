@@ -96,6 +96,20 @@ def test_a_file_describes_a_run_and_flags_override_it(
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_fuser_for_prompts_learns_answers_as_well(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    given = [*PAIR, *SHORT, "--data", chats]
+    assert call(*given, "--out", tmp_path / "prompts")[0] == 0
+    assert not Fuser.load(tmp_path / "prompts").config.fuse_response
+    for start, out in (("prompts", "answers"), ("answers", "more")):
+        on = ["--fuse-response"] if out == "answers" else []
+        code, err = call(*given, "--fuser", tmp_path / start, "--out", tmp_path / out, *on)
+        assert code == 0 and "valid: c2c" in err
+        assert Fuser.load(tmp_path / out).config.fuse_response
+    assert call("--resume", "--out", tmp_path / "answers")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
