@@ -82,7 +82,7 @@ def probe(
         C2CError: if they don't fit into the memory, or the loss is not finite.
     """
     c, fuser, prefills = trainer.config, trainer.c2c.fuser, trainer.prefills
-    missing = prefills.missing(trainer.train.some(_LOOKED_FOR, c.seed)) if prefills.folder else 0.0
+    missing = prefills.missing(trainer.train.some(_LOOKED_FOR, c.seed))
     stream = trainer.train.batches(c.batch_size * c.accumulate, c.seed)
     window = takewhile(lambda drawn: drawn[0][0] == 0, islice(stream, WINDOW))
     drawn = [rows for _, rows in window]
