@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -16,6 +17,7 @@ FILE = "run.yaml"  # in a run's folder: what it was told, to be resumed by and t
 _WHY = "why"  # for people
 _ONLINE, _OFFLINE = "chat", "reading"  # what is trained on where nobody says
 ASKING = "asking the hub"  # a thread's name
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _PATIENCE = 5.0  # seconds that the hub has to answer
 
 
@@ -79,8 +81,12 @@ def table() -> str:
 def _document(path: Path) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """YAML 1.2's numbers: to PyYAML, which has those of 1.1, 5e-4 is a text."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+.0123456789"])
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as e:
         raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     except yaml.YAMLError as e:

@@ -290,3 +290,10 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_HUB_OFFLINE", True)
     with pytest.raises(C2CError, match="the download of org/name needs the hub: unset HF_HUB_OFF"):
         read_hub("org/name", 3)
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", "+5E-4", ".05e-2"])
+def test_a_number_is_one_however_it_is_written(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"learning_rate: {text}\nout: 5e-4x")
+    found = recipe.read(str(tmp_path / "run.yaml"))
+    assert found == {"learning_rate": 0.0005, "out": "5e-4x"}
