@@ -100,7 +100,7 @@ def teach(
     Args:
         pair: with one sharer.
         models: the receiver and the sharer.
-        seconds: that a new run may take, once its data is there.
+        seconds: that a new run may take; half of it at least is for training.
         tell: gets the events.
         question: what each trial asks; empty: nothing.
         stopped: asked between steps; then everything is saved.
@@ -165,9 +165,10 @@ def _begun(
         run, watcher, resume=False, source="c2c-chat", deadline=deadline, models=models
     )
     recipe.write(trainer.folder / recipe.FILE, values | {"time": f"{seconds:.0f}s"})
-    # From here on: what is measured on has to be answered first, however long that takes.
+    # What is measured on has to be answered first, however long that takes.
+    deadline = max(deadline, time.monotonic() + seconds / 2)
     tell = partial(watcher.count, "trying ten steps")
-    pace = plan.fit(trainer, time.monotonic() + seconds, set(values), tell=tell)
+    pace = plan.fit(trainer, deadline, set(values), tell=tell)
     data, *lines, _ = plan.lines(plan.describe(run, trainer, pace))
     return trainer, "\n".join([*lines, data])  # what is long, and known, goes last
 
