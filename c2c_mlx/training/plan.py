@@ -110,7 +110,7 @@ def probe(
                 seconds * len(trainer.valid) / len(part)
                 for seconds in (time.perf_counter() - began - spent, spent)
             )
-            answer = _answer(trainer)
+            answer = _answer(trainer) if c.answers else 0.0
     fuser.update(before)
     trainer.begin(c)
     pace = Pace(
@@ -273,7 +273,8 @@ def lines(plan: dict[str, Any]) -> list[str]:
     if plan["new_chat_s"]:
         costs.append(f"{plan['new_chat_s']:.2f} s a chat that is not prefilled yet")
     costs.append(f"{plan['evaluation_s']:.1f} s an evaluation")
-    costs.append(f"{plan['answers']} answers of {plan['answer_s']:.1f} s for the verdict")
+    if plan["answers"]:
+        costs.append(f"{plan['answers']} answers of {plan['answer_s']:.1f} s for the verdict")
     before = f"; {told(first)} before that, for prompts to be answered" if first else ""
     return [
         f"data: {plan['chats']} chats from {', '.join(plan['data'])}; {plan['valid_chats']} more "

@@ -96,6 +96,9 @@ class Trainer:
             config: what the trainer was made with, but perhaps for `iters` and how often what is
                 told and kept.
         """
+        # Answers are written in batches, whose prompts alone are fused.
+        if config.zero_sharer or self.c2c.fuser.config.fuse_response:
+            config = replace(config, answers=0)
         self.config = config
         self.step = 0
         self.tokens = 0
@@ -286,10 +289,8 @@ class Trainer:
     def _judge(self) -> Metrics:
         """Gives the verdict, and returns what `evaluate` does."""
         losses, tokens = self._measure(zeroed=True) if self.valid else ({}, [])
-        c, fuses_responses = self.config, self.c2c.fuser.config.fuse_response
-        # Answers are written in batches, whose prompts alone are fused.
-        wanted = self.valid and c.answers and not (c.zero_sharer or fuses_responses)
-        said = self.answers(c.answers) if wanted else None
+        c = self.config
+        said = self.answers(c.answers) if self.valid and c.answers else None
         self.verdict = verdict.judge(losses, tokens, c.seed, c.zero_sharer, said)
         with checkpoints.writing(self.folder / verdict.FILE):
             verdict.write(self.folder, self.verdict)
