@@ -35,6 +35,7 @@ from c2c_mlx.training.run import BESIDE, described
 from c2c_mlx.training.trainer import Trainer
 
 _LONGEST = 60  # tokens of a trial's answer
+_BETWEEN = 180  # seconds from one trial to the next, at most, where evaluations are far between
 _PER_CHAT = 2  # seconds of a run for each chat that is read of a source, at most
 
 
@@ -126,6 +127,7 @@ def teach(
     tell(TrainingBegun(description, trainer.step, steps))
     yield None
     began, before, gates = time.monotonic(), trainer.step, 0
+    tried = began
     for made in trainer.steps(stopped):
         if isinstance(made, float):
             # Time for other things counts, too: it is when this will end.
@@ -134,9 +136,14 @@ def teach(
             yield None
             continue
         gates = int(made["gates_open"])
-        if trainer.step % trainer.config.eval_every == 0 and question() and not stopped():
+        is_saved = trainer.step % trainer.config.eval_every == 0
+        is_due = is_saved or time.monotonic() - tried > _BETWEEN
+        if is_due and question() and not stopped():
+            if not is_saved:
+                trainer.save_fuser(trainer.folder)
             text = _tried(pair, models, trainer.folder, question(), stopped)
             tell(Trial(trainer.step, question(), text))
+            tried = time.monotonic()
     mx.clear_cache()
     tell(TrainingOver(trainer.step, steps, str(trainer.verdict.get("verdict", ""))))
 

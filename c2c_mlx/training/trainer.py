@@ -252,9 +252,9 @@ class Trainer:
                 self._log(metrics)
                 if metrics.get("valid_loss", math.inf) < self.best:
                     self.best = metrics["valid_loss"]
-                    self._save_fuser(self.folder / "best")
+                    self.save_fuser(self.folder / "best")
                 if evaluating:
-                    self._save_fuser(self.folder)
+                    self.save_fuser(self.folder)
                 yield metrics
                 began, losses, tokens_before = time.perf_counter(), [], self.tokens
             if is_first and (self.step % c.save_every == 0 or self.finished):
@@ -263,7 +263,7 @@ class Trainer:
         if is_first and unsaved:
             self.save()
         if is_first and not self.finished and self.step:
-            self._save_fuser(self.folder)
+            self.save_fuser(self.folder)
 
     def _metrics(self, losses: list[float], tokens_per_s: float) -> Metrics:
         return {
@@ -303,7 +303,7 @@ class Trainer:
             self.verdict = verdict.with_twin(found, losses["valid"], self.config.seed)
             with checkpoints.writing(self.folder / verdict.FILE):
                 verdict.write(self.folder, self.verdict)
-            self._save_fuser(self.folder)
+            self.save_fuser(self.folder)
 
     def answers(self, n: int, most: int = verdict.ANSWER_TOKENS) -> measure.Answers:
         """Greedy answers to n of the chats that are only measured, of `most` tokens at most."""
@@ -352,7 +352,8 @@ class Trainer:
         with checkpoints.writing(path):
             atomic.append(path, json.dumps(metrics) + "\n")
 
-    def _save_fuser(self, folder: Path) -> None:
+    def save_fuser(self, folder: Path) -> None:
+        """Writes the fuser as it is now, with what was measured last."""
         figures = {k: v for k, v in self.measured.items() if k.startswith("valid_")}
         fuser = self.c2c.fuser
         said = str(self.verdict.get("verdict", ""))

@@ -74,7 +74,7 @@ def until(engine: InferenceThread, last: type[E]) -> tuple[list[EngineEvent], E]
             return seen, seen[-1]
 
 
-def stopped_run(pair: Pair, tmp_path: Path) -> Path:
+def stopped_run(pair: Pair, tmp_path: Path, eval_every: int = 1) -> Path:
     """A run of four steps that was stopped after the second."""
     data = tmp_path / "chats"
     data.mkdir()
@@ -83,7 +83,8 @@ def stopped_run(pair: Pair, tmp_path: Path) -> Path:
     out = trained.next_run(pair.receiver, pair.sharers[0])
     values = {
         **{"sharer": pair.sharers[0], "receiver": pair.receiver, "data": [str(data)]},
-        **{"out": str(out), "preset": "tiny", "iters": 4, "eval_every": 1, "save_every": 1},
+        **{"out": str(out), "preset": "tiny", "iters": 4, "save_every": 1},
+        **{"eval_every": eval_every, "report_every": 1},
     }
     with Display(4) as display:
         trainer = assemble(described(values), display, resume=False, source="test")
@@ -142,6 +143,22 @@ def test_a_run_that_was_stopped_is_finished_and_tried_on_the_way(
     engine.reload(pair)
     _, loaded = until(engine, Loaded)
     assert loaded.links and not loaded.unfinished
+
+
+def test_the_question_is_tried_between_evaluations_that_are_far_between(
+    open_engine: Callable[[], InferenceThread],
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped_run(pair, tmp_path, eval_every=4)
+    monkeypatch.setattr(lesson, "_BETWEEN", 0)
+    engine = open_engine()
+    engine.ask("Who wrote it?", ["receiver"])
+    until(engine, TurnOver)
+    engine.train(LONG)
+    seen, _ = until(engine, TrainingOver)
+    assert [e.step for e in seen if isinstance(e, Trial)] == [3, 4]
 
 
 def test_leaving_keeps_what_was_learned(
