@@ -38,16 +38,17 @@ class AnswerAlignment:
         self._number = int(prompt.message.max(initial=-1)) + 1
         self._end_of_turn = end_ids(receiver_tokenizer)
         self._ids: list[int] = []
+        self._heard: list[int] = []  # the sharer's, one for each
 
     def add(self, ids: Sequence[int]) -> TokenAlignment:
         """The alignment of the prompt and all of the answer, `ids` being what is new in it."""
         self._ids += ids
-        heard = along(self._ids, self._receiver, self._sharer, self.strategy)
-        index = len(self.prompt.sharer_ids) + np.arange(len(heard))
+        self._heard += along(ids, self._receiver, self._sharer, self.strategy)
+        index = len(self.prompt.sharer_ids) + np.arange(len(self._heard))
         message = [-1 if token in self._end_of_turn else self._number for token in self._ids]
         return TokenAlignment(
             [*self.prompt.receiver_ids, *self._ids],
-            [*self.prompt.sharer_ids, *heard],
+            [*self.prompt.sharer_ids, *self._heard],
             np.append(self.prompt.index, index).astype(np.int32),
             np.append(self.prompt.message, message).astype(np.int32),
         )

@@ -96,7 +96,7 @@ class Trainer:
             config: what the trainer was made with, but perhaps for `iters` and how often what is
                 told and kept.
         """
-        # Answers are written in batches, whose prompts alone are fused.
+        # A control is judged by its loss alone; batches of answers fuse nothing but prompts.
         if config.zero_sharer or self.c2c.fuser.config.fuse_response:
             config = replace(config, answers=0)
         self.config = config
