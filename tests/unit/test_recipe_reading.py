@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from c2c_mlx.evaluation.fact import says
-from c2c_mlx.training.recipes import facts, frames, make_reading, measured
+from c2c_mlx.training.recipes import facts, frames, make_reading, measured, names
 from c2c_mlx.training.recipes.make_reading import Row, build, conversations, informative, sentences
 
 
@@ -94,6 +94,19 @@ def test_no_fact_stands_in_its_question() -> None:
         assert not [text for text in row["accept"] if says(row["prompt"], text)]
 
 
+def test_no_fact_or_held_out_name_is_asked_of_a_run(data: Path) -> None:
+    taught, kept = names.asked(), names.asked(held_out=True)
+    assert len(taught) > 20 * len(kept) > 0
+    measured_with = {row["prompt"] for rows in measured.facts() for row in rows}
+    for lang, asked, english in taught + kept:
+        assert not {asked, english} & measured_with
+        assert lang in ("fr", "zh") and asked != english and "|" not in asked + english
+    assert not {english for *_, english in taught} & {english for *_, english in kept}
+    last = build(data, make_reading.WAVES - 1)
+    assert [len(part["questions"]) for part in last] == [len(taught), len(kept)]
+    assert not build(data)[0]["questions"]  # an earlier wave stays what it was
+
+
 def test_a_set_has_all_its_answers_as_choices() -> None:
     def row(n: int, frame: str) -> Row:
         said = answered(f"Answer {n} " + "and more " * 20)["messages"]
@@ -176,6 +189,14 @@ def test_answers_that_begin_alike_are_dropped() -> None:
     assert informative(alike[:3]) == (alike[:3], [])
 
 
+def test_an_answer_to_a_question_in_two_languages_is_one_answer() -> None:
+    twice = [
+        answered(f"The speaker feels a mix of things about {n}.") | {"answer_to": f"Who is {n}?"}
+        for n in (0, 0, 1, 1, 2, 2)
+    ]
+    assert informative(twice) == (twice, [])
+
+
 def test_conversations_mix_languages_and_keep_whose_answer_it_is() -> None:
     def row(asked: str, **more: Any) -> Row:
         return {**answered(f"Answer to {asked}, at length. And more."), **more} | {
@@ -201,6 +222,6 @@ def test_conversations_mix_languages_and_keep_whose_answer_it_is() -> None:
 
 
 def test_frames_have_one_place_for_the_sentence() -> None:
-    for frame in (*frames.TRAINED, *frames.TRANSLATE):
+    for frame in (*frames.TRAINED, *frames.TRANSLATE, *names.OF_PLACES, *names.OF_THINGS):
         assert all(text.count("{}") == 1 for text in frame)
     assert all(text.count("{}") == 1 for text in (*frames.HELD_OUT, *frames.QUIZ))

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from c2c_mlx.atomic import write_text
-from c2c_mlx.training.recipes import frames, pack
+from c2c_mlx.training.recipes import frames, names, pack
 
 Row = dict[str, Any]
 Parts = dict[str, list[Row]]
 
-TOKENS = {"reading": 40, "english": 20}
+TOKENS = {"reading": 40, "questions": 40, "english": 20}
 VALID = {"reading": 64, "translation": 32, "english": 32, "trivia": 32, "conversations": 16}
 WAVES = 2  # each of other texts, drawn and cleaned by itself: one more leaves these as they are
 # Of the rows that could be made in a wave; answers take the receiver a quarter of a second each.
@@ -116,6 +116,10 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
         draw.shuffle(rows)
     valid = {name: rows[: VALID[name]] for name, rows in parts.items()}
     train = {name: rows[VALID[name] :][: TAKEN[name]] for name, rows in parts.items()}
+    for some, held_out in ((train, False), (valid, True)):
+        asked = names.asked(held_out) if wave == WAVES - 1 else ()
+        some["questions"] = [_row(q, answer_to=to, lang=lang, of=to) for lang, q, to in asked]
+        draw.shuffle(some["questions"])
     return train, valid
 
 
@@ -165,8 +169,10 @@ def informative(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     Dropped: refusals, answers that go round in circles, and those whose beginning many rows share,
     whatever their sentences say.
     """
-    beginnings = Counter(b for row in rows if (b := _beginning(row)))
-    whole = Counter(_said(row).lower() for row in rows)
+    # What is asked in two languages has one answer.
+    once = {json.dumps(row.get("answer_to", n)): row for n, row in enumerate(rows)}.values()
+    beginnings = Counter(b for row in once if (b := _beginning(row)))
+    whole = Counter(_said(row).lower() for row in once)
     kept: list[Row] = []
     dropped: list[Row] = []
     for row in rows:
@@ -305,12 +311,15 @@ def main(argv: list[str] | None = None) -> int:
     made: dict[str, Parts] = {"train": {}, "valid": {}}
     for wave, drawn in enumerate(waves(args.data)):
         for split, parts, seed in (("train", drawn[0], 1), ("valid", drawn[1], 2)):
-            for name in ("english", "reading"):
+            for name in TOKENS:
                 parts[name] = answer(parts[name], lm, kept_answers, TOKENS[name])
             # The same in English is the receiver's own to answer: the language tells them apart.
             twins = parts["reading"][: TWINS if split == "train" else VALID["english"] // 2]
             parts["english"] += [_twin(row) for row in twins]
-            parts["reading"], dropped = informative(parts["reading"])
+            dropped = []
+            for name in ("reading", "questions"):
+                parts[name], more = informative(parts[name])
+                dropped += more
             count = CONVERSATIONS if split == "train" else VALID["conversations"]
             parts["conversations"] = conversations(parts, 2 * wave + seed, count)
             for name, rows in {**parts, "dropped": dropped}.items():
