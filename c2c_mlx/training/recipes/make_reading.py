@@ -117,8 +117,10 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
     valid = {name: rows[: VALID[name]] for name, rows in parts.items()}
     train = {name: rows[VALID[name] :][: TAKEN[name]] for name, rows in parts.items()}
     for some, held_out in ((train, False), (valid, True)):
-        asked = names.asked(held_out) if wave == WAVES - 1 else ()
-        some["questions"] = [_row(q, answer_to=to, lang=lang, of=to) for lang, q, to in asked]
+        short_questions = names.asked(held_out) if wave == WAVES - 1 else []
+        some["questions"] = [
+            _row(text, answer_to=to, lang=lang, of=to) for lang, text, to in short_questions
+        ]
         draw.shuffle(some["questions"])
     return train, valid
 
