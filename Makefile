@@ -7,7 +7,8 @@ BIN := .venv/bin
 # A file's tests stay in one process; two BLAS threads in each of several processes would be slower.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 PAIR := smollm2-135m gemma3-270m
-override PROMPT := $(value PROMPT)
+# Not the environment's: some shells export theirs.
+override PROMPT := $(if $(filter command,$(origin PROMPT)),$(value PROMPT))
 export PROMPT
 
 .PHONY: help setup blas chat doctor test rehearse rehearse-fast check bench
