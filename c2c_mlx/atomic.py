@@ -118,7 +118,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
                 with suppress(OSError):  # somebody else has put something there since
                     parent.rmdir()
         if isinstance(e, OSError):
-            raise C2CError(f"{folder}: can't be written ({e.strerror or e})") from None
+            raise C2CError(f"{folder}: can't be written ({e.strerror or e})") from e
         raise
 
 

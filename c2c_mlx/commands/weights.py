@@ -311,9 +311,10 @@ def _remove(args: argparse.Namespace) -> None:
     entry = store.find_entry(args.name)
     if entry and entry.shipped:
         raise C2CError(f"{args.name} is part of this installation and stays")
-    kept = trained.find(args.name) or store.cached_folder(args.name)
+    is_known = store.find_remote(args.name) or args.name in dict(store.cached())
+    kept = trained.find(args.name) or (store.cached_folder(args.name) if is_known else None)
     folder = model_folder(args.name) if model else kept
-    if not (freed := discard(folder)):
+    if folder is None or not (freed := discard(folder)):
         raise C2CError(f"{args.name} is not in the cache; `{PROGRAM} list` shows what is")
     _print(f"{args.name}: deleted, {_size(freed)}")
 

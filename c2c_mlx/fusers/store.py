@@ -162,8 +162,9 @@ def _install(remote: Remote, folder: Path, report: Report, note: Callable[[str],
                 disk.copy(source, unfinished)
             else:
                 raise C2CError(f"the hub has no fuser in {remote}: check the spelling")
-    except C2CError:
-        shutil.rmtree(download)  # of no use: the next try fetches it anew
+    except C2CError as e:
+        if not isinstance(e.__cause__, OSError):  # it is not for want of room
+            shutil.rmtree(download)  # of no use: the next try fetches it anew
         raise
     shutil.rmtree(download)
     note(f"{done}, kept it in {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -122,6 +123,14 @@ def test_pull_list_show_and_remove(hub: Hub, home: Path, call: Call) -> None:
     refused(call("weights", "remove", "qwen+llama"), "not in the cache")
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "qwen", "no+such"])
+def test_what_is_no_fuser_removes_none(hub: Hub, home: Path, call: Call, name: str) -> None:
+    hub.add(PUBLISHED, write_checkpoint(home / "source"), under=FOLDER)
+    assert call("weights", "pull", "qwen+llama")[0] == 0
+    assert call("weights", "remove", name)[0] == 2
+    assert in_cache(home) == WHOLE
+
+
 def test_push_and_pull_again(hub: Hub, home: Path, call: Call) -> None:
     code, out, _ = call("weights", "push", SHIPPED, "me/mine", "--dry-run")
     assert code == 0 and "library_name: mlx" in out
@@ -160,6 +169,22 @@ def test_a_download_that_breaks_off_goes_on(hub: Hub, home: Path, call: Call) ->
     hub.requests.clear()
     assert call("weights", "pull", "qwen+llama")[0] == 0
     assert f"{FOLDER}/final/projector_0.pt" not in hub.fetched()
+    assert in_cache(home) == WHOLE
+
+
+def test_a_disk_too_full_to_convert_keeps_the_download(
+    hub: Hub, home: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    hub.add(PUBLISHED, write_checkpoint(home / "source"), under=FOLDER)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused(call("weights", "pull", "qwen+llama"), "No space left on device")
+    hub.requests.clear()
+    assert call("weights", "pull", "qwen+llama")[0] == 0
+    assert not [path for path in hub.fetched() if path.endswith(".pt")]
     assert in_cache(home) == WHOLE
 
 
