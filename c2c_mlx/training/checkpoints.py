@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +112,44 @@ def write(run: Path, checkpoint: Checkpoint, keep: int) -> None:
             (folder / _STATE).write_text(text, encoding="utf-8")
     for old in all_of(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Keeps a run's folder from other runs, until the block or the process ends.
+
+    Raises:
+        C2CError: if a run is going on in it.
+    """
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    if (folder := _locked(run)) is None:
+        raise C2CError(f"{run}: a run is going on there; wait for its end, or name another folder")
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def is_going_on(run: Path) -> bool:
+    """Whether a run is going on in a folder that exists."""
+    if (folder := _locked(run)) is None:
+        return True
+    os.close(folder)
+    return False
+
+
+def _locked(run: Path) -> int | None:
+    """The open folder, locked as long as it is open; None: somebody else has locked it."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return folder
 
 
 @contextmanager

@@ -225,7 +225,8 @@ class Trainer:
 
     def steps(self, stopped: Callable[[], bool]) -> Iterator[float | Metrics]:
         """As `run`, which it is the inside of: each step's loss, and each report, as they come."""
-        with self.fitting(keep=True):
+        is_first = self.group.rank() == 0
+        with checkpoints.alone_in(self.folder) if is_first else nullcontext(), self.fitting(True):
             yield from self._steps(stopped)
 
     def _steps(self, stopped: Callable[[], bool]) -> Iterator[float | Metrics]:

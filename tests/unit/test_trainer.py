@@ -168,6 +168,18 @@ def test_a_run_ends_with_a_verdict(make: Make, examples: list[Example], tmp_path
     assert f"Verdict: {found['verdict']}" in (tmp_path / "README.md").read_text()
 
 
+def test_a_second_run_leaves_the_first_one_its_folder(make: Make, tmp_path: Path) -> None:
+    first, second = make(tmp_path), make(tmp_path)
+    steps = first.steps(lambda: False)
+    next(steps)
+    with pytest.raises(C2CError, match="a run is going on there"):
+        second.run()
+    assert second.step == 0
+    steps.close()  # as the end of a process does
+    second.run(stopped=lambda: second.step == 1)
+    assert second.step == 1
+
+
 def test_a_stopped_run_has_no_verdict_and_the_resumed_one_that_of_a_whole(
     make: Make, tmp_path: Path
 ) -> None:
