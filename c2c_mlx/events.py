@@ -144,18 +144,12 @@ class Loaded:
     missing: str = ""  # why there are no links, in a sentence
     reverse: str = ""  # the fuser that is known for the pair turned round
     unfinished: str = ""  # where the pair's last training stopped, in words
+    is_elsewhere: bool = False  # the first sharer is on another machine: it writes nothing
 
     @property
     def gates(self) -> tuple[Gates, ...]:
         """Of each link's fuser, as they were when it was loaded."""
         return tuple(link.gates for link in self.links)
-
-
-@dataclass(frozen=True)
-class GatesSet:
-    """Each fuser's gates after somebody changed them."""
-
-    gates: tuple[Gates, ...]
 
 
 @dataclass(frozen=True)
@@ -218,14 +212,5 @@ class TurnOver:
 
 Training = TrainingBegun | TrainingStep | Trial | TrainingOver
 EngineEvent = (
-    Event
-    | Progress
-    | GateReport
-    | LiveGates
-    | Crossed
-    | Loaded
-    | GatesSet
-    | Training
-    | Failed
-    | TurnOver
+    Event | Progress | GateReport | LiveGates | Crossed | Loaded | Training | Failed | TurnOver
 )

@@ -73,7 +73,7 @@ class ChatApp(App[None]):
             self.main,
             load_again=self._load_again,
             ask=self._ask,
-            take_up=self._begin_with,
+            turn_round=self._turn_round,
         )
         self.follower = Follower(
             backend,
@@ -83,6 +83,7 @@ class ChatApp(App[None]):
             complain=self.complain,
             ask_for_vote=self.voting.ask,
             trained=self.training.follow,
+            idle=self.training.settle,
         )
         self._draft: str | None = None  # what was being typed before the last question was edited
         for theme in (themes.DARK, themes.LIGHT):
@@ -242,13 +243,18 @@ class ChatApp(App[None]):
         await self._take_up(Conversation(pair, old.sampling, old.system))
         self.main.prompt.focus()
 
+    async def _turn_round(self, pair: Pair) -> None:
+        if self.can_act():  # an answer may have begun behind the dialog
+            await self._begin_with(pair)
+
     async def _take_up(self, talk: Conversation) -> None:
         """Goes on with a conversation, with its pair, its settings and its gates."""
         self._leave_editing()
+        before = self.state.conversation.pair
         self.state.conversation, self.state.attempt = talk, 0
         await self.main.show_conversation(talk)
         self.follower.show_context()
-        if talk.pair != self.backend.pair:
+        if talk.pair != before:
             self.main.show_pair(talk.pair)
             self.state.loaded = None
             self.backend.reload(talk.pair)
@@ -267,7 +273,7 @@ class ChatApp(App[None]):
             self.push_screen(Sessions(file, self.state.conversation), self._chosen)
 
     async def _chosen(self, name: str | None) -> None:
-        if name is None or (self.file and name == self.file.name):
+        if name is None or (self.file and name == self.file.name) or not self.can_act():
             return
         try:
             talk = self.file.load(name) if self.file else session_file.read(name)

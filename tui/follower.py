@@ -28,6 +28,7 @@ class Follower:
         complain: shows an error.
         ask_for_vote: called at the end of a blind turn, instead of showing whose answer is whose.
         trained: told what is said of training.
+        idle: called when a turn is over, and all of it is shown.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Follower:
         complain: Callable[[str], None],
         ask_for_vote: Callable[[Turn], None],
         trained: Callable[[events.Training], Awaitable[None]],
+        idle: Callable[[], Awaitable[None]],
     ) -> None:
         self.backend, self.state, self.screen = backend, state, screen
         self._save, self._complain, self._ask_for_vote = save, complain, ask_for_vote
-        self._trained = trained
+        self._trained, self._idle = trained, idle
 
     async def follow(self) -> None:
         """Shows it as it comes; a task of its own, so that keys never wait for a drawing."""
@@ -106,14 +108,13 @@ class Follower:
                 | events.TrainingOver()
             ):
                 await self._trained(event)
-            case events.GatesSet():
-                self.show_gates(event.gates)
             case events.Failed():
                 self._complain(event.message)
                 self.screen.fail(event)
             case events.TurnOver():
                 self.state.memory_gb = event.memory_gb or self.state.memory_gb
                 await self._end_turn()
+                await self._idle()
 
     async def _write(self, mode: Mode, text: str, is_relayed: bool) -> None:
         self.screen.run_in(mode, "the sharer writes" if is_relayed else "writing")
@@ -148,7 +149,7 @@ class Follower:
 
     def set_gates(self, gates: tuple[Gates, ...]) -> None:
         """Opens and closes gates; what is asked from now on is answered with these."""
-        self.state.gates = gates
+        self.show_gates(gates)  # at once: the models take them over when they have time
         self.backend.set_gates(gates)
 
     def show_gates(self, gates: tuple[Gates, ...]) -> None:

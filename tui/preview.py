@@ -18,7 +18,7 @@ from typing import Any
 
 from c2c_mlx import atomic, events, progress
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
-from c2c_mlx.events import EngineEvent, Gates, GatesSet, Mode
+from c2c_mlx.events import EngineEvent, Gates, Mode
 from c2c_mlx.models import registry
 from c2c_mlx.talk.engine import ANSWERED_TURN, InferenceThread
 from c2c_mlx.tui.app import ChatApp
@@ -125,8 +125,7 @@ class Replay:
         self._play([(0.0, events.TurnOver(0.0))])
 
     def set_gates(self, gates: Sequence[Gates]) -> None:
-        """Says that the gates are what they are not: nothing is computed here."""
-        self._play([(0.0, GatesSet(tuple(gates)))])
+        """Nothing is computed here."""
 
     def train(self, seconds: float) -> None:
         """Nothing is computed here."""

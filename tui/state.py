@@ -57,4 +57,6 @@ class State:
         """Whether the models for it are there, as far as that is known."""
         if self.loaded is None or mode == "receiver":
             return True
-        return bool(self.loaded.links if mode == "c2c" else self.loaded.sharers)
+        if mode == "c2c":
+            return bool(self.loaded.links)
+        return bool(self.loaded.sharers) and not self.loaded.is_elsewhere

@@ -22,7 +22,7 @@ class Training:
         screen: shows it.
         load_again: has the models loaded again, with the fuser that there is now.
         ask: has modes answer a turn's latest take.
-        take_up: begins a conversation with another pair.
+        turn_round: begins a conversation with another pair.
     """
 
     def __init__(
@@ -33,10 +33,12 @@ class Training:
         *,
         load_again: Callable[[], None],
         ask: Callable[[Turn, Sequence[Mode]], Awaitable[None]],
-        take_up: Callable[[Pair], Awaitable[None]],
+        turn_round: Callable[[Pair], Awaitable[None]],
     ) -> None:
         self.backend, self.state, self.screen = backend, state, screen
-        self._load_again, self._ask, self._take_up = load_again, ask, take_up
+        self._load_again, self._ask, self._turn_round = load_again, ask, turn_round
+        self._over: TrainingOver | None = None  # and what it left is not loaded yet
+        self._has_begun = False
 
     def toggle(self) -> None:
         """Offers training, goes on with it, or stops it."""
@@ -44,6 +46,8 @@ class Training:
         if state.is_training:
             self.backend.stop_training()
             self.screen.say("training ends with what it is at, and what was learned is kept")
+        elif self._over:
+            app.notify("what was learned is loaded when the answer is there", severity="warning")
         elif loaded is None:
             app.notify("the models are not loaded yet", severity="warning")
         elif len(loaded.sharers) != 1:
@@ -58,12 +62,12 @@ class Training:
     async def _chosen(self, choice: float | str | None) -> None:
         if choice == REVERSE:
             pair = self.state.conversation.pair
-            await self._take_up(Pair(pair.sharers[0], (pair.receiver,)))
+            await self._turn_round(Pair(pair.sharers[0], (pair.receiver,)))
         elif isinstance(choice, float | int):
             self._begin(choice)
 
     def _begin(self, seconds: float) -> None:
-        self.state.is_training = True
+        self.state.is_training, self._has_begun = True, False
         self.screen.panes["c2c"].say("training")
         self.screen.say("getting ready to train: Ctrl+S stops")
         self.backend.train(seconds)
@@ -73,6 +77,7 @@ class Training:
         view = self.screen.panes["c2c"].training
         match event:
             case TrainingBegun():
+                self._has_begun = True
                 self.screen.end_progress()
                 view.begin(event)
                 if not self.state.is_busy:
@@ -93,12 +98,22 @@ class Training:
             pane.say("no fuser")
             if not self.state.is_busy:
                 self.screen.say("training came to nothing; Ctrl+S tries again")
+        else:
+            far = f"stopped at step {event.step} of {event.steps} · Ctrl+S goes on"
+            whole = f"{event.steps} steps done"
+            pane.training.end(whole if event.is_whole else far, event.verdict)
+            pane.say("")
+        if self._has_begun:  # an error leaves what was kept before it, too
+            self._over = event
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Loads what was learned; not while an answer is given, for that would be forgotten."""
+        if self._over is None or self.state.is_busy:
             return
-        far = f"stopped at step {event.step} of {event.steps} · Ctrl+S goes on"
-        pane.training.end(f"{event.steps} steps done" if event.is_whole else far, event.verdict)
-        pane.say("")
+        is_whole, self._over = self._over.is_whole, None
         self._load_again()
-        if event.is_whole:
+        if is_whole:
             await self._ask_again()
 
     async def _ask_again(self) -> None:

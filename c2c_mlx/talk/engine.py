@@ -19,7 +19,6 @@ from c2c_mlx.events import (
     EngineEvent,
     Failed,
     Gates,
-    GatesSet,
     Link,
     LiveGates,
     Loaded,
@@ -67,7 +66,7 @@ class InferenceThread(threading.Thread):
         self._turn = 0
         self._question = ""  # the latest
         self._lesson: Iterator[None] | None = None  # goes on where there is no job
-        self._dismissed = False  # whether it is to end
+        self._lessons = self._begun = self._dismissed = 0  # numbered as turns are
         self._closing = False
         self._jobs.put(self._load)
 
@@ -106,26 +105,29 @@ class InferenceThread(threading.Thread):
         Args:
             seconds: that a new run may take, once its data is there.
         """
+        self._lessons += 1
+        lesson = self._lessons
 
         def job() -> None:
             from c2c_mlx.talk.lesson import teach
 
-            session, self._dismissed = self._ready, False
+            session = self._ready
             if self._lesson is None:
+                self._begun = lesson
                 self._lesson = teach(
                     self.pair,
                     (session.receiver, session.sharers[0]),
                     seconds,
                     self.events.put,
                     lambda: self._question,
-                    lambda: self._dismissed or self._closing,
+                    lambda: lesson <= self._dismissed or self._closing,
                 )
 
         self._jobs.put(job)
 
     def stop_training(self) -> None:
         """Ends training after its step, and keeps what was learned."""
-        self._dismissed = True
+        self._dismissed = self._lessons
 
     def weigh(self) -> None:
         """Has it said what each word of C2C's latest answer owes to the sharer, if there is one."""
@@ -159,12 +161,7 @@ class InferenceThread(threading.Thread):
 
     def set_gates(self, gates: Sequence[Gates]) -> None:
         """Opens and closes each fuser's gates, from the next answer on."""
-
-        def job() -> None:
-            self._ready.set_gates(gates)
-            self.events.put(GatesSet(self._ready.gates))
-
-        self._jobs.put(job)
+        self._jobs.put(lambda: self._ready.set_gates(gates))
 
     def configure(self, sampling: SamplingConfig, system: str | None) -> None:
         """Changes how answers are made, from the next one on."""
@@ -232,8 +229,8 @@ class InferenceThread(threading.Thread):
             raise
 
     def _end_training(self) -> None:
-        """Has it keep what was learned."""
-        self._dismissed = True
+        """Has it keep what was learned; one that was asked for since is yet to come."""
+        self._dismissed = max(self._dismissed, self._begun)
         while self._lesson is not None:
             try:
                 self._train_on()
@@ -328,6 +325,7 @@ class InferenceThread(threading.Thread):
             receiver_layers=len(session.receiver.model.layers),
             needs=str(need),
             missing=missing,
+            is_elsewhere=any(sharer.is_elsewhere for sharer in session.sharers[:1]),
             **outlook(self.pair),
         )
 

@@ -28,6 +28,7 @@ from c2c_mlx.fusers import disk, trained
 from c2c_mlx.models import registry
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.progress import Progress
+from c2c_mlx.talk.explain import explain
 from c2c_mlx.talk.opening import open_session
 from c2c_mlx.training import checkpoints, plan, recipe
 from c2c_mlx.training.assemble import assemble
@@ -83,7 +84,8 @@ def outlook(pair: Pair) -> dict[str, str]:
     receiver, sharer = pair.receiver, pair.sharers[0]
     found = {"reverse": registry.find_fuser(sharer, receiver) or ""}
     with suppress(C2CError):  # a damaged run is told when it is to go on
-        if (course := latest(receiver, sharer)) and course.is_open:
+        course = latest(receiver, sharer)
+        if course and course.is_open and not checkpoints.is_going_on(course.out):
             found["unfinished"] = f"step {course.step} of {course.steps}"
     return found
 
@@ -138,11 +140,14 @@ def teach(
         gates = int(made["gates_open"])
         is_saved = trainer.step % trainer.config.eval_every == 0
         is_due = is_saved or time.monotonic() - tried > _BETWEEN
-        if is_due and question() and not stopped():
+        if is_due and (asked := question()) and not stopped():
             if not is_saved:
                 trainer.save_fuser(trainer.folder)
-            text = _tried(pair, models, trainer.folder, question(), stopped)
-            tell(Trial(trainer.step, question(), text))
+            try:
+                text = _tried(pair, models, trainer.folder, asked, stopped)
+            except Exception as e:  # an answer less, not the run
+                text = explain(e)
+            tell(Trial(trainer.step, asked, text))
             tried = time.monotonic()
     mx.clear_cache()
     tell(TrainingOver(trainer.step, steps, str(trainer.verdict.get("verdict", ""))))

@@ -190,6 +190,30 @@ async def test_surgery_is_said_and_undone(shows) -> None:
         assert chat.main.prompt.has_focus
 
 
+async def test_surgery_while_nobody_listens_adds_up(shows) -> None:
+    chat, stage = staged(loaded())
+    async with chat.run_test(size=SIZE) as pilot:
+        await shows(chat, "ready")
+        await pilot.press(*"Who?", "enter")
+        await until(lambda: stage.asked == ["Who?"])
+        await pilot.press("ctrl+g", "k", "v", "down", "k", "k")
+        await until(lambda: [sum(kind) for kind in chat.state.gates[0]] == [14, 14])
+
+
+async def test_gates_of_another_fuser_are_not_drawn(shows) -> None:
+    (link,) = loaded().links
+    below = tuple((layer, 0) for layer in range(10))
+    more = replace(link, layers=below + link.layers, gates=((True,) * 25,) * 2)
+    chat = app(FAST)
+    async with chat.run_test(size=SIZE) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        chat.backend._play([(0.0, loaded(links=(more,)))])
+        await until(lambda: chat.state.loaded.links == (more,))
+        await ask(pilot, QUESTIONS[1])  # what comes is of the fuser before, too
+        await pilot.press("ctrl+g", "w", "w")
+        await shows(chat, "over turns")
+
+
 async def test_what_is_said_while_the_app_ends_brings_nothing_down() -> None:
     """Widgets leave the screen before the models fall silent."""
     chat = app(FAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from c2c_mlx import events
@@ -27,13 +28,16 @@ class Stage(Replay):
         self.known = recorded
         self.first = replace(recorded, **loaded)  # type: ignore[arg-type]
         self.told: list[object] = []
+        self.restored: list[dict[str, list[str]]] = []  # each mode's questions
+        self.is_slow = False  # an answer ends when the test says so
 
     def start(self) -> None:
         self.say(self.first)
 
     def ask(self, question: str, modes: object, attempt: int = 0) -> None:
         self.told.append((question, modes))
-        self.say(events.TurnOver(1.0))
+        if not self.is_slow:
+            self.say(events.TurnOver(1.0))
 
     def train(self, seconds: float) -> None:
         self.told.append(seconds)
@@ -44,6 +48,9 @@ class Stage(Replay):
     def reload(self, pair: Pair) -> None:
         self.told.append(pair)
         self.say(self.known)
+
+    def restore(self, histories: Mapping[events.Mode, Sequence[tuple[str, str, str]]]) -> None:
+        self.restored.append({mode: [q for q, *_ in turns] for mode, turns in histories.items()})
 
     def say(self, *said: events.EngineEvent) -> None:
         self._play([(0.0, event) for event in said])
@@ -141,6 +148,66 @@ async def test_after_training_the_fuser_is_loaded_and_the_question_asked_again(s
         await pilot.resize_terminal(*SIZE)
         takes = chat.state.turn.takes
         assert [list(take.answers) for take in takes] == [["relay"], ["c2c"]]
+
+
+async def test_what_is_asked_while_training_ends_is_remembered(shows) -> None:
+    chat, stage = without_fuser()
+    ended = next(
+        e
+        for _, e in next(iter(stage.recording.turns.values()))
+        if isinstance(e, events.Finished) and e.mode == "relay"
+    )
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press("ctrl+s", "1")
+        stage.say(PLAN)
+        stage.is_slow = True
+        await pilot.press(*"Who?", "enter")
+        await until(lambda: stage.told[-1] == ("Who?", ("relay",)))
+        stage.say(TrainingOver(120, 120, "Worth using: on 60 chats."))
+        await shows(chat, "120 steps done")
+        await pilot.press("ctrl+s")
+        await shows(chat, "is loaded when the answer is there", without="train one?")
+        assert stage.pair not in stage.told
+        stage.is_slow = False
+        stage.say(ended, events.TurnOver(1.0))
+        await until(lambda: stage.told[-1] == ("Who?", ("c2c",)))
+        assert stage.told[-2] == stage.pair and stage.restored[-1]["relay"] == ["Who?"]
+
+
+async def test_an_error_in_training_leaves_what_was_kept_before(shows) -> None:
+    chat, stage = without_fuser()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press("ctrl+s", "1")
+        stage.known = replace(stage.known, unfinished="step 9 of 120")
+        stage.say(PLAN, TrainingStep(12, 120, 3.0, 300.0, 20))
+        stage.say(TrainingOver(0, 0), events.Failed("the disk is full"))
+        await shows(chat, "the disk is full", "its training stopped at step 9 of 120")
+
+
+async def test_no_conversation_is_taken_away_from_an_answer(shows) -> None:
+    chat, stage = without_fuser(reverse="the-other-way")
+    stage.is_slow = True
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press(*"Who?", "enter")
+        await until(lambda: chat.state.is_busy)
+        await pilot.press("ctrl+s")
+        await until(lambda: isinstance(chat.screen, Offer))
+        await pilot.press("r")
+        await until(lambda: not isinstance(chat.screen, Offer))
+        await pilot.pause()
+        assert stage.told == [("Who?", ("relay",))]
+        assert chat.state.conversation.pair == stage.pair and chat.state.turn.question == "Who?"
+
+
+async def test_a_sharer_elsewhere_is_not_asked_to_write(shows) -> None:
+    chat, stage = staged(is_elsewhere=True)
+    async with chat.run_test(size=SIZE) as pilot:
+        await shows(chat, "the sharer is elsewhere")
+        await pilot.press(*"Who?", "enter")
+        await until(lambda: stage.told == [("Who?", ("c2c",))])
 
 
 async def test_what_came_to_nothing_can_be_tried_again(shows) -> None:

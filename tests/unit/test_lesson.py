@@ -28,7 +28,7 @@ from c2c_mlx.talk.engine import InferenceThread
 from c2c_mlx.talk.lesson import latest
 from c2c_mlx.training import recipe
 from c2c_mlx.training.assemble import assemble
-from c2c_mlx.training.checkpoints import all_of
+from c2c_mlx.training.checkpoints import all_of, alone_in
 from c2c_mlx.training.display import Display
 from c2c_mlx.training.run import described
 
@@ -145,6 +145,14 @@ def test_a_run_that_was_stopped_is_finished_and_tried_on_the_way(
     assert loaded.links and not loaded.unfinished
 
 
+def test_a_run_that_is_going_on_elsewhere_is_not_gone_on_with(pair: Pair, tmp_path: Path) -> None:
+    out = stopped_run(pair, tmp_path)
+    assert lesson.outlook(pair)["unfinished"] == "step 2 of 4"
+    with alone_in(out):
+        assert "unfinished" not in lesson.outlook(pair)
+    assert lesson.outlook(pair)["unfinished"] == "step 2 of 4"
+
+
 def test_the_question_is_tried_between_evaluations_that_are_far_between(
     open_engine: Callable[[], InferenceThread],
     pair: Pair,
@@ -159,6 +167,33 @@ def test_the_question_is_tried_between_evaluations_that_are_far_between(
     engine.train(LONG)
     seen, _ = until(engine, TrainingOver)
     assert [e.step for e in seen if isinstance(e, Trial)] == [3, 4]
+
+
+def test_a_question_that_cannot_be_answered_costs_a_trial_and_not_the_run(
+    open_engine: Callable[[], InferenceThread], pair: Pair, tmp_path: Path
+) -> None:
+    out = stopped_run(pair, tmp_path)
+    engine = open_engine()
+    engine.ask("so " * 1000, ["c2c"])  # more than the models can read
+    while not isinstance(engine.events.get(timeout=120), TurnOver):
+        pass
+    engine.train(LONG)
+    seen, over = until(engine, TrainingOver)
+    tried = [e.text for e in seen if isinstance(e, Trial)]
+    assert tried and all("reads at most 512" in text for text in tried) and over.is_whole
+    assert Fuser.load(out).provenance.steps == 4
+
+
+def test_training_that_was_stopped_before_its_turn_never_begins(
+    open_engine: Callable[[], InferenceThread], pair: Pair
+) -> None:
+    engine = open_engine()  # loads, and looks at nothing else meanwhile
+    engine.train(LONG)
+    engine.stop_training()
+    engine.reload(pair)
+    engine.train(LONG)
+    seen, _ = until(engine, TrainingBegun)  # the second one
+    assert TrainingOver(0, 0) in seen
 
 
 def test_leaving_keeps_what_was_learned(

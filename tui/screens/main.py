@@ -119,10 +119,12 @@ class MainScreen(Screen[None]):
         self._title.update(f"{pair} · {fuser} · {loaded.device} · {memory_gb:.1f} GB")
 
     def show_missing(self, loaded: Loaded) -> None:
-        """Says on C2C's own pane why it cannot answer, should that be so, and what can be done."""
+        """Says on a pane why nobody can answer there, should that be so, and what can be done."""
         pane = self.panes["c2c"]
         pane.advise("" if loaded.links else _advice(loaded))
         pane.say("" if loaded.links else "no fuser")
+        for mode in ("relay", "sharer"):
+            self.panes[mode].say("the sharer is elsewhere" if loaded.is_elsewhere else "")
 
     def show_reports(self, reports: Sequence[Sequence[GateReport]]) -> None:
         """The gates, turn by turn."""

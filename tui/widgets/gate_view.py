@@ -122,7 +122,12 @@ class GateView(ScrollView, can_focus=True):
     def show_reports(self, turns: Sequence[Sequence[GateReport]]) -> None:
         """What was measured, turn by turn, of each sharer; the last one is in view."""
         self.turns, self.live = turns, None
-        self.reports = [next((r for r in t if r.sharer == self.sharer), None) for t in turns]
+        # A conversation may have begun with another fuser, of other layers.
+        layers = self.link.layers if self.link else ()
+        self.reports = [
+            next((r for r in t if r.sharer == self.sharer and r.layers == layers), None)
+            for t in turns
+        ]
         self._tokens.clear()
         self.token = max(self.n_columns - 1, 0) if self.view == "turns" else 0
         self.redraw()
