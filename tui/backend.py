@@ -13,8 +13,6 @@ from c2c_mlx.talk.engine import ANSWERED_TURN
 class Backend(Protocol):
     """`engine.InferenceThread` documents each of these; none of them waits."""
 
-    pair: Pair
-
     def start(self) -> None: ...  # noqa: D102
     def drain(self) -> list[EngineEvent]: ...  # noqa: D102
     def ask(self, question: str, modes: Sequence[Mode], attempt: int = 0) -> None: ...  # noqa: D102
