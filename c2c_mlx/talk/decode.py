@@ -102,5 +102,6 @@ def begins_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
     """Whether a prompt ends within thoughts: the model was made to think, asked to or not."""
     if not getattr(tokenizer, "has_thinking", False):
         return False
-    text = tokenizer.decode(list(prompt_ids[-16:]))
+    # Below zero is padding, which no tokenizer knows.
+    text = tokenizer.decode([token for token in prompt_ids if token >= 0][-16:])
     return bool(text.rfind(tokenizer.think_start) > text.rfind(tokenizer.think_end))

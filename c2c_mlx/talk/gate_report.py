@@ -38,7 +38,7 @@ def report(
         weights=_rounded(stats.mean_weight),
         changes=_rounded(stats.relative_change.mean(axis=-1)),
         tokens=tuple(
-            (receiver_tokenizer.decode([r]), sharer_tokenizer.decode([text.sharer_ids[s]]))
+            (_said(receiver_tokenizer, r), _said(sharer_tokenizer, text.sharer_ids[s]))
             for r, s in pairs
         ),
         token_weights=_rounded(weights),
@@ -46,6 +46,11 @@ def report(
         start=stats.start,
         sharer=sharer,
     )
+
+
+def _said(tokenizer: Any, token: int) -> str:
+    """A token's text; padding says nothing."""
+    return str(tokenizer.decode([token])) if token >= 0 else ""
 
 
 def _rounded(values: np.ndarray) -> Any:

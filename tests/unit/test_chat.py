@@ -9,7 +9,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import numpy as np
 import pytest
-from chat_sessions import SAMPLING, MakeSession, ask, open_fuser
+from chat_sessions import SAMPLING, WORDY, MakeSession, ask, open_fuser, thinker, with_template
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
 from c2c_mlx.config import SamplingConfig
@@ -356,3 +356,14 @@ def test_other_gates_fuse_anew_but_read_nothing_again(make: MakeSession) -> None
     assert texts[0] == texts[1] and totals[0] < totals[1] - 30
     assert second.figures.new_prompt_tokens == second.figures.prompt_tokens  # fused anew
     session.set_gates(own)
+
+
+def test_padding_is_no_text(receiver: LanguageModel, sharer: LanguageModel) -> None:
+    """As of a published fuser that aligns token by token, into a model that could think."""
+    able = replace(receiver, tokenizer=thinker(receiver, "<think>", "</think>"))
+    fuser = open_fuser(receiver, sharer, alignment="first")
+    session = ChatSession(able, with_template(sharer, WORDY), fuser, sampling=SAMPLING)
+    assert ask(session, "Who wrote it?", "c2c")[1].text
+    (report,) = session.gate_reports()
+    for texts in zip(*report.tokens, strict=True):
+        assert "" in texts and "Who" in "".join(texts)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Sequence
 
 import c2c_mlx.blas  # noqa: F401
 
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from chat_sessions import thinker
 from prompts import (
     assert_same,
 )
@@ -107,13 +106,6 @@ def test_settle_keeps_what_was_written_for_the_next_turn(receiver: LanguageModel
     assert_same(reader.cache, again.cache, 1e-5)
 
 
-def thinker(lm: LanguageModel, start: str, end: str) -> TokenizerWrapper:
-    """The tokenizer of a model that thinks between two marks, as mlx-lm would find it."""
-    tokenizer = copy.copy(lm.tokenizer)
-    tokenizer._think_start, tokenizer._think_end = start, end
-    return tokenizer
-
-
 def test_thoughts_are_no_part_of_an_answer_nor_of_its_budget(receiver: LanguageModel) -> None:
     """As of a model whose template begins them, asked to or not."""
     whole = list(pieces_of(receiver, [], 24))
@@ -139,3 +131,5 @@ def test_a_prompt_that_ends_within_thoughts(receiver: LanguageModel) -> None:
     assert not begins_thinking(thinker(receiver, "ab", "cd"), ids)
     assert not begins_thinking(thinker(receiver, "xx", "yy"), ids)
     assert not begins_thinking(receiver.tokenizer, ids)
+    padded = [i for token in ids for i in (token, *[~0] * 16)]
+    assert begins_thinking(thinker(receiver, "cd", "xx"), padded)

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from chat_sessions import WORDY, with_template
 from safetensors.numpy import load, save
 from serving_jobs import SAMPLING, Heard, asked, running, serving, sharing
 
@@ -96,7 +97,7 @@ def test_padding_stays_padding(receiver, sharer, url, alignment) -> None:
     fuser.eval()
     texts = []
     for lm in (sharer, load_model(url)):
-        chat = ChatSession(receiver, lm, fuser, sampling=SAMPLING)
+        chat = ChatSession(receiver, with_template(lm, WORDY), fuser, sampling=SAMPLING)
         texts.append([answer(chat, question).text for question in QUESTIONS])
     assert texts[0] == texts[1]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from chat_sessions import WORDY, with_template
 from serving_jobs import SAMPLING, Heard, asked, load_team, running, started
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
@@ -69,8 +70,14 @@ def test_padding_stays_padding_in_a_batch(receiver, sharer, tiny_pair, tmp_path)
     fuser = Fuser(config)
     fuser.gate_logit = mx.ones_like(fuser.gate_logit)
     fuser.save(tmp_path / "fuser")
-    session = ChatSession(receiver, sharer, Fuser.load(tmp_path / "fuser"), sampling=SAMPLING)
-    with running(replace(tiny_pair, fusers=(str(tmp_path / "fuser"),))) as engine:
+
+    def load() -> Team:
+        team = load_team(replace(tiny_pair, fusers=(str(tmp_path / "fuser"),)))
+        return replace(team, sharers=[with_template(team.sharers[0], WORDY)])
+
+    fuser, wordy = Fuser.load(tmp_path / "fuser"), with_template(sharer, WORDY)
+    session = ChatSession(receiver, wordy, fuser, sampling=SAMPLING)
+    with started(Engine(load, SAMPLING)) as engine:
         heard = [Heard(engine, "c2c", messages) for messages in CHATS[:6]]
         texts = [h.answers()[0][0].strip() for h in heard]
     assert texts == [alone(session, messages, "c2c") for messages in CHATS[:6]]
