@@ -80,7 +80,16 @@ class FusedCache:
 
         Returns:
             The fused mlx-lm prompt cache, owned by this object until the next call.
+
+        Raises:
+            C2CError: if the receiver's prompt is not the same for all sharers, or a sharer's not
+                for all of its links.
         """
+        if any(prompt.receiver_ids != prompts[0].receiver_ids for prompt in prompts):
+            raise C2CError(
+                "several sharers need the receiver's prompt to be the same for all of them: align "
+                "it with padding=False"
+            )
         self.fusions = []
         self._fuse(prompts, len(prompts[0].receiver_ids) - 1, progress)
         return self.cache

@@ -34,7 +34,9 @@ def align_to_each(
     links: Sequence[C2C],
     sharers: Sequence[LanguageModel],
 ) -> list[TokenAlignment]:
-    """The receiver's prompt, aligned to the one of each link's sharer."""
+    """The receiver's prompt, aligned to the one of each link's sharer; the same for all of them."""
+    # Each sharer's text would pad the receiver's elsewhere.
+    padding = len({link.reader_key for link in links}) == 1
     known: dict[tuple[int, str], TokenAlignment] = {}
     for link, lm in zip(links, sharers, strict=True):
         if link.reader_key not in known:
@@ -43,6 +45,7 @@ def align_to_each(
                 receiver.tokenizer,
                 lm.tokenizer,
                 strategy=link.fuser.config.alignment,
+                padding=padding,
             )
     return [known[link.reader_key] for link in links]
 

@@ -11,7 +11,8 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 import pytest
-from chat_sessions import SAMPLING, MakeSession, ask, open_fuser
+from chat_sessions import SAMPLING, WORDY, MakeSession, ask, open_fuser, with_template
+from chat_tokenizers import PLAIN
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
 from c2c_mlx.config import FuserConfig, Order, SamplingConfig
@@ -57,6 +58,20 @@ def test_several_sharers_answer_turn_by_turn(
     assert [r.sharer for r in reports] == [0, 1] and [len(r.layers) for r in reports] == [4, 2]
     fresh.history["c2c"] = [dict(m) for m in session.history["c2c"]]
     assert ask(session, "And when?", "c2c")[1].text == ask(fresh, "And when?", "c2c")[1].text
+
+
+def test_sharers_of_other_alignments_feed_one_prompt(
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser
+) -> None:
+    """Token by token alone, the receiver's would be padded to each sharer's template."""
+    wordy, plain = with_template(sharer, WORDY), with_template(sharer, PLAIN)
+    made = [open_fuser(receiver, sharer, alignment=a) for a in ("first", "longest")]
+    others = [(plain, made[1]), (sharer, fuser)]
+    session = ChatSession(receiver, wordy, made[0], others=others, sampling=SAMPLING)
+    ours = ask(session, "Who wrote it?", "c2c")[1].figures.prompt_tokens
+    assert ours == ask(session, "Who wrote it?", "receiver")[1].figures.prompt_tokens
+    said = [[text for text, _ in report.tokens] for report in session.gate_reports()]
+    assert len(said) == 3 and said[0] == said[1] == said[2]
 
 
 def test_a_sharer_with_closed_gates_might_as_well_not_be_there(

@@ -77,6 +77,15 @@ def test_a_sharer_in_two_links_reads_once(several: list[C2C]) -> None:
         reader.extend([chat, moved, shifted(chat)])
 
 
+def test_sharers_for_which_the_receivers_prompt_is_another_one_are_refused(
+    several: list[C2C],
+) -> None:
+    prompts = for_each(prompt(FIRST))
+    longer = replace(prompts[1], receiver_ids=[1, *prompts[1].receiver_ids])
+    with pytest.raises(C2CError, match="padding=False"):
+        FusedCache(*several).extend([prompts[0], longer, prompts[2]])
+
+
 def test_one_of_several_changes(several: list[C2C]) -> None:
     prompts = for_each(prompt(FIRST, ANSWER))
     growing = FusedCache(*several)
