@@ -48,7 +48,7 @@ class Figures:
 
     `first_token_s` runs from the question to the first token of the *answer*, so it holds the whole
     of a relay; `prompt_tokens` is the answering model's prompt, of which `new_prompt_tokens` had to
-    be read in this turn.
+    be read in this turn. `generated_tokens` count thoughts, too, `tokens_per_s` does not.
     """
 
     prompt_tokens: int

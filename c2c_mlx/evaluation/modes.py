@@ -22,7 +22,7 @@ from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
-from c2c_mlx.talk import relay
+from c2c_mlx.talk import decode, relay
 from c2c_mlx.talk.crossed import Silent, silenced
 from c2c_mlx.talk.links import align_to_each, link
 from c2c_mlx.text.alignment import TokenAlignment
@@ -36,7 +36,8 @@ LOGITS = 1024  # tokens whose logits are computed at a time; bounds the memory
 class Written:
     """What a model wrote."""
 
-    ids: list[int] = field(default_factory=list)  # the end of the turn included
+    ids: list[int] = field(default_factory=list)  # the end of the turn and thoughts included
+    thoughts: int = 0  # of them, before the answer
     text: str = ""
     first: float = 0.0  # on the clock of `time.perf_counter`: when the first token was there
     last: float = 0.0
@@ -50,6 +51,7 @@ class Reading:
     cache: kv.Cache  # all of the prompt but its last id; nobody else writes to it
     last: int
     prompt_tokens: int
+    is_thinking: bool = False  # whether the prompt ends within thoughts
     relayed: Written | None = None
 
 
@@ -129,7 +131,8 @@ class Modes:
         prefix = self._prefixes.setdefault(mode, Reader(lm.model))
         assert isinstance(prefix, Reader)
         prefix.extend(ids[:-1])
-        return Reading(lm, copy.deepcopy(prefix.cache), ids[-1], len(ids))
+        is_thinking = decode.begins_thinking(lm.tokenizer, ids)
+        return Reading(lm, copy.deepcopy(prefix.cache), ids[-1], len(ids), is_thinking)
 
     def _read_fused(self, mode: str, item: Item) -> Reading:
         if not self.links:
@@ -147,7 +150,8 @@ class Modes:
         links = self._silent if mode == "c2c-zeroed" else self.links
         prefix = self._prefixes.setdefault(mode, FusedCache(*links, order=self.order))
         assert isinstance(prefix, FusedCache)
-        return Reading(lm, copy.deepcopy(prefix.extend(prompts)), ids[-1], len(ids))
+        cache, is_thinking = prefix.extend(prompts), decode.begins_thinking(lm.tokenizer, ids)
+        return Reading(lm, copy.deepcopy(cache), ids[-1], len(ids), is_thinking)
 
     def _aligned(self, item: Item) -> list[TokenAlignment]:
         return align_to_each(item.messages, self.receiver, self.links, self.sharers)
@@ -175,14 +179,15 @@ def write(
 
     Args:
         readings: what is answered.
-        max_tokens: of an answer, if the model's context has room for them.
+        max_tokens: of an answer, if the model's context has room for them. Thoughts have a budget
+            of their own, as in a chat, and are no part of the text.
         stop_strings: text that ends an answer; None: the model's own.
     """
     if not readings:
         return []
     lm = readings[0].lm
     stops = lm.stop_strings if stop_strings is None else stop_strings
-    stop_tokens = set(lm.tokenizer.eos_token_ids)
+    stop_tokens, think_end = set(lm.tokenizer.eos_token_ids), lm.tokenizer.think_end
     generator = BatchGenerator(
         lm.model,
         stop_tokens=[[token] for token in stop_tokens],
@@ -190,30 +195,39 @@ def write(
         prefill_batch_size=len(readings),
     )
     room = [lm.context_length - r.prompt_tokens for r in readings]
+    wanted = [max_tokens + (decode.THINKING_TOKENS if r.is_thinking else 0) for r in readings]
     uids = generator.insert(
         [[r.last] for r in readings],
-        [min(max_tokens, n) for n in room],
+        [min(pair) for pair in zip(wanted, room, strict=True)],
         [kv.mergeable(r.cache) for r in readings],
     )
     written = {uid: Written() for uid in uids}
     texts = {uid: lm.tokenizer.detokenizer for uid in uids}
+    thinking = {uid for uid, r in zip(uids, readings, strict=True) if r.is_thinking}
     try:
         while responses := generator.next_generated():
             now = time.perf_counter()
             for response in responses:
                 w, text = written[response.uid], texts[response.uid]
                 w.ids.append(response.token)
-                w.first, w.last = w.first or now, now
+                w.last = now
+                if response.uid in thinking and think_end not in text.text:
+                    w.thoughts += 1
+                else:
+                    w.first = w.first or now
+                is_cut = len(w.ids) - w.thoughts == max_tokens
                 if response.token not in stop_tokens:
                     text.add_token(response.token)
-                if response.finish_reason:
+                if response.finish_reason or is_cut:
                     text.finalize()
                 w.text = text.text
+                if response.uid in thinking:
+                    w.text = w.text.partition(think_end)[2]
                 stop = min((at for s in stops if (at := w.text.find(s)) >= 0), default=-1)
                 if stop >= 0:
                     w.text = w.text[:stop]
-                    if not response.finish_reason:
-                        generator.remove([response.uid])
+                if (stop >= 0 or is_cut) and not response.finish_reason:
+                    generator.remove([response.uid])
     finally:
         generator.close()
     for w in written.values():

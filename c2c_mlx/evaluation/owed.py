@@ -27,7 +27,8 @@ def owed(
         written: the answers.
 
     Returns:
-        One list per answer, the end of the turn included; exactly 0 where nothing crossed.
+        One list per answer, the end of the turn included, thoughts not; exactly 0 where nothing
+        crossed.
     """
     found = []
     for reading, other, answer in zip(readings, silent, written, strict=True):
@@ -37,8 +38,9 @@ def owed(
         if ids and not same_start(*pair, kv.attention_layers(reading.cache), n):
             with_sharer, without = _log_probs([reading, other], ids)
             nats = [a - b for a, b in zip(with_sharer, without, strict=True)]
-        texts = token_texts(ids, reading.lm.tokenizer)
-        found.append(list(zip(texts, (round(x, 4) for x in nats), strict=True)))
+        texts = token_texts(ids[answer.thoughts :], reading.lm.tokenizer)
+        rounded = (round(x, 4) for x in nats[answer.thoughts :])
+        found.append(list(zip(texts, rounded, strict=True)))
     return found
 
 

@@ -37,6 +37,8 @@ class Answer:
         stop: text that ends the answer; it and all behind it are dropped.
         top_logprobs: how many of the likeliest tokens to tell beside each one; None: tell nothing.
         decoded: notes what is needed to say what crossed; None: nobody asks.
+        limit: tokens that it may have, thoughts aside; None: who decodes says when it ends.
+        is_thinking: whether the prompt ends within thoughts, which are no part of the answer.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Answer:
         stop: Sequence[str] = (),
         top_logprobs: int | None = None,
         decoded: Decoded | None = None,
+        limit: int | None = None,
+        is_thinking: bool = False,
     ) -> None:
         self.choice = choice
         self.ids: list[int] = []  # the end of the turn included
@@ -54,11 +58,15 @@ class Answer:
         self.error: Exception | None = None  # why there is no end
         self.reader: Reader | None = None  # what has read the prompt and the answer
         self.decoded = decoded
+        self.is_thinking = is_thinking
+        self._left = limit
         self._top = top_logprobs
         self._tokenizer = lm.tokenizer
         self._detokenizer = lm.tokenizer.detokenizer
         edges = [(text, None) for text in stop]
         self._stops = TextStateMachine({"normal": edges} if edges else None).make_state()
+        ends = [(lm.tokenizer.think_end, "normal")] if is_thinking else []
+        self._thoughts = TextStateMachine({"thoughts": ends, "normal": []}).make_state("thoughts")
         self._written = 0  # characters, those included that might become a stop string
         self._untold: deque[tuple[int, Token]] = deque()  # where the token's text begins
 
@@ -75,15 +83,23 @@ class Answer:
             What is certain now and was not before.
         """
         self.ids.append(token)
+        is_thought = self.is_thinking
+        if self._left is not None and not is_thought:
+            self._left -= 1
+            finish = finish or (None if self._left else "length")
         if finish != "stop":
             self._detokenizer.add_token(token)
-            if self._top is not None:
+            if self._top is not None and not is_thought:
                 self._untold.append(
                     (self._written, weigh(self._tokenizer, token, logprobs, self._top))
                 )
         if finish:
             self._detokenizer.finalize()
         segment = self._detokenizer.last_segment
+        if is_thought:
+            self._thoughts, parts = TextStateMachine.split(self._thoughts, segment)
+            segment = "".join(part for state, part in parts if state == "normal")
+            self.is_thinking = self._thoughts[0] == "thoughts"
         self._written += len(segment)
         self._stops, segments = TextStateMachine.split(self._stops, segment)
         text = "".join(part for _, part in segments)
@@ -94,7 +110,7 @@ class Answer:
             text, self.reason = text + rest, finish
         self.text += text
         if self.decoded:
-            self.decoded.add(token, text, logprobs[token])
+            self.decoded.add(token, text, logprobs[token], is_thought)
         return Piece(self.choice, text, tuple(self._told()))
 
     def _told(self) -> list[Token]:

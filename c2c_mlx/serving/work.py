@@ -41,6 +41,7 @@ class Work:
         arrived: when it was asked for.
         prompt: the first one that is read.
         sampling: of its answers.
+        thoughts: tokens that may come before one of its texts.
         times: what it has taken so far.
         steps: does all of it, and stops wherever others may have their turn.
         wait: what it does next.
@@ -50,6 +51,7 @@ class Work:
     arrived: float
     prompt: Prompt
     sampling: SamplingConfig
+    thoughts: int
     times: Times
     steps: Generator[Wait, None, None] = field(init=False)
     wait: Wait = "read"
@@ -65,7 +67,7 @@ class Work:
     @property
     def positions(self) -> int:
         """Of the longest text that a model will have read and written at the end."""
-        positions = self.prompt.positions + self.sampling.max_tokens
+        positions = self.prompt.positions + self.thoughts + self.sampling.max_tokens
         if self.job.mode == "relay":  # it stands in the receiver's prompt, too
             positions += 2 * relay.BACKGROUND_TOKENS
         return math.ceil(positions / _GROWTH) * _GROWTH
@@ -94,26 +96,29 @@ class Work:
         """All of a job that wants answers, as `steps`."""
         job, team, prompt = self.job, desk.team, self.prompt
         if job.mode == "relay":
-            self.relayed = Answer(prompt.lm, job.n, relay.stop_strings(prompt.lm))
             receiver_room = team.receiver.context_length // 8  # for a text in two vocabularies
             limit = min(relay.BACKGROUND_TOKENS, prompt.room, receiver_room)
+            stops, thinking = relay.stop_strings(prompt.lm), prompt.thoughts > 0
+            self.relayed = Answer(prompt.lm, job.n, stops, limit=limit, is_thinking=thinking)
             yield from self._answer(desk, prompt, [self.relayed], limit)
             told = relay.with_background(job.messages[-1]["content"], self.relayed.text.strip())
             prompt = prepare(team, "relay", [*job.messages[:-1], *told], self.times)
         self.prompt_tokens = len(prompt.ids)
         stops = (*prompt.lm.stop_strings, *job.stop)
         decoded = Decoded(prompt.ids, team.fuse_response) if job.crossed else None
-        self.answers = [
-            Answer(prompt.lm, choice, stops, job.top_logprobs, decoded) for choice in range(job.n)
-        ]
         limit = min(self.sampling.max_tokens, prompt.room)
+        self.answers = [
+            Answer(prompt.lm, choice, stops, job.top_logprobs, decoded, limit, prompt.thoughts > 0)
+            for choice in range(job.n)
+        ]
         yield from self._answer(desk, prompt, self.answers, limit)
 
     def _answer(
         self, desk: Desk, prompt: Prompt, answers: Sequence[Answer], limit: int
     ) -> Generator[Wait, None, None]:
-        """Reads a prompt and has answers to it written."""
-        sampling, team = replace(self.sampling, max_tokens=limit), desk.team
+        """Reads a prompt and has answers to it written, of so many tokens behind thoughts."""
+        with_thoughts = min(limit + prompt.thoughts, prompt.room)
+        sampling, team = replace(self.sampling, max_tokens=with_thoughts), desk.team
         is_fused, before = prompt.aligned and team.fuse_response, len(prompt.ids) - 1
         for some in [[answer] for answer in answers] if is_fused else [answers]:
             reading = yield from read(team, prompt, desk.caches, self.times)
@@ -135,7 +140,8 @@ class Work:
     def _tell_piece(self, answer: Answer, piece: Piece) -> None:
         if answer is self.relayed:
             return
-        self.first = self.first or time.perf_counter()
+        if not answer.is_thinking:
+            self.first = self.first or time.perf_counter()
         if piece.text or piece.tokens:
             self.job.tell(piece)
         if answer.reason:
@@ -151,17 +157,20 @@ def take_up(job: Job, arrived: float, desk: Desk, defaults: SamplingConfig) -> W
     times, messages = Times(), job.messages
     if isinstance(job, CacheJob):
         prompt = check(desk.team.receiver, job)
-        work = Work(job, arrived, prompt, replace(defaults, max_tokens=1), times)
+        work = Work(job, arrived, prompt, replace(defaults, max_tokens=1), 0, times)
         work.steps = share(job, prompt, desk.caches)
         return work
+    prompt = answered = prepare(desk.team, job.mode, messages, times)
     if job.mode == "relay":
         question = relay.background_message(messages[-1]["content"])
         messages = relay.prompt(desk.team.sharers[0], [*messages[:-1], question])
-    prompt = prepare(desk.team, "sharer" if job.mode == "relay" else job.mode, messages, times)
+        prompt = prepare(desk.team, "sharer", messages, times)
     options = {name: v for name, v in asdict(job.sampling).items() if v is not None}
     sampling = replace(defaults, **options)
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, prompt.room))
-    work = Work(job, arrived, prompt, sampling, times)
+    left = answered.room - sampling.max_tokens
+    thoughts = max(prompt.thoughts, min(answered.thoughts, left))
+    work = Work(job, arrived, prompt, sampling, thoughts, times)
     work.steps = work.answers_to(desk)
     return work
 

@@ -19,6 +19,7 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.fusion.rope import Rotation
 from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.talk.decode import begins_thinking
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
 
@@ -48,6 +49,7 @@ class Caches:
         last: the prompt's last id.
         prompt_tokens: n.
         few_shot_tokens: n and the examples'.
+        is_thinking: whether the prompt ends within thoughts.
     """
 
     alone: kv.Cache
@@ -56,10 +58,11 @@ class Caches:
     last: int
     prompt_tokens: int
     few_shot_tokens: int
+    is_thinking: bool
 
     def reading(self, lm: LanguageModel, cache: kv.Cache) -> Reading:
         """One of the caches, or a mixture, to be answered from."""
-        return Reading(lm, cache, self.last, self.prompt_tokens)
+        return Reading(lm, cache, self.last, self.prompt_tokens, self.is_thinking)
 
     def mixed(self, layers: Sequence[int]) -> kv.Cache:
         """The question's own cache, enriched in some layers alone."""
@@ -120,7 +123,8 @@ class Enriching:
         for at, layer in enumerate(self.layers):
             kv.append(enriched, layer, moved[at], values[at])
         mx.eval(kv.arrays(alone), kv.arrays(few_shot), kv.arrays(enriched))
-        return Caches(alone, few_shot, enriched, ids[-1], len(ids), len(behind))
+        is_thinking = begins_thinking(tokenizer, ids)
+        return Caches(alone, few_shot, enriched, ids[-1], len(ids), len(behind), is_thinking)
 
 
 def with_examples(item: Item, examples: Sequence[Item]) -> Messages:

@@ -21,6 +21,7 @@ class Cost:
     prompt_tokens: int = 0
     new_prompt_tokens: int = 0
     generated: int = 0
+    thoughts: int = 0  # of them, before the answer
     reason: Reason = "stop"
     relayed: int = 0
     align_s: float = 0.0
@@ -32,7 +33,7 @@ class Cost:
         """What it came to, by now."""
         now = time.perf_counter()
         first = self.first or now
-        decoding = now - first
+        decoding, answered = now - first, self.generated - self.thoughts
         return Figures(
             prompt_tokens=self.prompt_tokens,
             new_prompt_tokens=self.new_prompt_tokens,
@@ -44,7 +45,7 @@ class Cost:
             fuse_s=self.fuse_s,
             first_token_s=first - self.began,
             total_s=now - self.began,
-            tokens_per_s=(self.generated - 1) / decoding if self.generated > 1 else 0.0,
+            tokens_per_s=(answered - 1) / decoding if answered > 1 else 0.0,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
             gates_open=gates_open,
         )

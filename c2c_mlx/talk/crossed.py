@@ -51,8 +51,9 @@ class Decoded:
         prompt: the receiver's, n ids.
         fused: whether the answer was fused while it was being written.
         states: of the receiver while it wrote, below what is fused; None: they were not kept.
-        ids: N ids, the end of the turn included.
+        ids: N ids, the end of the turn and thoughts before the answer included.
         log_probs: of each of them.
+        thoughts: how many of them are thoughts, of which nothing is told.
         text: what was shown; a stop string is not.
     """
 
@@ -61,13 +62,20 @@ class Decoded:
     states: States | None = None
     ids: list[int] = field(default_factory=list)
     log_probs: list[mx.array] = field(default_factory=list)
+    thoughts: int = 0
     text: str = ""
 
-    def add(self, token: int, text: str, log_prob: mx.array) -> None:
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is anything to tell of."""
+        return len(self.ids) > self.thoughts
+
+    def add(self, token: int, text: str, log_prob: mx.array, is_thought: bool = False) -> None:
         """Notes one more token."""
         mx.async_eval(log_prob)  # else those of the whole vocabulary would be kept
         self.ids.append(token)
         self.log_probs.append(log_prob)
+        self.thoughts += is_thought
         self.text += text
 
     def cut(self, n: int) -> None:
@@ -75,10 +83,10 @@ class Decoded:
         del self.ids[n:], self.log_probs[n:]
 
     def texts(self, tokenizer: Any) -> tuple[str, ...]:
-        """[N] each token's part of what was shown, without white space before the first word."""
+        """Each answered token's part of what was shown, without white space before all words."""
         found: list[str] = []
         room = len(self.text.lstrip())
-        for text in token_texts(self.ids, tokenizer):
+        for text in token_texts(self.ids[self.thoughts :], tokenizer):
             found.append((text if any(found) else text.lstrip())[:room])
             room -= len(found[-1])
         return tuple(found)
@@ -124,8 +132,8 @@ class Crossing:
             over_receiver: also compares with the receiver alone, which costs one more pass.
 
         Returns:
-            One figure per token, the end of the turn included; exactly 0 where the two caches hold
-            the same numbers, as they do if all gates are shut.
+            One figure per token, the end of the turn included, thoughts not; exactly 0 where the
+            two caches hold the same numbers, as they do if all gates are shut.
         """
         said = mx.stack(decoded.log_probs).astype(mx.float32)
         silent = self._silent_log_probs(decoded)
@@ -137,7 +145,8 @@ class Crossing:
             own.settle(prompt)
             over = (said - alone).tolist()
         nats: Any = [0.0] * len(decoded.ids) if silent is None else (said - silent).tolist()
-        return Crossed(decoded.texts(tokenizer), tuple(nats), tuple(over))
+        answered = slice(decoded.thoughts, None)
+        return Crossed(decoded.texts(tokenizer), tuple(nats[answered]), tuple(over[answered]))
 
     def _silent_log_probs(self, decoded: Decoded) -> mx.array | None:
         """[N] log p of each token with a silent sharer; None where nothing crossed."""

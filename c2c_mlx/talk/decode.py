@@ -36,6 +36,7 @@ def decode(
     sampling: SamplingConfig,
     stop_strings: Sequence[str] = (),
     thinking: bool = False,
+    room: int | None = None,
 ) -> Generator[Piece, None, Reason]:
     """mlx-lm's own decoding from a prefilled cache, the same for every mode.
 
@@ -48,6 +49,7 @@ def decode(
         stop_strings: text that ends an answer; it and all behind it are dropped.
         thinking: whether the prompt ends within thoughts, see `begins_thinking`. They have a budget
             of their own.
+        room: tokens that the model's context has room for, thoughts included; None: for all.
 
     Yields:
         A piece per token; thoughts have no text.
@@ -62,12 +64,12 @@ def decode(
         {"normal": ends, "thoughts": [(tokenizer.think_end, "normal")] if thinking else []}
     ).make_state("thoughts" if thinking else "normal")
 
-    answered = 0
+    answered, most = 0, sampling.max_tokens + (THINKING_TOKENS if thinking else 0)
     for response in stream_generate(
         in_float32(model),
         tokenizer,
         mx.array(list(last_ids)),
-        max_tokens=sampling.max_tokens + (THINKING_TOKENS if thinking else 0),
+        max_tokens=most if room is None else min(most, room),
         sampler=make_sampler(temp=sampling.temp, top_p=sampling.top_p),
         prompt_cache=cache,
         prefill_step_size=device.prefill_chunk(),

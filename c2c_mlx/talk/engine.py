@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -293,17 +294,15 @@ class InferenceThread(threading.Thread):
             session: one of its own, so that nobody finds half of a prompt in its caches.
         """
         self._report(Progress("warming up", 0, 0))
-        session.sampling = replace(self.sampling, max_tokens=2)
         session.on_prefill = lambda event: None
         # Not the relay, which writes at length: it is the sharer and the receiver.
         modes: list[Mode] = ["receiver"]
         modes += ["sharer"] if session.sharers else []
         modes += ["c2c"] if session.links else []
         for mode in modes:
-            with suppress(Exception):  # what fails here is said when a user asks for it
-                for _ in session.ask("Hello", mode):
-                    if self._closing:
-                        session.stop()
+            # What fails here is said when a user asks for it.
+            with suppress(Exception), closing(session.ask("Hello", mode)) as answer:
+                list(islice(answer, 2))  # tokens, be they thoughts
 
     def _loaded(self, session: ChatSession, need: Need, missing: str) -> Loaded:
         from c2c_mlx import device

@@ -191,7 +191,7 @@ class ChatSession:
         Returns:
             None if there is no answer, or gates were changed after it.
         """
-        if self._fused is None or self._fused.last is None or not self._decoded.ids:
+        if self._fused is None or self._fused.last is None or not self._decoded.has_answer:
             return None
         self._crossing = self._crossing or Crossing(self._fused)
         return self._crossing.of(self._decoded, self.receiver.tokenizer, over_receiver)
@@ -274,6 +274,7 @@ class ChatSession:
         for piece in pieces:
             if self._stopping:
                 break
+            cost.thoughts += piece.is_thought
             if not piece.is_thought:
                 cost.first = cost.first or time.perf_counter()
             cost.generated += 1
@@ -335,7 +336,7 @@ class ChatSession:
             model = self._fused.answering(self._alignments(prompts))
         try:
             for piece in self._decode(lm, model, cache, ids, sampling, lm.stop_strings, cost):
-                decoded.add(piece.token, piece.text, piece.log_prob)
+                decoded.add(*piece)
                 yield piece
         finally:
             decoded.cut(cost.generated)
@@ -363,9 +364,9 @@ class ChatSession:
         cost: Cost,
     ) -> Iterator[Piece]:
         """`decode` from a cache that holds all of `ids` but the last; notes why it ended."""
-        thinking = begins_thinking(lm.tokenizer, ids)
+        thinking, room = begins_thinking(lm.tokenizer, ids), lm.context_length - len(ids)
         cost.reason = yield from decode(
-            model, lm.tokenizer, cache, ids[-1:], sampling, stops, thinking
+            model, lm.tokenizer, cache, ids[-1:], sampling, stops, thinking, room
         )
 
     @property

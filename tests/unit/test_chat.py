@@ -17,7 +17,7 @@ from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
 from c2c_mlx.models import registry
 from c2c_mlx.models.embedded import install
-from c2c_mlx.talk import relay
+from c2c_mlx.talk import decode, relay
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
 
@@ -367,3 +367,32 @@ def test_padding_is_no_text(receiver: LanguageModel, sharer: LanguageModel) -> N
     (report,) = session.gate_reports()
     for texts in zip(*report.tokens, strict=True):
         assert "" in texts and "Who" in "".join(texts)
+
+
+@modes
+def test_an_answer_that_is_all_thoughts_has_figures(
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    fuser: Fuser,
+    mode: Mode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode, "THINKING_TOKENS", 9)
+    able = [replace(lm, tokenizer=thinker(lm, "assistant", "<no>")) for lm in (receiver, sharer)]
+    session = ChatSession(*able, fuser, sampling=SAMPLING)
+    _, finished = ask(session, "Who wrote it?", mode)
+    assert (finished.text, finished.reason) == ("", "length")
+    assert (finished.figures.generated_tokens, finished.figures.tokens_per_s) == (16, 0.0)
+    assert session.crossed() is None and session.history == {}
+
+
+def test_thoughts_are_counted_but_have_no_speed(make: MakeSession) -> None:
+    whole = ask(make(sampling=replace(SAMPLING, max_tokens=20)), "Who wrote it?", "receiver")[1]
+    end, session = whole.text[5:8], make()
+    session.receiver = replace(session.receiver, tokenizer=thinker(session.receiver, "ass", end))
+    events, finished = ask(session, "Who wrote it?", "receiver")
+    f = finished.figures
+    assert finished.text and finished.text in whole.text.partition(end)[2]
+    assert f.generated_tokens == sum(isinstance(e, Text) for e in events) > SAMPLING.max_tokens
+    said = f.tokens_per_s * (f.total_s - f.first_token_s)
+    assert said == pytest.approx(SAMPLING.max_tokens - 1)

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from chat_sessions import thinker
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, SamplingConfig
@@ -111,6 +112,19 @@ def test_one_figure_per_token_and_their_texts_are_the_answer(
         assert "".join(found.tokens).strip() == finished.text
         assert any(found.nats) and found.over_receiver == ()
         assert told(session) == found
+
+
+@responds
+def test_thoughts_owe_nothing(make: MakeSession, fuse_response: bool) -> None:
+    whole = make(fuse_response=fuse_response, sampling=replace(SAMPLING, max_tokens=20))
+    end, session = ask(whole, "Who wrote it?").text[5:8], make(fuse_response=fuse_response)
+    session.receiver = replace(session.receiver, tokenizer=thinker(session.receiver, "ass", end))
+    finished, found = ask(session, "Who wrote it?"), told(session, over_receiver=True)
+    assert finished.text and "".join(found.tokens).strip() == finished.text
+    thoughts = finished.figures.generated_tokens - len(found.nats)
+    assert thoughts >= 1 and len(found.tokens) == len(found.nats) == len(found.over_receiver)
+    n = len(found.nats)
+    assert found.nats == pytest.approx(told(whole).nats[thoughts : thoughts + n], abs=1e-4)
 
 
 @responds

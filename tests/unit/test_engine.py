@@ -5,23 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chat_sessions import thinker
 
-from c2c_mlx import device
+from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import (
     Crossed,
     EngineEvent,
+    Event,
     Failed,
     Finished,
     GateReport,
     LiveGates,
     Loaded,
+    Mode,
     Prefilling,
     RelayedText,
     Text,
@@ -116,6 +119,23 @@ def test_every_rival_is_warm_before_the_first_question(open_engine: Open) -> Non
     engine.ask("Who wrote it?", ["c2c", "relay"])
     for ended in answers(until(engine, TurnOver)).values():  # and no cache was begun for anybody
         assert ended.figures.new_prompt_tokens == ended.figures.prompt_tokens
+
+
+def test_warming_up_takes_two_tokens_of_thoughts_too(
+    receiver: LanguageModel, sharer: LanguageModel, tiny_pair: Pair
+) -> None:
+    said = []
+
+    class Session(ChatSession):
+        def ask(self, question: str, mode: Mode = "c2c") -> Generator[Event, None, None]:
+            for event in super().ask(question, mode):
+                said.append(mode)
+                yield event
+
+    able = [replace(lm, tokenizer=thinker(lm, "assistant", "<no>")) for lm in (receiver, sharer)]
+    session = Session(*able, Fuser.load(tiny_pair.fusers[0]))
+    InferenceThread(tiny_pair, SAMPLING)._warm_up(session)
+    assert said == ["receiver"] * 2 + ["sharer"] * 2 + ["c2c"] * 2
 
 
 def test_with_every_gate_closed_c2c_says_what_the_receiver_says(open_engine: Open) -> None:

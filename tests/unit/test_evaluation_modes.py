@@ -10,6 +10,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from chat_sessions import thinker
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
 from c2c_mlx.config import FuserConfig, SamplingConfig
@@ -17,12 +18,14 @@ from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.evaluation import modes as modes_module
 from c2c_mlx.evaluation.choice import LEAD, Choice
 from c2c_mlx.evaluation.modes import Modes, Reading, derangement, nats, write
+from c2c_mlx.evaluation.owed import owed
 from c2c_mlx.evaluation.task import C2C_MODES, MODES, Item
 from c2c_mlx.events import MODES as CHAT_MODES
 from c2c_mlx.events import Finished, Mode
 from c2c_mlx.fusion import kv
 from c2c_mlx.talk import relay
 from c2c_mlx.text.tokens import response_ids
+from c2c_mlx.text.words import token_texts
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import collate
 from c2c_mlx.training.dataset import Example, make_example
@@ -89,6 +92,34 @@ def test_a_batch_writes_what_a_chat_writes(make: Make, mode: Mode) -> None:
         assert len(w.ids) == finished.figures.generated_tokens
         assert reading.prompt_tokens == finished.figures.prompt_tokens
         assert (reading.relayed.text if reading.relayed else "") == finished.relayed_text
+
+
+@pytest.mark.parametrize("mode", ["receiver", "relay", "c2c"])
+def test_thoughts_are_no_part_of_what_is_written(make: Make, mode: Mode) -> None:
+    modes, sampling = make(), SamplingConfig(max_tokens=TOKENS)
+    end = write(readings(modes, "receiver", ITEMS[:1]), 24)[0].text[5:8]
+    able = [
+        replace(lm, tokenizer=thinker(lm, "assistant", end))
+        for lm in (modes.receiver, modes.sharers[0])
+    ]
+    thinking = Modes(*able[:1], able[1:], [modes.links[0].fuser], "sequential", ITEMS, 0, TOKENS)
+    session = ChatSession(*able, modes.links[0].fuser, sampling=sampling)
+    found, ended = readings(thinking, mode, ITEMS[:2]), 0
+    for item, reading, w in zip(ITEMS, found, write(found, TOKENS), strict=False):
+        session.reset()
+        *_, finished = session.ask(item.messages[0]["content"], mode)
+        assert isinstance(finished, Finished) and w.text == finished.text
+        assert len(w.ids) == finished.figures.generated_tokens
+        assert (reading.relayed.text if reading.relayed else "") == finished.relayed_text
+        ended += bool(w.text)
+        if mode == "c2c":
+            silent = readings(thinking, "c2c-zeroed", [item])
+            (owes,) = owed([reading], silent, [w])
+            crossed = session.crossed()
+            assert crossed is None or [text for text, _ in owes] == list(
+                token_texts(w.ids[w.thoughts :], modes.receiver.tokenizer)
+            )
+    assert ended or mode != "receiver"
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from chat_sessions import thinker
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
@@ -64,6 +67,19 @@ def test_tokens_are_told_with_their_text(receiver: LanguageModel) -> None:
             break
     assert answer.text == "It was the sea, naïve and 海 "
     assert data.decode().rstrip("w") == answer.text  # the last token may have begun before the stop
+
+
+def test_thoughts_are_no_text_no_tokens_and_no_part_of_the_limit(receiver: LanguageModel) -> None:
+    ids = receiver.tokenizer.encode(TEXT, add_special_tokens=False)
+    lm = replace(receiver, tokenizer=thinker(receiver, "<never>", "naïve"))
+    answer = Answer(lm, stop=("the",), top_logprobs=0, limit=5, is_thinking=True)
+    pieces = [answer.add(token, FLAT, None) for token in ids[: len(ids) // 2]]
+    while answer.reason is None:
+        pieces.append(answer.add(ids[len(answer.ids)], FLAT, None))
+    assert answer.reason == "length" and not answer.is_thinking
+    assert answer.text and TEXT.partition("naïve")[2].startswith(answer.text)
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert sum(len(piece.tokens) for piece in pieces) == 5
 
 
 def test_the_likeliest_come_first(receiver: LanguageModel) -> None:
