@@ -294,7 +294,13 @@ def _command(session: ChatSession, modes: list[Mode], line: str) -> list[Mode]:
         "/system": lambda: _set_system(session, argument),
     }
     if name == "/mode":
-        return parse_modes(argument)
+        wanted = parse_modes(argument)
+        for mode in wanted:
+            if mode != "receiver" and not (session.links if mode == "c2c" else session.sharers):
+                raise C2CError(
+                    f"{mode} needs what was not loaded: start again with --mode {','.join(wanted)}"
+                )
+        return wanted
     if name not in commands:
         raise C2CError(f"{name} is no command; /help lists them")
     commands[name]()

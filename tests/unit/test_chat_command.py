@@ -123,6 +123,17 @@ def test_a_conversation_line_by_line(call, tmp_path):
     assert [len(history[mode]) for mode in ("receiver", "relay", "sharer")] == [2, 4, 2]
 
 
+@pytest.mark.parametrize(
+    ("begun", "wanted"), [("receiver", "sharer,receiver"), ("receiver,relay", "sharer,c2c")]
+)
+def test_a_mode_whose_models_were_not_loaded_is_refused(call, begun, wanted):
+    lines = [f"/mode {wanted}", "Who wrote it?"]
+    pair = [*PAIR, "--mode", begun, "--max-tokens", "2"]
+    code, out, _ = call("--plain", *pair, stdin="\n".join(lines))
+    assert code == 0 and f"was not loaded: start again with --mode {wanted}\n" in out
+    assert out.count("s to the first token") == len(begun.split(","))  # as before
+
+
 def test_ctrl_c_stops_all_answers_and_the_conversation_goes_on(monkeypatch, tmp_path):
     class Terminal(io.StringIO):
         """Ctrl-C is pressed at the first piece of the first answer."""
