@@ -344,7 +344,8 @@ class _Fetch(threading.Thread):
                 raise self.remote.error("it sends keys and values of other shapes")
             if values.shape != keys.shape or {keys.dtype, values.dtype} != {np.dtype(kind)}:
                 raise self.remote.error("it sends keys and values of other shapes")
-            self._came.put((keys, values))
+            if keys.shape[2]:  # else it says that it is still reading
+                self._came.put((keys, values))
         if at != len(self.ids):
             raise self.remote.error("it ended too early")
 

@@ -155,7 +155,7 @@ def read(
     reader = caches.take(key, ids)
     if not isinstance(reader, Reader):
         reader = Reader(prompt.lm.model)
-    cached = _kept(reader, ids)
+    cached = still_read(reader, ids)
     seconds = yield from _extend(reader, ids)
     if prompt.lm is team.receiver:
         times.receiver += seconds
@@ -192,7 +192,7 @@ def _read_fused(
 def _extend(reader: Reader, ids: Sequence[int]) -> Generator[Wait, None, float]:
     """Has one model read on; returns the seconds that it took."""
     seconds, step = 0.0, device.prefill_slice()
-    kept = _kept(reader, ids)
+    kept = still_read(reader, ids)
     for stop in [*range(kept + step, len(ids), step), len(ids)]:
         tic = time.perf_counter()
         reader.extend(ids[:stop])
@@ -201,8 +201,8 @@ def _extend(reader: Reader, ids: Sequence[int]) -> Generator[Wait, None, float]:
     return seconds
 
 
-def _kept(reader: Reader, ids: Sequence[int]) -> int:
-    """How many of the ids need not be read again; state can't be rolled back."""
+def still_read(reader: Reader, ids: Sequence[int]) -> int:
+    """How many of the ids a reader need not read again; state can't be rolled back."""
     kept = common_prefix(reader.ids, ids)
     return 0 if kv.has_state(reader.cache) and kept < len(reader.ids) else kept
 

@@ -53,7 +53,7 @@ async def caches(request: Request) -> Response:
     """POST /v1/caches.
 
     The answer is a row of slices, each behind its length in four bytes, the last one empty: keys
-    and values [layers, heads, positions, head_dim], as safetensors.
+    and values [layers, heads, positions, head_dim], as safetensors. Some hold no positions.
     """
     served: Served = request.app.state.served
     try:

@@ -14,11 +14,11 @@ from safetensors.numpy import save
 from c2c_mlx import device
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
-from c2c_mlx.fusion.reader import Reader, common_prefix
+from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.serving.caches import Caches
 from c2c_mlx.serving.job import CacheJob, Slice, Wait
-from c2c_mlx.serving.reading import Prompt, room_for
+from c2c_mlx.serving.reading import Prompt, room_for, still_read
 
 UNSENT = 8  # slices that may wait for a slow network
 _PAUSE_S = 0.01
@@ -40,25 +40,32 @@ def check(lm: LanguageModel, job: CacheJob) -> Prompt:
 
 
 def share(job: CacheJob, prompt: Prompt, caches: Caches) -> Generator[Wait, None, None]:
-    """Reads the ids slice by slice, and tells of each slice what it holds."""
+    """Reads the ids slice by slice, and tells of each slice what it holds.
+
+    What the other side has already may have to be read once more here, when the cache has made room
+    for others: then there is a slice without positions for each, as a sign of life.
+    """
     key, told = id(prompt.lm.model), job.since
     reader = caches.take(key, job.ids)
     if not isinstance(reader, Reader):
         reader = Reader(prompt.lm.model)
     step = device.prefill_slice()
-    kept, slices = max(common_prefix(reader.ids, job.ids), told), 0
-    for stop in [*range(kept + step, len(job.ids), step), len(job.ids)]:
-        reader.extend(job.ids[:stop])
-        for at in range(told, stop, step):  # what had been read before comes in slices, too
-            held = kv.read(reader.cache, job.layers, at, min(at + step, stop))
-            job.tell(Slice(save({"keys": _bytes(held.keys), "values": _bytes(held.values)})))
-            slices += 1
-            while slices - job.sent > UNSENT:
-                time.sleep(_PAUSE_S)
-                yield "others"
-        told = stop
-        yield "read"
-    caches.put(key, reader, len(job.ids))
+    kept, slices = still_read(reader, job.ids), 0
+    try:
+        for stop in [*range(kept + step, len(job.ids), step), len(job.ids)]:
+            reader.extend(job.ids[:stop])
+            # What had been read before comes in slices, too.
+            for at in range(told, stop, step) or [stop]:
+                held = kv.read(reader.cache, job.layers, at, min(at + step, stop))
+                job.tell(Slice(save({"keys": _bytes(held.keys), "values": _bytes(held.values)})))
+                slices += 1
+                while slices - job.sent > UNSENT:
+                    time.sleep(_PAUSE_S)
+                    yield "others"
+            told = max(told, stop)
+            yield "read"
+    finally:  # who asks again, after giving up, finds what has been read
+        caches.put(key, reader, len(reader.ids))
 
 
 def _bytes(x: mx.array) -> np.ndarray:

@@ -27,9 +27,10 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models import memory, remote
 from c2c_mlx.models.load import find_folder
+from c2c_mlx.serving.caches import Caches
 from c2c_mlx.serving.job import CacheJob, Done, Slice
 from c2c_mlx.serving.refusal import Refusal
-from c2c_mlx.serving.sharing import UNSENT
+from c2c_mlx.serving.sharing import UNSENT, check, share
 
 QUESTIONS = ("Who wrote it?", "And what else could be said about the sea?", "x")
 
@@ -140,6 +141,39 @@ def test_slices_wait_for_a_slow_network_and_nobody_else_does(engine, monkeypatch
             positions += load(event.data)["keys"].shape[2]
             job.sent += 1
     assert positions == 300
+
+
+def test_what_was_dropped_is_read_again_slice_by_slice(sharer, monkeypatch) -> None:
+    monkeypatch.setattr(device, "prefill_slice", lambda: 8)
+    job = CacheJob("receiver", [], lambda event: came.append(event))
+    job.ids, job.since, job.layers, job.sent = list(range(10, 60)), 30, [1], 1000
+    came: list[Any] = []
+    caches = Caches()
+
+    def steps() -> Iterator[Any]:
+        return share(job, check(sharer, job), caches)
+
+    broken_off = steps()
+    assert [next(broken_off) for _ in range(2)] == ["read"] * 2 and len(came) == 2
+    broken_off.close()
+    (kept,) = caches._kept
+    assert kept.ids == job.ids[:16]
+    assert [*steps()] == ["read"] * 5  # the rest alone
+    told = [load(event.data)["keys"].shape[2] for event in came]
+    assert told == [0, 0, 0, 2, 8, 8, 2]
+
+
+def test_a_conversation_goes_on_when_the_other_side_has_dropped_its_cache(
+    receiver, sharer, tiny_pair, monkeypatch
+) -> None:
+    monkeypatch.setattr(device, "prefill_slice", lambda: 8)
+    with sharing(tiny_pair.sharers[0]) as engine, serving(engine, shares=True) as port:
+        here = session(receiver, sharer, tiny_pair)
+        there = session(receiver, load_model(f"http://127.0.0.1:{port}"), tiny_pair)
+        for question in QUESTIONS:
+            assert answer(here, question).text == answer(there, question).text
+            Heard(engine, "receiver", asked("x")).answers()  # the share's round has ended
+            engine._desk.caches.shrink(0)
 
 
 def test_what_is_wanted_must_exist(url) -> None:
