@@ -136,7 +136,7 @@ def find_folder(name: str, report: Report = silent) -> Path:
         C2CError: if the name means nothing, or what it means cannot be fetched.
     """
     if remote.is_url(name):
-        return remote.Remote(name).folder()
+        return remote.Remote(name).folder(report)
     if entry := registry.find_model(name):
         if entry.embedded:
             return install(entry.alias, entry.embedded, report)

@@ -32,7 +32,8 @@ from c2c_mlx.atomic import appearing
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Progress, Reader, common_prefix
-from c2c_mlx.models.paths import cache_home
+from c2c_mlx.models.paths import cache_home, installing
+from c2c_mlx.progress import Report, silent
 
 API_KEY = "C2C_API_KEY"
 PATIENCE_S = 30.0  # without a byte
@@ -140,23 +141,31 @@ class Remote:
             raise self.error("it sends too much")
         return data
 
-    def folder(self) -> Path:
+    def folder(self, report: Report = silent) -> Path:
         """Its configuration and tokenizer, which come along once.
+
+        Args:
+            report: told when another process fetches them.
 
         Raises:
             RemoteError: if they can't be had, or are not what it said they would be.
+            C2CError: if the cache folder can't be written.
         """
         wanted = hashlib.sha256(json.dumps(sorted(self.files.items())).encode()).hexdigest()
         folder = cache_home() / "remote" / wanted
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with appearing(folder) as unfinished:
-                for name, digest in self.files.items():
-                    data = self.get(f"/v1/caches/{name}")
-                    if hashlib.sha256(data).hexdigest() != digest:
-                        raise self.error(f"its {name} is not what it said it would be")
-                    (unfinished / name).write_bytes(data)
+            with installing(folder, report) as is_missing:
+                if is_missing:
+                    self._fetch(folder)
         return folder
+
+    def _fetch(self, folder: Path) -> None:
+        with appearing(folder) as unfinished:
+            for name, digest in self.files.items():
+                data = self.get(f"/v1/caches/{name}")
+                if hashlib.sha256(data).hexdigest() != digest:
+                    raise self.error(f"its {name} is not what it said it would be")
+                (unfinished / name).write_bytes(data)
 
 
 def is_of_one(folder: Path) -> bool:

@@ -201,7 +201,7 @@ def test_what_is_wanted_must_exist(url) -> None:
 def test_the_tokenizer_comes_along_once(sharer, url, tmp_path) -> None:
     found = load_model(url)
     assert found.is_elsewhere and found.fingerprint == sharer.fingerprint
-    (folder,) = (tmp_path / "home" / "remote").iterdir()
+    (folder,) = (tmp_path / "home" / "remote").glob("[!.]*")
     before = (folder / "tokenizer.json").stat().st_mtime_ns
     load_model(url)
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
@@ -378,7 +378,30 @@ def test_files_must_be_what_they_were_said_to_be(tmp_path) -> None:
     with impostor(lambda connection: connection.sendall(told)) as url:
         with pytest.raises(C2CError, match="its config.json is not what it said"):
             load_model(url)
-    assert not list((tmp_path / "home" / "remote").iterdir())
+    assert not [p for p in (tmp_path / "home" / "remote").iterdir() if p.is_dir()]
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_line(url, tmp_path) -> None:
+    (tmp_path / "home").write_text("no folder")
+    with pytest.raises(C2CError, match="cannot write to the cache folder .* C2C_MLX_HOME"):
+        load_model(url)
+
+
+def test_of_two_first_uses_one_fetches_and_the_other_waits(url) -> None:
+    other = remote.Remote(url)
+    told: SimpleQueue[Any] = SimpleQueue()
+    waiting = threading.Thread(target=lambda: other.folder(told.put))
+
+    class Slow(remote.Remote):
+        def get(self, path: str) -> bytes:
+            if not waiting.ident and path != "/v1/caches":
+                waiting.start()
+                assert "waiting for another process" in told.get(timeout=60).what
+            return super().get(path)
+
+    folder = Slow(url).folder()
+    waiting.join(timeout=60)
+    assert (folder / "tokenizer.json").is_file() and not list(folder.parent.glob(".*.tmp-*"))
 
 
 def test_nobody_there_is_one_line() -> None:
