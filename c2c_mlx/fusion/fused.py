@@ -61,6 +61,7 @@ class FusedCache:
         # What every position was fused from; see `_sources`.
         self._fused_from = np.zeros((1 + 2 * len(links), 0), np.int64)
         self.fusions: list[Fusion] = []  # of this turn: the prompt's, then the answer's
+        self.texts: tuple[TokenAlignment, ...] = ()  # the latest, as each sharer feeds it
         size = kv.dtype_of(links[0].receiver).size
         self._part = min(positions_at_once(link.fuser, size) for link in links)
 
@@ -203,7 +204,8 @@ class FusedCache:
         costs = sum(unread[:-1]), sum(reads[:-1]), reads[-1], time.perf_counter() - tic
         while self.fusions and self.fusions[-1].start >= start:  # fused anew
             self.fusions.pop()
-        self.fusions.append(Fusion(start, stop, *costs, tuple(texts), traces))
+        self.fusions.append(Fusion(start, stop, *costs, traces))
+        self.texts = tuple(texts)
         return held
 
     def _read(
@@ -366,7 +368,7 @@ class FusedCache:
             at = np.s_[kinds, layers, :, first : first + max(trace.norm.shape[-1] - skipped, 0)]
             # What was fused anew stands further behind, and counts.
             weight[at], added[at] = (np.array(x[..., skipped:]) for x in trace[2:])
-        is_fused = _messages(link, fusions[-1].texts[sharer])[start:stop] >= 0
+        is_fused = _messages(link, self.texts[sharer])[start:stop] >= 0
         layer_map = link.fuser.config.layer_map
         return GateStats(layer_map, start, link.fuser.gates, weight, norms, added, is_fused)
 

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 
 from c2c_mlx.fusion.fuser import Change
-from c2c_mlx.text.alignment import TokenAlignment
 
 
 class Trace(NamedTuple):
@@ -42,7 +41,6 @@ class Fusion:
     sharer_s: float
     receiver_s: float  # of an answer, which all models read at once, it is the time of all
     fuse_s: float
-    texts: tuple[TokenAlignment, ...]  # what has been read, as each sharer feeds it
     traces: tuple[list[Trace], ...]  # per sharer, in order of positions
 
 

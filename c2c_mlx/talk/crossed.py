@@ -150,8 +150,7 @@ class Crossing:
 
     def _silent_log_probs(self, decoded: Decoded) -> mx.array | None:
         """[N] log p of each token with a silent sharer; None where nothing crossed."""
-        assert self._fused.last is not None
-        n, texts = len(decoded.prompt), self._fused.last.texts
+        n, texts = len(decoded.prompt), self._fused.texts
         prompts = [_beginning(text, n) for text in texts]
         cache = self._silent.extend(prompts)
         if not decoded.fused:

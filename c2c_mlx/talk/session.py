@@ -172,7 +172,7 @@ class ChatSession:
         """
         if self._fused is None or self._fused.last is None:
             return []
-        texts, since = self._fused.last.texts, self._fused.last.stop - 1 if of_last_token else 0
+        texts, since = self._fused.texts, self._fused.last.stop - 1 if of_last_token else 0
         found = ((at, self._fused.stats(at, since)) for at in range(len(texts)))
         return [
             gate_report.report(

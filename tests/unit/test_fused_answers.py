@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +26,7 @@ from prompts import (
 
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.text.alignment import TokenAlignment
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -63,6 +67,24 @@ def test_ids_of_an_answer_are_fused_together_as_one_by_one(make_c2c: MakeC2C) ->
     whole = Follow(start).add([30, 31])
     plain = c2c.receiver(mx.array([ids[-1:]]), cache=FusedCache(c2c).extend([whole]))
     assert mx.abs(together - plain[0, -1]).max().item() > 1e-2
+
+
+def test_of_the_texts_of_an_answer_the_last_alone_is_kept(make_c2c: MakeC2C) -> None:
+    """Each is as long as the conversation."""
+    texts: list[weakref.ref[TokenAlignment]] = []
+
+    class Noted(Follow):
+        def add(self, ids: Sequence[int]) -> TokenAlignment:
+            text = super().add(ids)
+            texts.append(weakref.ref(text))
+            return text
+
+    reader, start = FusedCache(make_c2c()), aligned(prompt(FIRST))
+    cache = reader.extend([start])
+    greedy(reader.answering([Noted(start)]), start.receiver_ids[-1:], cache)
+    gc.collect()
+    assert len(texts) > 4 and reader.texts[0] is texts[-1]()
+    assert not any(text() for text in texts[:-1])
 
 
 def test_layers_below_the_fused_ones_are_computed_once(

@@ -62,7 +62,7 @@ def test_several_sharers_turn_by_turn(several: list[C2C], order: Order) -> None:
     assert growing.last is not None and growing.last.start > 0
     stats = [growing.stats(i) for i in range(3)]
     assert [s.layers for s in stats if s] == [c.fuser.config.layer_map for c in several]
-    assert list(growing.last.texts) == prompts
+    assert list(growing.texts) == prompts
     assert all(s is not None and s.change.max() > 0 for s in stats)
 
 
