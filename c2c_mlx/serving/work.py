@@ -122,7 +122,8 @@ class Work:
         is_fused, before = prompt.aligned and team.fuse_response, len(prompt.ids) - 1
         for some in [[answer] for answer in answers] if is_fused else [answers]:
             reading = yield from read(team, prompt, desk.caches, self.times)
-            self.cached_tokens = self.cached_tokens or reading.cached
+            if some[0] in self.answers[:1]:  # later ones find what the first one has read
+                self.cached_tokens = reading.cached
             if is_fused:
                 yield from write_fused(team, reading, some[0], sampling, self._tell_piece)
             else:
@@ -167,7 +168,7 @@ def take_up(job: Job, arrived: float, desk: Desk, defaults: SamplingConfig) -> W
         prompt = prepare(desk.team, "sharer", messages, times)
     options = {name: v for name, v in asdict(job.sampling).items() if v is not None}
     sampling = replace(defaults, **options)
-    sampling = replace(sampling, max_tokens=min(sampling.max_tokens, prompt.room))
+    sampling = replace(sampling, max_tokens=min(sampling.max_tokens, answered.room))
     left = answered.room - sampling.max_tokens
     thoughts = max(prompt.thoughts, min(answered.thoughts, left))
     work = Work(job, arrived, prompt, sampling, thoughts, times)

@@ -151,6 +151,29 @@ def test_a_relay_reads_what_was_written(engine) -> None:
     assert Heard(engine, "receiver", again).answers()[0] == [text]
 
 
+def test_a_relays_answer_and_figures_are_the_receivers(tiny_pair) -> None:
+    def load() -> Team:
+        team = load_team(tiny_pair)
+        team.sharers[0].model.args.max_position_embeddings = 220
+        return team
+
+    question = asked("Who wrote it, and when and where and why?")
+    with started(Engine(load, SAMPLING)) as engine:
+        once = Heard(engine, "relay", question, sampling=Sampling(max_tokens=180)).answers()[2]
+        assert once.completion_tokens == 180 and once.cached_tokens == 0
+        again = Heard(engine, "relay", question, sampling=Sampling(max_tokens=4)).answers()[2]
+    # All of the sharer's prompt, and the receiver's, are there but for their last ids.
+    assert again.cached_tokens == again.prompt_tokens - 1
+
+
+def test_only_what_was_there_before_the_first_answer_is_told_as_cached(tiny_pair) -> None:
+    with running(tiny_pair, fuse_response=True) as engine:
+        options = {"n": 2, "sampling": Sampling(max_tokens=4)}
+        assert Heard(engine, "c2c", CHATS[0], **options).answers()[2].cached_tokens == 0
+        done = Heard(engine, "c2c", CHATS[0], **options).answers()[2]
+        assert done.cached_tokens == done.prompt_tokens - 1
+
+
 def test_sampling_is_the_jobs_own(engine) -> None:
     hot = Sampling(temp=1.0, top_p=0.9, seed=3)
     first, _, _ = Heard(engine, "c2c", CHATS[1], sampling=hot, n=3).answers()
