@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -73,7 +73,7 @@ class Batch:
         rows = (_Row(answer, tell, is_kept) for answer in answers)
         self.rows |= dict(zip(numbers, rows, strict=True))
         try:
-            while not all(answer.reason for answer in answers):
+            while any(answer.error or not answer.reason for answer in answers):
                 if error := next((answer.error for answer in answers if answer.error), None):
                     raise error
                 yield "write"
@@ -93,16 +93,24 @@ class Batch:
             self._generator = self._start()
             return
         for response in responses:
-            answer, tell, is_kept = self.rows[response.uid]
-            piece = answer.add(response.token, response.logprobs, response.finish_reason)
-            if answer.reason:
-                left = response.prompt_cache, response.all_tokens
-                if not response.finish_reason:  # mlx-lm knows nothing of stop strings
-                    left = self._generator.remove([response.uid], True)[response.uid]
-                del self.rows[response.uid]
-                if is_kept:
-                    answer.reader = self._reader(*left)
-            tell(answer, piece)
+            row = self.rows[response.uid]
+            try:
+                self._take(row, response)
+            except Exception as e:  # nobody else's
+                row.answer.error = e
+
+    def _take(self, row: _Row, response: Any) -> None:
+        """One answer's next token."""
+        answer, tell, is_kept = row
+        piece = answer.add(response.token, response.logprobs, response.finish_reason)
+        if answer.reason:
+            left = response.prompt_cache, response.all_tokens
+            if not response.finish_reason:  # mlx-lm knows nothing of stop strings
+                left = self._generator.remove([response.uid], True)[response.uid]
+            del self.rows[response.uid]
+            if is_kept:
+                answer.reader = self._reader(*left)
+        tell(answer, piece)
 
     def _remove(self, numbers: list[int]) -> None:
         self._generator.remove(numbers)

@@ -320,6 +320,19 @@ def test_what_cannot_be_done_is_refused_alone(engine) -> None:
     assert good.answers()[0][0]
 
 
+@pytest.mark.parametrize("max_tokens", [1, 24])
+def test_an_answer_that_fails_fails_alone(engine, max_tokens) -> None:
+    good = Heard(engine, "receiver", CHATS[0], sampling=Sampling(max_tokens=40))
+    good.until(Piece)
+    # More than the vocabulary has, which a client of ours can't ask for.
+    options = {"top_logprobs": 10**6, "sampling": Sampling(max_tokens=max_tokens)}
+    with pytest.raises(ValueError):
+        Heard(engine, "receiver", CHATS[1], n=2, **options).answers()
+    assert isinstance(good.until(Done, Failed), Done)
+    assert not any(batch.rows for batch in engine._desk.batches.values())
+    assert Heard(engine, "receiver", CHATS[1]).answers()[0][0]
+
+
 def test_a_thread_that_dies_tells_everybody(tiny_pair) -> None:
     def die(event: Event) -> None:
         if isinstance(event, Accepted):
