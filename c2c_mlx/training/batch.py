@@ -92,7 +92,7 @@ def collate(examples: Sequence[Example], positions: str) -> Batch:
     receiver = pad([e.receiver_ids[:-1] for e in examples], min(starts))
     sharer = pad(
         [r.sharer_ids[: int(f.max(initial=0)) + 1] for r, f in zip(read, feeds, strict=True)],
-        min(int(f.min(initial=0)) for f in feeds),
+        min((int(f.min()) for f in feeds if len(f)), default=0),
     )
     longest = max(len(e.response_ids) for e in examples)
     width = receiver.ids.shape[1] + (longest if examples[0].heard is not None else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import c2c_mlx.blas  # noqa: F401
@@ -19,7 +20,7 @@ from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.project import inputs
 from c2c_mlx.text.tokens import end_ids
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.batch import collate
+from c2c_mlx.training.batch import collate, pad
 from c2c_mlx.training.checkpoints import all_of
 from c2c_mlx.training.dataset import Example
 from c2c_mlx.training.measure import by_length, decode
@@ -46,6 +47,23 @@ def test_a_batch_loses_what_its_rows_lose(
     assert batch.receiver.padding.any() and batch.sharer.padding.any() and not batch.mask.all()
     alone = [loss_of(trainer, collate([e], positions)) for e in examples[:4]]
     assert loss_of(trainer, batch) == pytest.approx(sum(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", POSITIONS[1:])  # of "all", the first id feeds something
+@pytest.mark.parametrize("rotated_keys", [False, True])
+def test_what_the_sharers_prompts_share_is_read_once(
+    make: Make, examples: list[Example], tmp_path: Path, positions: str, rotated_keys: bool
+) -> None:
+    trainer = make(tmp_path, positions=positions, rotated_keys=rotated_keys)
+    batch = collate(examples[:4], positions)
+    block = batch.sharer
+    assert block.prefix > 0 and block.padding.any()
+    rows = [
+        [*ids[: block.prefix], *ids[block.prefix + n :]]
+        for ids, n in zip(block.ids.tolist(), block.padding, strict=True)
+    ]
+    apart = replace(batch, sharer=pad(rows, 0))  # what feeds anything stands where it stood
+    assert loss_of(trainer, batch) == pytest.approx(loss_of(trainer, apart), rel=1e-5)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

@@ -106,10 +106,13 @@ def test_collate_feeds_every_position_from_where_it_should(positions: str) -> No
         said = batch.targets[row][batch.mask[row]].tolist()
         assert said == e.response_ids
         assert batch.inputs[row, 1 : len(said)].tolist() == said[:-1]
-    # the fused columns are one block behind the shared prefix; no index leaves the sharer's block
+    # the fused columns are one block behind the shared prefix; so is what feeds them, and no index
+    # leaves the sharer's block
     assert batch.start >= batch.receiver.prefix
     assert 0 <= batch.index.min() and batch.index.max() < batch.sharer.ids.shape[1]
     assert batch.receiver.prefix == (0 if positions == "all" else 2)
+    assert batch.sharer.prefix == (1 if positions == "all" else 3)
+    assert batch.index.min() >= batch.sharer.prefix
 
 
 def test_columns_that_are_not_fused_read_nothing_out_of_range() -> None:
