@@ -369,6 +369,8 @@ def _train(
             tracking.finish()
         if left_out := len(trainer.train.too_long):
             display.say(f"{left_out} chats were longer than {train.max_tokens} tokens and left out")
+        if refusals := trainer.train.refusals():
+            display.say(refusals)
         if trainer.verdict:
             display.say(trainer.verdict["verdict"])
         name = next((name for name, run in trained.every() if run == out), config.out)

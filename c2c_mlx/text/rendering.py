@@ -29,6 +29,10 @@ _Anchors: TypeAlias = dict[int, list[tuple[int, int]]]
 _PRIVATE_USE = ((0xF0000, 0xFFFFE), (0x100000, 0x10FFFE), (0xE000, 0xF900))
 
 
+class Refused(C2CError):
+    """A chat template does not take a conversation as it is."""
+
+
 def render(
     messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = True
 ) -> str:
@@ -38,7 +42,7 @@ def render(
     message instead.
 
     Raises:
-        C2CError: The template refuses the messages all the same.
+        Refused: The template refuses the messages all the same.
     """
     return _renderer(messages, tokenizer, add_generation_prompt)[0]
 
@@ -122,7 +126,7 @@ def _renderer(
             refusal = error
     reason = " ".join(str(refusal).split())[:200] or type(refusal).__name__
     roles = ", ".join(str(m.get("role")) for m in messages) or "no messages"
-    raise C2CError(
+    raise Refused(
         f"the chat template of {name_of(tokenizer)} refuses this conversation ({roles}): "
         f"{reason}; change the roles or take another model"
     )

@@ -125,6 +125,7 @@ def assemble(
     heard = fuser.config.fuse_response and not teacher
     train = Dataset(sources, *tokenizers, alignment, config.max_tokens, heard)
     examples = [e for e in map(train.example, valid) if e is not None]
+    left_out = len(valid) - len(examples) - len(train.refused)
     names = tuple(name for name, _ in run.sources)
     provenance = Provenance(source=source, data=names, data_licence=run.licence)
     if teacher:
@@ -146,7 +147,9 @@ def assemble(
         f"{sum(len(s.rows) for s in sources)} chats, {len(examples)} for validation, "
         f"{size / 1e6:.2f} M parameters, {config.iters} steps"
     )
-    if left_out := len(valid) - len(examples):
+    if refusals := train.refusals():
+        watcher.say(refusals)
+    if left_out:
         watcher.say(f"{left_out} of the chats for validation are longer than {config.max_tokens}")
     return trainer
 

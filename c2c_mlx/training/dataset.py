@@ -11,7 +11,7 @@ import numpy as np
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.text.alignment import TokenAlignment, align_chat
-from c2c_mlx.text.rendering import Tokenizer
+from c2c_mlx.text.rendering import Refused, Tokenizer
 from c2c_mlx.text.tokens import Strategy, along, response_ids
 from c2c_mlx.training.date import on_a_fixed_day
 from c2c_mlx.training.files import ChatRow
@@ -104,6 +104,10 @@ class Dataset:
         alignment: the fuser's field of that name.
         max_tokens: longer prompts or responses are left out, and counted in `too_long`.
         fuse_response: the fuser's field of that name.
+
+    Attributes:
+        too_long: source and row of those that were drawn, once each.
+        refused: by file and line, why a chat template does not take a row; it is left out, too.
     """
 
     def __init__(
@@ -119,17 +123,30 @@ class Dataset:
         self.receiver, self.sharer = on_a_fixed_day(receiver), on_a_fixed_day(sharer)
         self.alignment, self.max_tokens = alignment, max_tokens
         self.fuse_response = fuse_response
-        self.too_long: set[tuple[int, int]] = set()  # source and row, however often it was drawn
+        self.too_long: set[tuple[int, int]] = set()
+        self.refused: dict[str, str] = {}
 
     def example(self, row: ChatRow) -> Example | None:
-        """The row's example; None if it is too long."""
-        example = self._made(row)
+        """The row's example; None if it is too long, or a template refuses it."""
+        if (example := self._made(row)) is None:
+            return None
         parts = (example.receiver_ids, example.sharer_ids, example.response_ids)
         return None if max(map(len, parts)) > self.max_tokens else example
 
-    def _made(self, row: ChatRow) -> Example:
+    def _made(self, row: ChatRow) -> Example | None:
         tokenizers = self.receiver, self.sharer
-        return make_example(row, *tokenizers, self.alignment, self.fuse_response)
+        try:
+            return make_example(row, *tokenizers, self.alignment, self.fuse_response)
+        except Refused as e:
+            self.refused.setdefault(row.where, str(e))
+            return None
+
+    def refusals(self) -> str:
+        """How many rows a template refuses, where the first is, and why; empty if it takes all."""
+        if not self.refused:
+            return ""
+        where, why = next(iter(self.refused.items()))
+        return f"{len(self.refused)} chats are left out, the first {where}: {why}"
 
     def fingerprint(self) -> str:
         """A name for what is drawn: all rows, their weights, and how a chat becomes ids."""
@@ -138,9 +155,9 @@ class Dataset:
             digest.update(json.dumps([source.weight, self.alignment, self.max_tokens]).encode())
             for row in source.rows:
                 digest.update(json.dumps([row.messages, row.own, row.cut]).encode())
-            e = self._made(source.rows[0])
-            ids = [e.receiver_ids, e.read.sharer_ids, e.response_ids]
-            digest.update(json.dumps(ids).encode())
+            if e := next(filter(None, map(self._made, source.rows)), None):
+                ids = [e.receiver_ids, e.read.sharer_ids, e.response_ids]
+                digest.update(json.dumps(ids).encode())
         return digest.hexdigest()[:16]
 
     def some(self, n: int, seed: int) -> list[Example]:
@@ -169,7 +186,7 @@ class Dataset:
             The position behind the batch, and the batch.
 
         Raises:
-            C2CError: if every row is too long.
+            C2CError: if every row is too long or refused.
         """
         window, done = start
         size = min(WINDOW * batch_size, sum(len(s.rows) for s in self.sources))
@@ -181,10 +198,11 @@ class Dataset:
                 for i in _order(len(source.rows), window * share, share, (seed, number)):
                     if (example := self.example(source.rows[i])) is not None:
                         examples.append(example)
-                    else:
+                    elif source.rows[i].where not in self.refused:
                         self.too_long.add((number, i))
             if not examples:
-                raise C2CError(f"every chat is longer than {self.max_tokens} tokens (max_tokens)")
+                why = f"every chat is longer than {self.max_tokens} tokens (max_tokens)"
+                raise C2CError(f"{why} or refused; {self.refusals()}" if self.refused else why)
             examples.sort(key=lambda e: (len(e.receiver_ids), len(e.response_ids)))
             batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
             order = np.random.default_rng((seed, window)).permutation(len(batches))

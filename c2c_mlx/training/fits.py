@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import c2c_mlx.blas  # noqa: F401
@@ -12,7 +13,7 @@ import c2c_mlx.blas  # noqa: F401
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.models.memory import Need
 from c2c_mlx.models.paths import size
-from c2c_mlx.text.rendering import Tokenizer
+from c2c_mlx.text.rendering import Refused, Tokenizer
 from c2c_mlx.text.tokens import Strategy
 from c2c_mlx.training.dataset import make_example
 from c2c_mlx.training.date import on_a_fixed_day
@@ -151,18 +152,26 @@ def longest(
         answer_tokens: of an answer that is yet to be written.
 
     Returns:
-        Of each the longer one of its two prompts, and its answer.
+        Of each the longer one of its two prompts, and its answer; nothing of a chat that a template
+        refuses.
     """
     tokenizers = on_a_fixed_day(receiver), on_a_fixed_day(sharer)
+
+    def pair(row: ChatRow) -> tuple[int, int] | None:
+        unanswered = row.messages[-1]["role"] != "assistant"
+        if unanswered:
+            row = replace(row, messages=[*row.messages, {"role": "assistant", "content": ""}])
+        try:
+            e = make_example(row, *tokenizers, alignment)
+        except Refused:
+            return None
+        prompt = max(len(e.receiver_ids), len(e.sharer_ids))
+        return prompt, answer_tokens if unanswered else len(e.response_ids)
+
     found: dict[int, tuple[int, int]] = {}
     for measure in (_asked, _answered):
-        for i in sorted(range(len(rows)), key=lambda i: -measure(rows[i]))[:_LONGEST]:
-            row, unanswered = rows[i], rows[i].messages[-1]["role"] != "assistant"
-            if unanswered:
-                row = replace(row, messages=[*row.messages, {"role": "assistant", "content": ""}])
-            e = make_example(row, *tokenizers, alignment)
-            prompt = max(len(e.receiver_ids), len(e.sharer_ids))
-            found[i] = prompt, answer_tokens if unanswered else len(e.response_ids)
+        order = sorted(range(len(rows)), key=lambda i: -measure(rows[i]))
+        found |= islice(((i, n) for i in order if (n := pair(rows[i]))), _LONGEST)
     return sorted(found.values(), reverse=True)
 
 

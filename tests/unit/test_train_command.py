@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,27 @@ def test_a_run_is_never_overwritten(call: Call, chats: Path, tmp_path: Path) -> 
     assert call(*run, "--iters", "2")[0] == 0
     code, err = call(*run)
     assert code == 2 and "--resume it, or name another folder" in err
+
+
+def test_a_run_leaves_out_what_a_template_refuses(call: Call, chats: Path, tmp_path: Path) -> None:
+    receiver = tmp_path / "receiver"
+    shutil.copytree(TINY / "receiver", receiver)
+    template = receiver / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[1:] and messages[1].role == 'user' %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}" + template.read_text()
+    )
+    twice = [{"role": "user", "content": "say it"}] * 2
+    row = {"messages": [*twice, {"role": "assistant", "content": "so"}]}
+    for name in ("train", "valid"):
+        with (chats / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    given = [*PAIR[:2], "--receiver", receiver, *SHORT, "--data", chats, "--out", tmp_path / "run"]
+    code, err = call(*given)
+    assert code == 0 and "19 chats, 4 for validation" in err
+    line = err.splitlines()[-3]
+    assert line.startswith(f"2 chats are left out, the first {chats / 'valid.jsonl'}, line 5: ")
+    assert "are longer than" not in err and call("--resume", "--out", tmp_path / "run")[0] == 0
 
 
 # --- where chats come from

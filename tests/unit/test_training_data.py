@@ -17,6 +17,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.text.alignment import message_groups
 from c2c_mlx.text.rendering import render
 from c2c_mlx.training import dataset as dataset_module
+from c2c_mlx.training import fits
 from c2c_mlx.training.batch import collate, pad
 from c2c_mlx.training.dataset import Dataset, Example, Source, make_example
 from c2c_mlx.training.date import on_a_fixed_day
@@ -218,6 +219,36 @@ def test_long_chats_are_left_out_and_counted_once(
     assert len(dataset.too_long) == 1
     hopeless = Dataset([Source(rows[1:], 1.0)], receiver.tokenizer, sharer.tokenizer, "span", 40)
     with pytest.raises(C2CError, match=r"longer than 40 tokens"):
+        next(hopeless.batches(8, 0))
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("strict", ["receiver", "sharer"])
+def test_chats_that_a_template_refuses_are_left_out_and_told(
+    receiver: LanguageModel, sharer: LanguageModel, strict: str
+) -> None:
+    models = {"receiver": receiver, "sharer": sharer}
+    tokenizers = {name: load_model(lm.path).tokenizer for name, lm in models.items()}
+    tokenizers[strict].chat_template = STRICT + tokenizers[strict].chat_template
+    rows = [
+        ChatRow([*[user("hi")] * (1 + (i in (0, 2))), assistant("a")], where=f"chats, line {i}")
+        for i in range(5)
+    ]
+    dataset = Dataset([Source(rows, 1.0)], *tokenizers.values(), "span", 40)
+    assert dataset.fingerprint() and dataset.example(rows[0]) is None
+    assert {len(batch) for _, batch in islice(dataset.batches(8, 0), 5)} == {3}
+    assert set(dataset.refused) == {"chats, line 0", "chats, line 2"} and not dataset.too_long
+    told = dataset.refusals()
+    assert told.startswith("2 chats are left out, the first chats, line 0: the chat template of ")
+    assert "(user, user): roles must alternate" in told and "\n" not in told
+    assert len(fits.longest(rows, *tokenizers.values(), "span", 40)) == 3
+    hopeless = Dataset([Source(rows[:1], 1.0)], *tokenizers.values(), "span", 40)
+    with pytest.raises(C2CError, match="or refused; 1 chats are left out, the first chats, line 0"):
         next(hopeless.batches(8, 0))
 
 
