@@ -334,6 +334,8 @@ def _train(
             display.iters = trainer.config.iters
             lasts = plan.told(pace.seconds(trainer.config))
             display.say(f"{display.iters} steps fit into the time: about {lasts}")
+        if config.twin and not trainer.valid:
+            display.say("--twin: with no chats to measure on it will be compared with nothing")
         train = trainer.config
         if trainer.finished and not config.twin:
             display.say(f"finished already: {trainer.step} steps; a larger --iters goes on")

@@ -299,7 +299,7 @@ class Trainer:
 
     def compare(self, twin: Trainer) -> None:
         """Takes what a finished twin loses into the verdict and onto the card."""
-        if found := verdict.read(self.folder):
+        if self.valid and (found := verdict.read(self.folder)):
             losses, _ = twin._measure()
             self.verdict = verdict.with_twin(found, losses["valid"], self.config.seed)
             with checkpoints.writing(self.folder / verdict.FILE):

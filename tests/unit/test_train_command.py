@@ -245,6 +245,16 @@ def test_a_twin_is_trained_after_it_and_judges_it(call: Call, chats: Path, tmp_p
     assert code == 0
 
 
+def test_a_twin_without_chats_to_measure_on_is_told_before_any_training(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    (chats / "valid.jsonl").unlink()
+    code, err = call(*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run", "--twin")
+    assert code == 0 and "the twin, which has nothing to read, from step 0 on" in err
+    assert err.index("it will be compared with nothing") < err.index("step 4/12")
+    assert json.loads((tmp_path / "run" / "verdict.json").read_text())["vs_twin"] is None
+
+
 def test_other_fields_are_named_and_rows_limited(call: Call, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{"q": f"say {i}", "a": "so"} for i in range(9)])
     given = [*PAIR, *SHORT, "--data", tmp_path, "--rows", "5", "--out", tmp_path / "run"]
