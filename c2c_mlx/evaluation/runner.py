@@ -40,15 +40,16 @@ class Log:
         if path is None:
             return
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+            there = path.read_bytes() if path.exists() else b""
+            # A killed run may leave half a line, and of its last character half as well.
+            whole = there[: there.rfind(b"\n") + 1]
             if not whole:
                 self._write([settings], "w")
                 return
-            found, *records = map(dict, map(json.loads, whole.split("\n")[:-1]))
+            found, *records = map(dict, map(json.loads, whole.decode().split("\n")[:-1]))
             self._hold(records)
-            if whole != text:
-                os.truncate(path, len(whole.encode()))
+            if whole != there:
+                os.truncate(path, len(whole))
         except OSError as e:
             raise C2CError(f"{path}: cannot keep results there ({e.strerror})") from None
         except (ValueError, KeyError, TypeError):

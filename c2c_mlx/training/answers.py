@@ -19,6 +19,7 @@ import numpy as np
 from mlx_lm.generate import batch_generate
 
 from c2c_mlx import atomic
+from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.training.date import on_a_fixed_day
@@ -57,6 +58,9 @@ def answer_rows(
 
     Returns:
         The rows, without those that nothing was answered to in time.
+
+    Raises:
+        C2CError: if answers can't be kept.
     """
     if not any(map(_is_open, rows)):
         return rows
@@ -93,10 +97,7 @@ def answer_rows(
             key: ended(text, len(ids) >= max_tokens, lm.stop_strings)
             for key, text, ids in zip(keys, answers.texts, answers.token_ids, strict=True)
         }
-        atomic.append(
-            path,
-            "".join(json.dumps([key, *a], ensure_ascii=False) + "\n" for key, a in fresh.items()),
-        )
+        _keep(path, fresh)
         known |= fresh
         progress(len(known.keys() & wanted.keys()), len(wanted))
     keys = [_key(by, _asked(row)) if _is_open(row) else "" for row in rows]
@@ -153,10 +154,21 @@ def _read(path: Path) -> dict[str, Answer]:
     if not path.exists():
         return {}
     known = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
-            key, text, cut = json.loads(line)
+            key, text, cut = json.loads(line.decode())
         except ValueError:
-            continue  # the last line of a run that was killed while writing
+            continue  # the last line of a run that was killed while writing, in a character even
         known[key] = (text, cut)
     return known
+
+
+def _keep(path: Path, fresh: dict[str, Answer]) -> None:
+    lines = (json.dumps([key, *a], ensure_ascii=False) + "\n" for key, a in fresh.items())
+    try:
+        atomic.append(path, "".join(lines))
+    except OSError as e:
+        raise C2CError(
+            f"{path}: cannot keep answers ({e.strerror}); those before are there: make room, then "
+            "start the run again"
+        ) from None

@@ -16,6 +16,7 @@ from c2c_mlx.evaluation.choice import Choice
 from c2c_mlx.evaluation.fact import Fact, says
 from c2c_mlx.evaluation.number import Number
 from c2c_mlx.evaluation.reference import Reference
+from c2c_mlx.evaluation.runner import Log
 from c2c_mlx.evaluation.task import Answer, Item
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "extras" / "answers.json"
@@ -289,6 +290,23 @@ def test_half_a_set_is_refused() -> None:
     del failed["modes"]["c2c"]["items"][1]["nats"]
     with pytest.raises(C2CError, match="item 0: no whole set"):
         content.scores(failed, "c2c")
+
+
+# --- what is kept of a run that was cut
+
+
+@pytest.mark.parametrize("torn", [3, 4, 5])  # before, inside of and behind a character of two bytes
+def test_a_torn_line_costs_only_itself(tmp_path: Path, torn: int) -> None:
+    path, settings = tmp_path / "partial.jsonl", {"task": "où"}
+    records = [{"mode": "c2c", "id": str(i), "text": "é"} for i in range(2)]
+    Log(path, settings).append(records)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"t\xc3\xa9'[:torn])
+    log = Log(path, settings)
+    assert log.records == {"c2c": {r["id"]: r for r in records}} and path.read_bytes() == whole
+    path.write_bytes(whole + b"\xff\n")
+    with pytest.raises(C2CError, match="not the records of an unfinished run"):
+        Log(path, settings)
 
 
 # --- reports

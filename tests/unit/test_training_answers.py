@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from c2c_mlx import LanguageModel
+from c2c_mlx.errors import C2CError
 from c2c_mlx.training.answers import answer_rows, ended
 from c2c_mlx.training.files import ChatRow, Messages
 
@@ -101,3 +104,17 @@ def test_an_answer_that_was_torn_costs_only_itself(answer: Answer, tmp_path: Pat
     assert len(lines) == 3 and json.loads(lines[2])
     assert answer(ChatRow(ask("count"))) == first
     assert path.read_text().splitlines() == lines
+    path.write_bytes(path.read_bytes() + '["né'.encode()[:-1])  # inside of a character
+    assert answer(ChatRow(ask("count"))) == first
+
+
+def test_a_full_disk_is_one_line(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(C2CError, match=r"answers\.jsonl: cannot keep .*No space left") as e:
+        answer(ChatRow(ask("count")))
+    assert "\n" not in str(e.value)
