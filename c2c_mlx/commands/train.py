@@ -337,7 +337,7 @@ def _train(
         if config.twin and not trainer.valid:
             display.say("--twin: with no chats to measure on it will be compared with nothing")
         train = trainer.config
-        if trainer.finished and not config.twin:
+        if trainer.judged and not config.twin:
             display.say(f"finished already: {trainer.step} steps; a larger --iters goes on")
             return trainer
         tracking = None

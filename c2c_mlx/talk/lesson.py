@@ -30,7 +30,7 @@ from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.progress import Progress
 from c2c_mlx.talk.explain import explain
 from c2c_mlx.talk.opening import open_session
-from c2c_mlx.training import checkpoints, plan, recipe
+from c2c_mlx.training import checkpoints, plan, recipe, verdict
 from c2c_mlx.training.assemble import assemble
 from c2c_mlx.training.run import BESIDE, described
 from c2c_mlx.training.trainer import Trainer
@@ -60,8 +60,8 @@ class Course:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can go on."""
-        return self.step < self.steps
+        """Whether it can go on, if only for its verdict."""
+        return self.step < self.steps or not (self.out / verdict.FILE).exists()
 
 
 def latest(receiver: str, sharer: str) -> Course | None:

@@ -24,6 +24,11 @@ from c2c_mlx.training.prefills import Prefiller
 Losses = dict[str, list[float]]  # by name, nats per chat
 Answers = dict[str, list[str]]  # by name, each chat's
 
+_NAMES = {
+    "valid": "valid_loss",
+    **{name: f"valid_{name}_loss" for name in ("receiver", "shuffled", "zeroed")},
+}
+
 
 def losses(
     c2c: C2C, prefiller: Prefiller, chats: list[Example], batch_size: int, zeroed: bool = False
@@ -46,6 +51,11 @@ def losses(
         each = step_loss.response_losses(prefiller.receiver, cache, batch, state)
         found.setdefault(name, []).extend(float(x) for x in np.array(each))
     return found, [len(e.response_ids) for e in by_length(chats)]
+
+
+def per_token(losses: Losses, tokens: list[int]) -> dict[str, float]:
+    """What `losses` found as metrics tell it: the mean over all tokens, in nats."""
+    return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
 
 
 def answers(

@@ -1,4 +1,4 @@
-"""The learning rate of each step: up to its peak, then down."""
+"""What changes with the step: the learning rate, up to its peak and then down; the gates' noise."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ def learning_rate(c: TrainConfig) -> Callable[[mx.array], mx.array]:
         [optim.linear_schedule(c.learning_rate / c.warmup, c.learning_rate, c.warmup), decay],
         [c.warmup],
     )
+
+
+def temperature(c: TrainConfig, step: int) -> float | None:
+    """Of the gates at a step: T0 (T1 / T0)^(step / anneal); None if they stay open."""
+    if c.gates == "open":
+        return None
+    ratio = c.final_temperature / c.initial_temperature
+    return c.initial_temperature * ratio ** min(step / c.anneal_steps, 1.0)

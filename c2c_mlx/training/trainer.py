@@ -24,19 +24,14 @@ from c2c_mlx.config import Provenance, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk
 from c2c_mlx.fusion.c2c import C2C
-from c2c_mlx.training import checkpoints, fingerprint, fits, measure, verdict
+from c2c_mlx.training import checkpoints, fingerprint, fits, measure, schedule, verdict
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.checkpoints import Checkpoint, Metrics
 from c2c_mlx.training.dataset import Dataset, Example, Position
 from c2c_mlx.training.prefills import Prefiller, Prefills
-from c2c_mlx.training.schedule import learning_rate
 
 METRICS = "metrics.jsonl"
-_NAMES = {
-    "valid": "valid_loss",
-    **{name: f"valid_{name}_loss" for name in ("receiver", "shuffled", "zeroed")},
-}
 SAVED = mx.float16  # of a saved fuser's weights: three bits more than bfloat16, and room enough
 
 
@@ -108,7 +103,7 @@ class Trainer:
         self.verdict: verdict.Verdict = {}  # until the last step is done
         self._whole = True  # fuser and optimiser are those of `step`, not between two steps
         self.optimizer = optim.AdamW(
-            learning_rate=learning_rate(config),
+            learning_rate=schedule.learning_rate(config),
             betas=list(config.betas),
             weight_decay=config.weight_decay,
         )
@@ -185,12 +180,8 @@ class Trainer:
 
     @property
     def temperature(self) -> float | None:
-        """Of the gates at this step: T0 (T1 / T0)^(step / anneal); None if they stay open."""
-        c = self.config
-        if c.gates == "open":
-            return None
-        ratio = c.final_temperature / c.initial_temperature
-        return c.initial_temperature * ratio ** min(self.step / c.anneal_steps, 1.0)
+        """Of the gates at this step; None if they stay open."""
+        return schedule.temperature(self.config, self.step)
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -199,13 +190,18 @@ class Trainer:
         """Whether all steps are done."""
         return self.step >= self.config.iters
 
+    @property
+    def judged(self) -> bool:
+        """Whether nothing is left to do: the verdict on all steps is there."""
+        return self.finished and (self.folder / verdict.FILE).exists()
+
     def run(
         self,
         on_report: Callable[[Metrics], None] = lambda metrics: None,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Trains up to `config.iters` steps.
+        """Trains up to `config.iters` steps, and gives the verdict; a finished run gets it alone.
 
         From the first evaluation on, with chats to measure on or without, the folder holds a fuser.
 
@@ -234,6 +230,11 @@ class Trainer:
         stream = self.train.batches(c.batch_size * c.accumulate, c.seed, self.position)
         began, losses, tokens_before = time.perf_counter(), [], self.tokens
         unsaved = False
+        if is_first and not self.finished:
+            (self.folder / verdict.FILE).unlink(missing_ok=True)  # of fewer steps
+        elif is_first and not self.judged:
+            self._keep({"step": self.step} | self._judge())
+            self.save()
         while not self.finished and not stopped():
             position, rows = next(stream)
             losses.append(self.train_step(self.split(rows)))
@@ -245,17 +246,14 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 metrics = self._metrics(losses, (self.tokens - tokens_before) / seconds)
                 if self.finished:
+                    self.save()  # a verdict takes long, and may not fit: --resume gives it alone
+                    self.save_fuser(self.folder)
                     metrics |= self._judge()
                 elif evaluating and self.valid:
                     metrics |= self.evaluate()
-                if evaluating and self.valid:
-                    self.measured = metrics
                 self._log(metrics)
-                if metrics.get("valid_loss", math.inf) < self.best:
-                    self.best = metrics["valid_loss"]
-                    self.save_fuser(self.folder / "best")
                 if evaluating:
-                    self.save_fuser(self.folder)
+                    self._keep(metrics)
                 yield metrics
                 began, losses, tokens_before = time.perf_counter(), [], self.tokens
             if is_first and (self.step % c.save_every == 0 or self.finished):
@@ -280,8 +278,7 @@ class Trainer:
 
     def evaluate(self) -> Metrics:
         """Validation loss per token: C2C, the receiver alone, and C2C with shuffled sharers."""
-        losses, tokens = self._measure()
-        return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
+        return measure.per_token(*self._measure())
 
     def _measure(self, zeroed: bool = False) -> tuple[measure.Losses, list[int]]:
         size = self.config.batch_size
@@ -295,7 +292,7 @@ class Trainer:
         self.verdict = verdict.judge(losses, tokens, c.seed, c.zero_sharer, said)
         with checkpoints.writing(self.folder / verdict.FILE):
             verdict.write(self.folder, self.verdict)
-        return {_NAMES[name]: sum(each) / sum(tokens) for name, each in losses.items()}
+        return measure.per_token(losses, tokens)
 
     def compare(self, twin: Trainer) -> None:
         """Takes what a finished twin loses into the verdict and onto the card."""
@@ -311,10 +308,9 @@ class Trainer:
         n = min(n, len(self.valid))
         chats = [self.valid[i * len(self.valid) // n] for i in range(n)]  # of every source
         size, tokenizer = self.config.batch_size, self.train.receiver
-        with self.fitting():
-            return measure.answers(
-                self.c2c, self.prefills, chats, size, tokenizer, self.stop_strings, most
-            )
+        return measure.answers(
+            self.c2c, self.prefills, chats, size, tokenizer, self.stop_strings, most
+        )
 
     @contextmanager
     def fitting(self, keep: bool = False) -> Iterator[None]:
@@ -333,7 +329,8 @@ class Trainer:
                 raise
             traceback.clear_frames(e.__traceback__)  # they hold what did not fit
         mx.clear_cache()
-        what = f"step {self.step + 1} did not fit into the memory"
+        what = "the verdict" if self.finished else f"step {self.step + 1}"
+        what += " did not fit into the memory"
         if (less := fits.smaller(self.config)) is None:
             raise C2CError(
                 f"{what}: start again in another --out with a smaller --max-tokens or --preset"
@@ -352,6 +349,15 @@ class Trainer:
         path = self.folder / METRICS
         with checkpoints.writing(path):
             atomic.append(path, json.dumps(metrics) + "\n")
+
+    def _keep(self, metrics: Metrics) -> None:
+        """Saves the fuser with what was measured of it, and as the best if it is that."""
+        if "valid_loss" in metrics:
+            self.measured = metrics
+        if metrics.get("valid_loss", math.inf) < self.best:
+            self.best = metrics["valid_loss"]
+            self.save_fuser(self.folder / "best")
+        self.save_fuser(self.folder)
 
     def save_fuser(self, folder: Path) -> None:
         """Writes the fuser as it is now, with what was measured last."""

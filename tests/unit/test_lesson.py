@@ -74,8 +74,8 @@ def until(engine: InferenceThread, last: type[E]) -> tuple[list[EngineEvent], E]
             return seen, seen[-1]
 
 
-def stopped_run(pair: Pair, tmp_path: Path, eval_every: int = 1) -> Path:
-    """A run of four steps that was stopped after the second."""
+def stopped_run(pair: Pair, tmp_path: Path, eval_every: int = 1, steps: int = 2) -> Path:
+    """A run of four steps that was stopped after so many."""
     data = tmp_path / "chats"
     data.mkdir()
     rows = [{"prompt": f"say {i}", "completion": "so"} for i in range(40)]
@@ -88,7 +88,7 @@ def stopped_run(pair: Pair, tmp_path: Path, eval_every: int = 1) -> Path:
     }
     with Display(4) as display:
         trainer = assemble(described(values), display, resume=False, source="test")
-        trainer.run(stopped=lambda: trainer.step == 2)
+        trainer.run(stopped=lambda: trainer.step == steps)
     recipe.write(out / recipe.FILE, values)
     return out
 
@@ -151,6 +151,23 @@ def test_a_run_that_is_going_on_elsewhere_is_not_gone_on_with(pair: Pair, tmp_pa
     with alone_in(out):
         assert "unfinished" not in lesson.outlook(pair)
     assert lesson.outlook(pair)["unfinished"] == "step 2 of 4"
+
+
+def test_a_finished_run_that_has_no_verdict_gets_it(
+    open_engine: Callable[[], InferenceThread], pair: Pair, tmp_path: Path
+) -> None:
+    out = stopped_run(pair, tmp_path, steps=4)
+    (out / "verdict.json").unlink()
+    engine = open_engine()
+    _, loaded = until(engine, Loaded)
+    assert loaded.unfinished == "step 4 of 4"
+    engine.train(LONG)
+    seen, over = until(engine, TrainingOver)
+    assert not [e for e in seen if isinstance(e, TrainingStep)]
+    assert over.is_whole and "chats" in over.verdict
+    engine.reload(pair)
+    _, loaded = until(engine, Loaded)
+    assert loaded.links and not loaded.unfinished
 
 
 def test_the_question_is_tried_between_evaluations_that_are_far_between(

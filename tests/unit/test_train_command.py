@@ -328,6 +328,19 @@ def test_a_run_is_resumed_as_it_was_or_not_at_all(call: Call, chats: Path, tmp_p
     assert Fuser.load(tmp_path / "run").provenance.steps == 14
 
 
+def test_a_finished_run_without_its_verdict_is_judged(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert call(*PAIR, *SHORT, "--iters", "4", "--data", chats, "--out", out)[0] == 0
+    found = (out / "verdict.json").read_text()
+    (out / "verdict.json").unlink()
+    code, err = call("--resume", "--out", out)
+    assert code == 0 and "finished already" not in err and "Not judged: there are only 4" in err
+    assert (out / "verdict.json").read_text() == found
+    assert "finished already: 4 steps" in call("--resume", "--out", out)[1]
+
+
 @pytest.mark.slow
 def test_ctrl_c_says_what_it_does_and_leaves_a_fuser(
     call: Call, chats: Path, tmp_path: Path

@@ -16,10 +16,12 @@ from trainers import NOISY, RECIPE, Make, run, same, weights
 
 from c2c_mlx import Fuser
 from c2c_mlx.errors import C2CError
-from c2c_mlx.training import interrupt
+from c2c_mlx.training import interrupt, verdict
+from c2c_mlx.training.batch import Batch
 from c2c_mlx.training.checkpoints import all_of, settings_in
 from c2c_mlx.training.dataset import Source
 from c2c_mlx.training.fits import CHOSEN
+from c2c_mlx.training.prefills import Prefills
 from c2c_mlx.training.trainer import Trainer
 
 
@@ -155,6 +157,27 @@ def test_a_finished_run_that_is_resumed_is_finished_and_keeps_its_figures(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_a_run_that_is_told_to_end_where_it_stands_gets_its_verdict(
+    make: Make, tmp_path: Path
+) -> None:
+    run(make(tmp_path, iters=3))
+    cut = make(tmp_path)
+    cut.resume(all_of(tmp_path)[-1])
+    cut.run(stopped=lambda: cut.step == 5)
+    assert not (tmp_path / verdict.FILE).exists(), "it was of fewer steps"
+    short = make(tmp_path, iters=5)
+    short.resume(all_of(tmp_path)[-1])
+    assert short.finished and not short.judged
+    assert run(short) == [] and short.judged
+    assert short.verdict == verdict.read(tmp_path)
+    provenance = Fuser.load(tmp_path).provenance
+    assert (provenance.steps, provenance.verdict) == (5, short.verdict["verdict"])
+    assert provenance.metrics["valid_loss"] == short.verdict["valid_loss"]
+    again = make(tmp_path, iters=5)
+    again.resume(all_of(tmp_path)[-1])
+    assert again.measured == short.measured and again.best == short.best
+
+
 def test_a_damaged_checkpoint_is_named(make: Make, tmp_path: Path) -> None:
     run(make(tmp_path, iters=3))
     (tmp_path / "checkpoints" / "0000003" / "state.json").write_text('{"step": 3}')
@@ -202,6 +225,39 @@ def test_a_run_that_did_not_fit_goes_on_with_less_and_learns_the_same(
     if not options:
         for key, value in weights(whole).items():
             np.testing.assert_allclose(weights(smaller)[key], value, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", ["", "kept"])  # then the answers alone compute anything
+def test_a_verdict_that_did_not_fit_is_given_when_the_run_is_resumed(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"batch_size": 6, "prefill_cache": kept}
+    whole, cut = (make(tmp_path / name, **options) for name in ("whole", "cut"))
+    run(whole)
+    compute = cut.prefills.whole
+
+    def full(batch: Batch) -> Prefills:
+        if cut.finished:
+            raise FULL
+        return compute(batch)
+
+    cut.prefills.whole = full
+    with pytest.raises(C2CError) as e:
+        run(cut)
+    assert str(e.value).startswith("the verdict did not fit into the memory: --resume goes on")
+    assert Fuser.load(tmp_path / "cut").provenance.steps == 6
+    latest = all_of(tmp_path / "cut")[-1]
+    smaller = make(
+        tmp_path / "cut",
+        **options | {name: settings_in(latest)[name] for name in CHOSEN},
+    )
+    smaller.resume(latest)
+    run(smaller)
+    assert same(weights(smaller), weights(whole)) and smaller.config.batch_size == 3
+    for name in ("valid_loss", "zeroed_loss"):
+        assert smaller.verdict[name] == pytest.approx(whole.verdict[name], rel=1e-4)
+    assert Fuser.load(tmp_path / "cut").provenance.verdict == smaller.verdict["verdict"]
 
 
 def test_other_noise_is_told(make: Make, tmp_path: Path) -> None:
