@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from c2c_mlx import atomic
+from c2c_mlx.config import TrainConfig
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.project import KV
@@ -63,9 +64,9 @@ class Prefiller:
 
     Args:
         c2c: both models and the fuser.
-        folder: where examples are kept, one file each; None: nothing is.
-        limit_gb: they are kept up to this size; later ones are computed each time.
-        zero_sharer: the control; the sharer need not run, and is all zeros.
+        config: says in which folder examples are kept, one file each, if they are, and how large
+            it may get, with what other runs keep there; and whether this is the control, for which
+            the sharer need not run, and is all zeros.
         weights: of the receiver and the sharer, by `fingerprint.of_weights`.
         say: told once when no more fits.
 
@@ -77,29 +78,28 @@ class Prefiller:
     def __init__(
         self,
         c2c: C2C,
-        folder: Path | None,
-        limit_gb: float,
-        zero_sharer: bool,
+        config: TrainConfig,
         weights: tuple[str, str],
         say: Callable[[str], None],
     ) -> None:
-        self.c2c, self.zero_sharer = c2c, zero_sharer
+        self.c2c, self.zero_sharer = c2c, config.zero_sharer
         self.receiver = Sections(c2c.receiver, min(c2c.receiver_layers, default=0))
         self._memos: tuple[step_loss.PrefixMemo, step_loss.PrefixMemo] = ({}, {})
         self._prefixes: dict[tuple[int, ...], kv.StackedKV] = {}
-        self._say, self._limit_gb = say, limit_gb
+        self._say, self._limit_gb = say, config.prefill_cache_gb
         self.computed, self.spent = 0, 0.0
         self.folder: Path | None = None
-        if folder:
-            config = c2c.fuser.config
+        if config.prefill_cache:
+            fuser = c2c.fuser.config
             first = self.receiver.first
-            parts = [_FORMAT, *weights, config.layer_map, config.rotated_keys, config.positions]
+            parts = [_FORMAT, *weights, fuser.layer_map, fuser.rotated_keys, fuser.positions]
             parts.append(first)
             name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+            folder = Path(config.prefill_cache).expanduser()
             self.folder = folder / name
             self.folder.mkdir(parents=True, exist_ok=True)
-            held = sum(f.stat().st_size for f in self.folder.glob("[!.]*.safetensors"))
-            self._room = limit_gb * 1e9 - held
+            held = sum(f.stat().st_size for f in folder.rglob("[!.]*.safetensors"))
+            self._room = self._limit_gb * 1e9 - held
 
     def __call__(self, batch: Batch) -> Prefills:
         """Everything frozen that a step over this batch needs."""

@@ -70,14 +70,7 @@ class Trainer:
         self.group = mx.distributed.init()
         self._weights = fingerprint.of_weights(c2c.receiver), fingerprint.of_weights(c2c.sharer)
         self._chats = train.fingerprint()
-        self.prefills = Prefiller(
-            c2c,
-            Path(config.prefill_cache) if config.prefill_cache else None,
-            config.prefill_cache_gb,
-            config.zero_sharer,
-            self._weights,
-            say,
-        )
+        self.prefills = Prefiller(c2c, config, self._weights, say)
         self._loss_and_grad = nn.value_and_grad(c2c.fuser, self._loss)
         # Why the configuration is what it is, and the seconds that answers will take.
         self.fitted: fits.Fit | None = None

@@ -10,6 +10,7 @@ import pytest
 from trainers import POSITIONS, Make, loss_of
 
 from c2c_mlx import LanguageModel
+from c2c_mlx.models.paths import size
 from c2c_mlx.training.batch import collate
 from c2c_mlx.training.dataset import Example
 
@@ -46,6 +47,22 @@ def test_prefills_are_kept_up_to_the_limit(
     assert [loss_of(make(tmp_path, **options), batch) for batch in batches] == first
     files[0].write_bytes(b"torn")
     assert loss_of(make(tmp_path, **options), batches[0]) == pytest.approx(first[0], rel=1e-5)
+
+
+def test_what_other_runs_keep_takes_room(
+    make: Make, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is that of the folder; a recipe may name it from the home folder on."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    batch, options = collate(examples[:2], "all"), {"prefill_cache": "~/kept"}
+    loss_of(make(tmp_path / "a", **options), batch)
+    held = size(tmp_path / "kept")
+    said: list[str] = []
+    other = {"rotated_keys": False, "say": said.append, **options}
+    loss_of(make(tmp_path / "b", prefill_cache_gb=1.5 * held / 1e9, **other), batch)
+    assert size(tmp_path / "kept") == held > 0 and len(said) == 1
+    loss_of(make(tmp_path / "b", prefill_cache_gb=2.5 * held / 1e9, **other), batch)
+    assert size(tmp_path / "kept") > 1.9 * held and len(said) == 1
 
 
 def test_a_prefill_is_the_same_alone_and_in_a_batch(
