@@ -30,9 +30,10 @@ Settings = dict[str, Any]
 FOLDER = "checkpoints"
 _STATE, _ARRAYS = "state.json", "state.safetensors"
 
-# They change when something is told or kept, not what is learned. `iters` does, by the schedule,
-# but to go on for longer is what one resumes for: it is told. How a step's chats are split, and
-# whether layers are recomputed, changes rounding; and noise, where a run has any.
+# They change when something is told or kept, not what is learned: they are never compared, and
+# written for a run that goes on as it was planned. `iters` does, by the schedule, but to go on for
+# longer is what one resumes for: it is told. How a step's chats are split, and whether layers are
+# recomputed, changes rounding; and noise, where a run has any.
 _FREE = (
     *("report_every", "eval_every", "save_every", "answers"),
     *("keep_checkpoints", "prefill_cache_gb"),
@@ -220,7 +221,7 @@ def _damaged(folder: Path, error: Exception) -> C2CError:
 def settings_of(
     config: TrainConfig, fuser: FuserConfig, weights: tuple[str, str], chats: str, processes: int
 ) -> Settings:
-    """All that the numbers of a run depend on, and what is told when it changes.
+    """All that the numbers of a run depend on, what is told when it changes, and what is free.
 
     Args:
         config: the run's.
@@ -238,7 +239,7 @@ def settings_of(
     described = asdict(fuser)
     names = [name for name in described if name not in ("receiver", "sharer")]
     settings |= {f"fuser_config.{name}": described[name] for name in names}
-    settings |= {k: v for k, v in asdict(config).items() if k not in _FREE}
+    settings |= asdict(config)
     # Kept prefills are rounded to half precision; where they are kept does not matter.
     settings["prefill_cache"] = bool(config.prefill_cache)
     as_read: Settings = json.loads(json.dumps(settings))
@@ -254,7 +255,8 @@ def check_same(there: Settings, here: Settings) -> list[str]:
     Raises:
         C2CError: naming all that differs and may not.
     """
-    changed = {k for k in there.keys() | here.keys() if there.get(k) != here.get(k)}
+    names = (there.keys() | here.keys()) - {*_FREE}
+    changed = {k for k in names if there.get(k) != here.get(k)}
     allowed = {*_TOLD}
     if math.prod(there.get(k, 0) for k in _SPLIT) != math.prod(here[k] for k in _SPLIT):
         allowed -= {*_SPLIT}  # a step would learn from fewer or more chats

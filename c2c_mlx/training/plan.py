@@ -29,6 +29,7 @@ _ANSWERED = 4  # tokens of an answer that are timed
 _ANSWERING = 0.1  # of a given time, at most, is for the verdict's answers
 _EVALUATING = 0.25  # of a given time, at most, is for evaluations; there is always one
 _EVALUATIONS = 4  # of a run that is too short for the usual rhythm
+_PLANNED = ("answers", "eval_every", "save_every")  # beside the steps, of a run in a given time
 
 
 @dataclass(frozen=True)
@@ -223,14 +224,19 @@ def fit(
 def as_planned(run: RunConfig, fixed: set[str]) -> RunConfig:
     """A run that is resumed, with the steps that were planned for it: others would be another run.
 
+    And with its evaluations and answers, which there was time for; `fixed` stays.
+
     Raises:
         C2CError: if its checkpoint is damaged.
     """
     there = checkpoints.all_of(Path(run.out))
     if not there:
         return run
-    iters = int(checkpoints.settings_in(there[-1])["iters"])
-    return replace(run, train=with_iters(run.train, iters, fixed))
+    settings = checkpoints.settings_in(there[-1])
+    # Earlier versions wrote the steps alone.
+    planned = {n: settings[n] for n in _PLANNED if n in settings and n not in fixed}
+    train = with_iters(run.train, int(settings["iters"]), fixed)
+    return replace(run, train=replace(train, **planned))
 
 
 def describe(run: RunConfig, trainer: Trainer, pace: Pace) -> dict[str, Any]:

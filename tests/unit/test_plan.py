@@ -171,6 +171,36 @@ def test_a_timed_run_that_is_resumed_keeps_its_length(
     assert "finished already: 14 steps" in capsys.readouterr().err
 
 
+def test_a_timed_run_that_is_resumed_keeps_its_evaluations_and_answers(
+    chats: Path, tmp_path: Path
+) -> None:
+    run = RunConfig(
+        *(str(TINY / "sharer"), str(TINY / "receiver"), (str(chats),), str(tmp_path / "run")),
+        preset="tiny",
+        train=TrainConfig(batch_size=4),
+    )
+    with Display(14) as display:
+        trainer = assemble(run, display, resume=False, source="test")
+        slow = Pace(step=1.0, evaluation=60.0, answer=1.0, peak_gb=0)
+        trainer.begin(plan.fitted(trainer.config, 100, slow, set()))
+        trainer.run(stopped=lambda: trainer.step == 2)
+        planned = trainer.config
+        assert (planned.eval_every, planned.answers) == (planned.iters, 10)
+        assert plan.as_planned(run, set()).train == planned
+        given = replace(run, train=replace(run.train, answers=3))
+        assert plan.as_planned(given, {"answers"}).train == replace(planned, answers=3)
+        assert assemble(given, display, resume=True, source="test").step == 2
+    state = all_of(tmp_path / "run")[-1] / "state.json"
+    written = json.loads(state.read_text())
+    for name in ("report_every", "eval_every", "save_every", "answers", "keep_checkpoints"):
+        del written["settings"][name]  # as an earlier version wrote it
+    state.write_text(json.dumps(written))
+    earlier = plan.as_planned(run, set())
+    assert earlier.train == plan.with_iters(run.train, planned.iters, set())
+    with Display(14) as display:
+        assert assemble(earlier, display, resume=True, source="test").step == 2
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
