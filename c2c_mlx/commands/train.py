@@ -319,6 +319,7 @@ def _train(
     from c2c_mlx.fusers import trained
     from c2c_mlx.training import interrupt, plan
     from c2c_mlx.training.assemble import assemble, assemble_twin
+    from c2c_mlx.training.dataset import refusals
     from c2c_mlx.training.display import Display, tracker
 
     is_first, out = mx.distributed.init().rank() == 0, Path(config.out)
@@ -371,8 +372,8 @@ def _train(
             tracking.finish()
         if left_out := len(trainer.train.too_long):
             display.say(f"{left_out} chats were longer than {train.max_tokens} tokens and left out")
-        if refusals := trainer.train.refusals():
-            display.say(refusals)
+        if trainer.train.refused:
+            display.say(refusals(trainer.train.refused))
         if trainer.verdict:
             display.say(trainer.verdict["verdict"])
         name = next((name for name, run in trained.every() if run == out), config.out)

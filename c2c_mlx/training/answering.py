@@ -38,6 +38,7 @@ def answered(
     valid: list[ChatRow],
     models: tuple[LanguageModel, LanguageModel],
     progress: Callable[[int, int], None],
+    say: Callable[[str], None],
     *,
     resume: bool,
     dry: bool,
@@ -46,11 +47,13 @@ def answered(
     """Answers rows that have no answer, those that are measured first.
 
     Args:
-        run: says who answers, and where answers are kept.
+        run: says who answers, where answers are kept, and how long a prompt may be; longer ones are
+            left out.
         parts: the rows of each source.
         valid: rows that are only measured.
         models: receiver and sharer.
         progress: called with answers known and wanted.
+        say: told what is left out, but for the time.
         resume: a run goes on with the answers that it had.
         dry: one batch is answered, to know how long it takes; the rest gets words of that length.
         deadline: of the run, on the clock of `time.monotonic`; of what is left until then `SHARE`
@@ -62,10 +65,11 @@ def answered(
     lm = models[0] if own else models[1]
     path = Path(run.out) / f"answers-{run.answer_with}.jsonl"
     no_more = resume and path.exists()
+    longest = run.train.max_tokens
 
     def answer(rows: list[ChatRow], until: float) -> list[ChatRow]:
         until = 0 if no_more else until
-        return answer_rows(rows, lm, path, run.answer_tokens, own, progress, until)
+        return answer_rows(rows, lm, path, run.answer_tokens, own, progress, until, longest, say)
 
     everything = [row for rows in parts for row in rows]
     began = time.monotonic()

@@ -22,6 +22,9 @@ from c2c_mlx import atomic
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.text.rendering import Refused, Tokenizer, render
+from c2c_mlx.text.tokens import tokenize
+from c2c_mlx.training.dataset import refusals
 from c2c_mlx.training.date import on_a_fixed_day
 from c2c_mlx.training.files import ChatRow
 from c2c_mlx.training.fingerprint import of_weights
@@ -40,6 +43,8 @@ def answer_rows(
     own: bool,
     progress: Callable[[int, int], None],
     until: float = math.inf,
+    longest: float = math.inf,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[ChatRow]:
     """Answers the rows that end with the user, greedily; the others come back as they are.
 
@@ -55,9 +60,11 @@ def answer_rows(
         own: whether `lm` is the receiver.
         progress: called with answers known and wanted.
         until: on the clock of `time.monotonic`; no batch begins after it.
+        longest: tokens of a prompt; what is longer will not be learned from, and is not answered.
+        say: told which rows are not answered, and why.
 
     Returns:
-        The rows, without those that nothing was answered to in time.
+        The rows, without those that nothing was answered to.
 
     Raises:
         C2CError: if answers can't be kept.
@@ -67,23 +74,20 @@ def answer_rows(
     # Another model, or another limit, has other answers.
     by = [of_weights(lm.model), max_tokens]
     known = _read(path)
-    wanted = {_key(by, _asked(row)): _asked(row) for row in rows if _is_open(row)}
-    missing = [key for key in wanted if key not in known]
-    tokenizer = on_a_fixed_day(lm.tokenizer)
-    prompts = {
-        key: tokenizer.apply_chat_template(
-            wanted[key], add_generation_prompt=True, enable_thinking=False
-        )
-        for key in missing
-    }
-    missing.sort(key=lambda key: len(prompts[key]))
+    keys = [_key(by, _asked(row)) if _is_open(row) else "" for row in rows]
+    prompts: dict[str, list[int]] = {}
+    if time.monotonic() <= until:
+        unknown = [(key, row) for key, row in zip(keys, rows, strict=True) if key not in known]
+        prompts = _prompts(unknown, on_a_fixed_day(lm.tokenizer), longest, say)
+    wanted = (known.keys() & {*keys}) | prompts.keys()
+    missing = sorted(prompts, key=lambda key: len(prompts[key]))
     batches = [missing[at : at + BATCH] for at in range(0, len(missing), BATCH)]
     # Not the short ones first: what there is time for is like the rest.
     for at in np.random.default_rng(0).permutation(len(batches)):
         if time.monotonic() > until:
             break
-        keys = batches[at]
-        begun, rest = _begun(lm.model, [prompts[key] for key in keys])
+        some = batches[at]
+        begun, rest = _begun(lm.model, [prompts[key] for key in some])
         answers = batch_generate(
             lm.model,
             lm.tokenizer,
@@ -95,17 +99,46 @@ def answer_rows(
         assert answers.token_ids is not None
         fresh = {
             key: ended(text, len(ids) >= max_tokens, lm.stop_strings)
-            for key, text, ids in zip(keys, answers.texts, answers.token_ids, strict=True)
+            for key, text, ids in zip(some, answers.texts, answers.token_ids, strict=True)
         }
         _keep(path, fresh)
         known |= fresh
-        progress(len(known.keys() & wanted.keys()), len(wanted))
-    keys = [_key(by, _asked(row)) if _is_open(row) else "" for row in rows]
+        progress(len(known.keys() & wanted), len(wanted))
     return [
         _answered(row, known[key], own) if key else row
         for row, key in zip(rows, keys, strict=True)
         if not key or key in known
     ]
+
+
+def _prompts(
+    rows: list[tuple[str, ChatRow]],
+    tokenizer: Tokenizer,
+    longest: float,
+    say: Callable[[str], None],
+) -> dict[str, list[int]]:
+    """By their keys what the model sees of open rows, but of those that can't be learned from."""
+    found: dict[str, list[int]] = {}
+    refused: dict[str, str] = {}
+    too_long = 0
+    for key, row in rows:
+        if not key or key in found:
+            continue
+        try:
+            seen = tokenize(render(_asked(row), tokenizer), tokenizer)
+            own = tokenize(render(row.messages, tokenizer), tokenizer) if row.answer_to else seen
+        except Refused as e:
+            refused.setdefault(row.where, str(e))
+            continue
+        if len(own) <= longest:
+            found[key] = seen
+        else:
+            too_long += 1
+    if too_long:
+        say(f"{too_long} prompts are longer than {longest} tokens: left out, and not answered")
+    if refused:
+        say(refusals(refused))
+    return found
 
 
 def _begun(model: nn.Module, prompts: list[list[int]]) -> tuple[list[kv.Cache], list[list[int]]]:

@@ -24,7 +24,7 @@ from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.progress import Progress
 from c2c_mlx.training import checkpoints, distil, fits, shrink
 from c2c_mlx.training.answering import answered
-from c2c_mlx.training.dataset import Dataset, Source
+from c2c_mlx.training.dataset import Dataset, Source, refusals
 from c2c_mlx.training.distil import Distiller
 from c2c_mlx.training.files import VALID, ChatRow, answers_for, read_source
 from c2c_mlx.training.holdout import hold_out
@@ -107,11 +107,12 @@ def assemble(
         # One process after the other: the first answers, the others read its answers.
         if rank == group.rank():
             found = answered(
-                run,
+                replace(run, train=config),
                 [rows for _, rows, _ in data],
                 [row for *_, rows in data for row in rows],
                 (receiver, sharer),
                 lambda done, total: watcher.count("answering prompts", done, total),
+                watcher.say,
                 resume=resume or rank > 0,
                 dry=dry,
                 deadline=deadline,
@@ -147,8 +148,8 @@ def assemble(
         f"{sum(len(s.rows) for s in sources)} chats, {len(examples)} for validation, "
         f"{size / 1e6:.2f} M parameters, {config.iters} steps"
     )
-    if refusals := train.refusals():
-        watcher.say(refusals)
+    if train.refused:
+        watcher.say(refusals(train.refused))
     if left_out:
         watcher.say(f"{left_out} of the chats for validation are longer than {config.max_tokens}")
     return trainer

@@ -141,13 +141,6 @@ class Dataset:
             self.refused.setdefault(row.where, str(e))
             return None
 
-    def refusals(self) -> str:
-        """How many rows a template refuses, where the first is, and why; empty if it takes all."""
-        if not self.refused:
-            return ""
-        where, why = next(iter(self.refused.items()))
-        return f"{len(self.refused)} chats are left out, the first {where}: {why}"
-
     def fingerprint(self) -> str:
         """A name for what is drawn: all rows, their weights, and how a chat becomes ids."""
         digest = hashlib.sha256()
@@ -202,13 +195,21 @@ class Dataset:
                         self.too_long.add((number, i))
             if not examples:
                 why = f"every chat is longer than {self.max_tokens} tokens (max_tokens)"
-                raise C2CError(f"{why} or refused; {self.refusals()}" if self.refused else why)
+                raise C2CError(
+                    f"{why} or refused; {refusals(self.refused)}" if self.refused else why
+                )
             examples.sort(key=lambda e: (len(e.receiver_ids), len(e.response_ids)))
             batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
             order = np.random.default_rng((seed, window)).permutation(len(batches))
             for at in range(done, len(order)):
                 yield (window, at + 1), batches[order[at]]
             window, done = window + 1, 0
+
+
+def refusals(refused: dict[str, str]) -> str:
+    """Of rows that a template refuses, by file and line: how many, where the first is, and why."""
+    where, why = next(iter(refused.items()))
+    return f"{len(refused)} chats are left out, the first {where}: {why}"
 
 
 def _order(n: int, start: int, count: int, seed: tuple[int, ...]) -> list[int]:

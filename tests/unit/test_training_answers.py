@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from c2c_mlx import LanguageModel
+from c2c_mlx import LanguageModel, load_model
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training.answers import answer_rows, ended
 from c2c_mlx.training.files import ChatRow, Messages
@@ -22,10 +23,10 @@ Answer = Callable[..., list[ChatRow]]
 @pytest.fixture
 def answer(receiver: LanguageModel, tmp_path: Path) -> Answer:
     def answer(
-        *rows: ChatRow, lm: LanguageModel = receiver, own: bool = True, n: int = 4
+        *rows: ChatRow, lm: LanguageModel = receiver, own: bool = True, n: int = 4, **options: Any
     ) -> list[ChatRow]:
         path = tmp_path / "answers.jsonl"
-        return answer_rows(list(rows), lm, path, n, own, lambda done, total: None)
+        return answer_rows(list(rows), lm, path, n, own, lambda done, total: None, **options)
 
     return answer
 
@@ -42,6 +43,31 @@ def test_a_row_is_answered_by_what_its_answer_is_to(answer: Answer) -> None:
     assert foreign.messages[-1]["role"] == "assistant"
     # What the receiver answers to something else, it could not answer here.
     assert (foreign.own, english.own) == (False, True)
+
+
+def test_what_cannot_be_learned_from_is_not_answered(
+    answer: Answer, receiver: LanguageModel, tmp_path: Path
+) -> None:
+    lm = load_model(receiver.path)
+    lm.tokenizer.chat_template = (
+        "{% if messages[1:] %}{{ raise_exception('one at a time') }}{% endif %}"
+        + lm.tokenizer.chat_template
+    )
+    short, long = ChatRow(ask("count")), ChatRow(ask("count " * 50))
+    twice = ChatRow(ask("count") * 2, where="chats, line 3")
+    foreign = ChatRow(ask("zähle " * 50), answer_to=ask("one"))
+    brief = replace(foreign, messages=ask("zähle"))
+    said: list[str] = []
+    rows = short, long, twice, foreign, brief
+    found = answer(*rows, lm=lm, longest=40, say=said.append)
+    # An answer to two rows is given if one of them is short.
+    assert [row.messages[:-1] for row in found] == [r.messages for r in (short, foreign, brief)]
+    assert said[0].startswith("2 prompts are longer than 40 tokens")
+    assert said[1].startswith("1 chats are left out, the first chats, line 3: the chat template")
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    assert answer(*rows, until=0) == found, "resumed, with what there is"
+    (known,) = answer(long)  # as an earlier version did
+    assert answer(long, longest=40) == [known]
 
 
 def test_an_answer_that_is_there_stays(answer: Answer) -> None:

@@ -19,7 +19,7 @@ from c2c_mlx.text.rendering import render
 from c2c_mlx.training import dataset as dataset_module
 from c2c_mlx.training import fits
 from c2c_mlx.training.batch import collate, pad
-from c2c_mlx.training.dataset import Dataset, Example, Source, make_example
+from c2c_mlx.training.dataset import Dataset, Example, Source, make_example, refusals
 from c2c_mlx.training.date import on_a_fixed_day
 from c2c_mlx.training.files import ChatRow
 
@@ -243,9 +243,9 @@ def test_chats_that_a_template_refuses_are_left_out_and_told(
     assert dataset.fingerprint() and dataset.example(rows[0]) is None
     assert {len(batch) for _, batch in islice(dataset.batches(8, 0), 5)} == {3}
     assert set(dataset.refused) == {"chats, line 0", "chats, line 2"} and not dataset.too_long
-    told = dataset.refusals()
-    assert told.startswith("2 chats are left out, the first chats, line 0: the chat template of ")
-    assert "(user, user): roles must alternate" in told and "\n" not in told
+    line = refusals(dataset.refused)
+    assert line.startswith("2 chats are left out, the first chats, line 0: the chat template of ")
+    assert "(user, user): roles must alternate" in line and "\n" not in line
     assert len(fits.longest(rows, *tokenizers.values(), "span", 40)) == 3
     hopeless = Dataset([Source(rows[:1], 1.0)], *tokenizers.values(), "span", 40)
     with pytest.raises(C2CError, match="or refused; 1 chats are left out, the first chats, line 0"):
