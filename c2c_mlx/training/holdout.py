@@ -17,18 +17,21 @@ def hold_out(
 ) -> tuple[list[list[ChatRow]], list[ChatRow]]:
     """Takes some chats out of the sources; what is asked in them is asked nowhere in the rest.
 
+    Rows that begin alike are one chat: of a conversation that is cut by its turns, the later rows
+    hold what is asked in the earlier ones.
+
     Args:
         sources: the rows of each.
         seed: which chats are taken depends on it and on the rows alone.
 
     Returns:
         What is left of each source, never nothing, and one row of each chat that was taken; none
-        if there are fewer than `FEWEST` that ask different things.
+        if there are fewer than `FEWEST` that begin with different questions.
     """
     asked: dict[str, list[tuple[int, int]]] = {}
     for number, rows in enumerate(sources):
         for at, row in enumerate(rows):
-            asked.setdefault(_question(row), []).append((number, at))
+            asked.setdefault(_beginning(row), []).append((number, at))
     if len(asked) < FEWEST:
         return [list(rows) for rows in sources], []
     left = [len(rows) for rows in sources]
@@ -54,7 +57,8 @@ def hold_out(
     return rest, kept_out
 
 
-def _question(row: ChatRow) -> str:
-    """All that comes before the answer."""
-    asked = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
-    return repr([(m["role"], m["content"]) for m in asked])
+def _beginning(row: ChatRow) -> str:
+    """All up to the first question; of a row without any, all that comes before the answer."""
+    roles = [m["role"] for m in row.messages]
+    end = roles.index("user") + 1 if "user" in roles else len(roles) - 1
+    return repr([(m["role"], m["content"]) for m in row.messages[:end]])

@@ -59,6 +59,17 @@ def test_what_is_asked_there_is_asked_nowhere_in_the_rest() -> None:
     assert len(rest[0]) == 72 and len(rest[1]) == 36
 
 
+def test_turns_of_one_conversation_are_not_parted() -> None:
+    rows = [
+        ChatRow([m for t in range(turns) for m in chat(f"q{i}.{t}", f"a{t}").messages])
+        for i in range(60)
+        for turns in (3, 1, 2)  # in any order
+    ]
+    [rest], out = hold_out([rows], 0)
+    assert len(out) == 6 and len(rest) == 180 - 18
+    assert not asked(out) & asked(rest)
+
+
 def test_no_source_is_left_without_chats() -> None:
     single = [chat("the only one")]
     rows = [chat(f"q{i}") for i in range(400)]
