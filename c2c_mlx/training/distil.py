@@ -68,16 +68,17 @@ class Distiller(Trainer):
         gates = self.config.message_gate_weight * gate_error(found, wanted, batch.messages)
         return (error + gates) * batch.tokens, error * batch.tokens
 
-    def evaluate(self) -> Metrics:
+    def evaluate(self, chats: list[Example] | None = None) -> Metrics:
         """As a trainer's, and the error of the fused caches."""
-        return super().evaluate() | self.errors()
+        return super().evaluate(chats) | self.errors(chats)
 
     def _judge(self) -> Metrics:
         return super()._judge() | self.errors()
 
-    def errors(self) -> Metrics:
-        """Of the fused caches, on the chats that are only measured; see `errors`."""
-        found = errors(self.teacher, self.c2c, self.prefills, self.valid, self.config.batch_size)
+    def errors(self, chats: list[Example] | None = None) -> Metrics:
+        """Of the fused caches, on these chats or those that are only measured; see `errors`."""
+        chats, size = chats or self.valid, self.config.batch_size
+        found = errors(self.teacher, self.c2c, self.prefills, chats, size)
         return {f"valid_error_{name}": error for name, error in found.items()}
 
 

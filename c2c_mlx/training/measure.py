@@ -96,6 +96,12 @@ def answers(
     }
 
 
+def spread(chats: list[Example], n: int) -> list[Example]:
+    """At most n of the chats, of every source some: they stand one source after the other."""
+    n = min(n, len(chats))
+    return [chats[i * len(chats) // n] for i in range(n)]
+
+
 def by_length(chats: list[Example]) -> list[Example]:
     """The order in which chats are measured: batches need little padding."""
     return sorted(chats, key=lambda e: (len(e.receiver_ids), len(e.response_ids)))

@@ -103,9 +103,9 @@ def probe(
         chat = spent / max(prefills.computed - computed, 1)
         evaluation = answer = first = 0.0
         if trainer.valid:
-            part = trainer.valid[: c.batch_size]
+            part = measure.spread(trainer.valid, c.batch_size)
             began, spent = time.perf_counter(), prefills.spent
-            measure.losses(trainer.c2c, prefills, part, c.batch_size)
+            trainer.evaluate(part)
             spent = prefills.spent - spent
             evaluation, first = (
                 seconds * len(trainer.valid) / len(part)

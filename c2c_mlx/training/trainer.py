@@ -269,17 +269,18 @@ class Trainer:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
 
-    def evaluate(self) -> Metrics:
-        """Validation loss per token: C2C, the receiver alone, and C2C with shuffled sharers."""
-        return measure.per_token(*self._measure())
+    def evaluate(self, chats: list[Example] | None = None) -> Metrics:
+        """Loss per token of these chats (None: `valid`): C2C's, the receiver's, and shuffled."""
+        return measure.per_token(*self._measure(chats or self.valid))
 
-    def _measure(self, zeroed: bool = False) -> tuple[measure.Losses, list[int]]:
-        size = self.config.batch_size
-        return measure.losses(self.c2c, self.prefills, self.valid, size, zeroed)
+    def _measure(
+        self, chats: list[Example], zeroed: bool = False
+    ) -> tuple[measure.Losses, list[int]]:
+        return measure.losses(self.c2c, self.prefills, chats, self.config.batch_size, zeroed)
 
     def _judge(self) -> Metrics:
         """Gives the verdict, and returns what `evaluate` does."""
-        losses, tokens = self._measure(zeroed=True) if self.valid else ({}, [])
+        losses, tokens = self._measure(self.valid, zeroed=True) if self.valid else ({}, [])
         c = self.config
         said = self.answers(c.answers) if self.valid and c.answers else None
         self.verdict = verdict.judge(losses, tokens, c.seed, c.zero_sharer, said)
@@ -290,7 +291,7 @@ class Trainer:
     def compare(self, twin: Trainer) -> None:
         """Takes what a finished twin loses into the verdict and onto the card."""
         if self.valid and (found := verdict.read(self.folder)):
-            losses, _ = twin._measure()
+            losses, _ = twin._measure(self.valid)
             self.verdict = verdict.with_twin(found, losses["valid"], self.config.seed)
             with checkpoints.writing(self.folder / verdict.FILE):
                 verdict.write(self.folder, self.verdict)
@@ -298,12 +299,9 @@ class Trainer:
 
     def answers(self, n: int, most: int = verdict.ANSWER_TOKENS) -> measure.Answers:
         """Greedy answers to n of the chats that are only measured, of `most` tokens at most."""
-        n = min(n, len(self.valid))
-        chats = [self.valid[i * len(self.valid) // n] for i in range(n)]  # of every source
-        size, tokenizer = self.config.batch_size, self.train.receiver
-        return measure.answers(
-            self.c2c, self.prefills, chats, size, tokenizer, self.stop_strings, most
-        )
+        chats, size = measure.spread(self.valid, n), self.config.batch_size
+        tokenizer, stops = self.train.receiver, self.stop_strings
+        return measure.answers(self.c2c, self.prefills, chats, size, tokenizer, stops, most)
 
     @contextmanager
     def fitting(self, keep: bool = False) -> Iterator[None]:

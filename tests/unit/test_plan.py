@@ -139,6 +139,27 @@ def test_a_probe_leaves_no_trace(chats: Path, tmp_path: Path) -> None:
     assert rest == others
 
 
+def test_a_probe_evaluates_as_the_run_does(chats: Path, tmp_path: Path) -> None:
+    """A small fuser's run measures more than losses, on chats of every source."""
+    run = RunConfig(
+        *(str(TINY / "sharer"), str(TINY / "receiver"), (str(chats),), str(tmp_path / "run")),
+        preset="tiny",
+        train=TrainConfig(batch_size=2),
+    )
+    with Display(14) as display:
+        trainer = assemble(run, display, resume=False, source="test")
+    evaluate, measured = trainer.evaluate, []
+
+    def seen(part: Any) -> Any:
+        measured.append(part)
+        return evaluate(part)
+
+    trainer.evaluate = seen
+    plan.probe(trainer)
+    assert measured == [[trainer.valid[0], trainer.valid[2]]] and len(trainer.valid) == 4
+    assert trainer.evaluate(measured[0]) != evaluate()
+
+
 def test_a_probe_sees_which_prefills_are_kept(chats: Path, tmp_path: Path) -> None:
     """A run that found those of its first steps planned for as many more as it had no time for."""
     run = RunConfig(
