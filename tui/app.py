@@ -325,7 +325,7 @@ class ChatApp(App[None]):
         """Closes or opens gates; an answer that is being given keeps the old ones."""
         loaded = self.state.loaded
         if loaded is not None and loaded.links:
-            self.follower.set_gates(loaded.gates if event.gates is None else event.gates)
+            self.follower.set_gates(event.gates)
             if self.state.is_busy:
                 self.notify("from the next answer on")
 

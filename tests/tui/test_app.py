@@ -198,6 +198,10 @@ async def test_surgery_while_nobody_listens_adds_up(shows) -> None:
         await until(lambda: stage.asked == ["Who?"])
         await pilot.press("ctrl+g", "k", "v", "down", "k", "k")
         await until(lambda: [sum(kind) for kind in chat.state.gates[0]] == [14, 14])
+        view = chat.main.gate_panel.view
+        view.action_gate(0)
+        view.action_gate(1)  # before the app has heard of the other
+        await until(lambda: [sum(kind) for kind in chat.state.gates[0]] == [13, 13])
 
 
 async def test_gates_of_another_fuser_are_not_drawn(shows) -> None:

@@ -36,9 +36,9 @@ class GateView(ScrollView, can_focus=True):
 
     @dataclass
     class Surgery(Message):
-        """The user wants other gates, of each fuser; None: the fusers' own."""
+        """The user wants other gates, of each fuser."""
 
-        gates: tuple[Gates, ...] | None
+        gates: tuple[Gates, ...]
 
     class Moved(Message):
         """The cursor, the view, or what is shown has changed."""
@@ -292,11 +292,16 @@ class GateView(ScrollView, can_focus=True):
 
     def _cut(self, gates: Gates) -> None:
         at = self.sharer
-        self.post_message(self.Surgery((*self.gates[:at], gates, *self.gates[at + 1 :])))
+        self._want((*self.gates[:at], gates, *self.gates[at + 1 :]))
+
+    def _want(self, gates: tuple[Gates, ...]) -> None:
+        self.show_gates(gates)  # the next key may come before anybody has heard of this one
+        self.post_message(self.Surgery(gates))
 
     def action_restore(self) -> None:
         """The fuser's own gates."""
-        self.post_message(self.Surgery(None))
+        if self.loaded is not None:
+            self._want(self.loaded.gates)
 
     def on_click(self, event: events.Click) -> None:
         """The cursor goes where the mouse is."""
