@@ -1,6 +1,6 @@
 """Short questions about places and things: a name decides what the answer is.
 
-None of the things and capitals that `facts` measures with, nor of the page of answers, is here.
+No question that `facts` measures with, or that the page of answers asks, is here.
 """
 
 from __future__ import annotations
