@@ -95,6 +95,8 @@ def _run(args: argparse.Namespace, command: str) -> None:
     task, items = _items(args)
     if args.pair and args.study != "pairs":
         raise C2CError("--pair belongs to c2c-study pairs; name a pair with --receiver, --sharer")
+    if len(args.sharer or ()) > 1 and args.study == "pairs":
+        raise C2CError("c2c-study pairs reads one sharer at a time: name each with a --pair")
     _check_out(args.out)
 
     from c2c_mlx import blas, device
@@ -107,6 +109,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
         print(f"{PROGRAM}: {blas.notice}", file=sys.stderr)
     module = import_module(f"c2c_mlx.studies.{args.study}")
     who = [_pairing(text, args) for text in args.pair or [None]]
+    names = _names(who)
     status = Status(sys.stderr)
 
     def progress(what: str, done: int, total: int) -> None:
@@ -133,8 +136,8 @@ def _run(args: argparse.Namespace, command: str) -> None:
                 found = module.run(
                     task,
                     items,
-                    _pairings(who, status),
-                    lambda name: log(f"pair-{len(logs)}", pair=name),
+                    _pairings(names, who, status),
+                    lambda name, about: log(f"pair-{len(logs)}", pair=name, **about),
                     args.seed,
                     progress,
                 )
@@ -237,29 +240,56 @@ def _pairing(text: str | None, args: argparse.Namespace) -> tuple[Pair, str | No
     return pair.parse(given), twin or None
 
 
-def _pairings(who: Sequence[tuple[Pair, str | None]], status: Status) -> Iterator[Pairing]:
-    """Loads one pair after the other; one without a fuser has no C2C modes."""
+def _names(who: Sequence[tuple[Pair, str | None]]) -> list[str]:
+    """What each pair is called; where several have the same models, by fuser and twin as well.
+
+    Raises:
+        C2CError: if two are the same all the same.
+    """
+    names = [f"{one.receiver} <- {one.sharers[0]}" for one, _ in who]
+    names = [
+        ", ".join(filter(None, (name, *one.fusers, twin))) if names.count(name) > 1 else name
+        for name, (one, twin) in zip(names, who, strict=True)
+    ]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise C2CError(f"--pair: {twice[0]} is there twice; leave one out, or name another fuser")
+    return names
+
+
+def _pairings(
+    names: Sequence[str], who: Sequence[tuple[Pair, str | None]], status: Status
+) -> Iterator[Pairing]:
+    """Loads one pair after the other, and keeps none of them."""
+    for name, (one, twin) in zip(names, who, strict=True):
+        yield _load(name, one, twin, status)
+
+
+def _load(name: str, one: Pair, twin: str | None, status: Status) -> Pairing:
+    """Loads a pair; one without a fuser has no C2C modes."""
+    from c2c_mlx.evaluation import about
     from c2c_mlx.fusers import disk
     from c2c_mlx.fusers.store import find_for_pair
     from c2c_mlx.studies.pairs import Pairing
 
-    for one, twin in who:
-        try:
-            folders = pair.find_fusers(one)
-        except C2CError as e:
-            if one.fusers:
-                raise
-            folders = []
-            status.close()
-            print(
-                f"{PROGRAM}: {one.receiver} <- {one.sharers[0]} without c2c: {e}", file=sys.stderr
-            )
-        loaded = pair.load(one, folders, 1, status)
-        twin_folder = find_for_pair(one.receiver, one.sharers[0], twin) if twin else None
-        yield Pairing(
-            f"{one.receiver} <- {one.sharers[0]}",
-            loaded.receiver,
-            loaded.sharers[0],
-            next(iter(loaded.fusers), None),
-            disk.load(twin_folder) if twin_folder else None,
-        )
+    try:
+        folders = pair.find_fusers(one)
+    except C2CError as e:
+        if one.fusers:
+            raise
+        folders = []
+        status.close()
+        print(f"{PROGRAM}: {one.receiver} <- {one.sharers[0]} without c2c: {e}", file=sys.stderr)
+    twins = [find_for_pair(one.receiver, one.sharers[0], twin)] if twin else []
+    fuser, of_twin = (
+        [about.digest_of_file(disk.locate(folder, disk.WEIGHTS)) for folder in found]
+        for found in (folders, twins)
+    )
+    loaded = pair.load(one, folders, 1, status)
+    return Pairing(
+        name,
+        loaded.receiver,
+        loaded.sharers[0],
+        next(iter(loaded.fusers), None),
+        disk.load(twins[0]) if twins else None,
+        {"fuser": fuser, "twin": of_twin, "fuser_bits": one.fuser_bits},
+    )

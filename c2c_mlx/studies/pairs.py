@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +26,30 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two models, and what there is between them."""
+    """Two models, and what there is between them.
+
+    Attributes:
+        name: another one for every pair.
+        receiver: answers.
+        sharer: is read.
+        fuser: between them; None: there are no C2C modes.
+        twin: its control.
+        settings: what its records depend on beside its name.
+    """
 
     name: str
     receiver: LanguageModel
     sharer: LanguageModel
     fuser: Fuser | None
     twin: Fuser | None
+    settings: dict[str, Any]
 
 
 def run(
     task: Task,
     items: Sequence[Item],
     pairings: Iterable[Pairing],
-    log_of: Callable[[str], runner.Log],
+    log_of: Callable[[str, dict[str, Any]], runner.Log],
     seed: int,
     progress: Progress,
 ) -> Result:
@@ -47,8 +58,8 @@ def run(
     Args:
         task: scores the answers.
         items: the same for every pair.
-        pairings: loaded one after the other.
-        log_of: the log of a pair, or of its twin.
+        pairings: loaded one after the other; each is let go before the next is asked for.
+        log_of: the log of a pair, or of its twin, by name and settings.
         seed: of every draw.
         progress: called after every batch.
     """
@@ -56,7 +67,7 @@ def run(
     for pair in pairings:
 
         def ask(name: str, names: list[str], fuser: Fuser | None, pair: Pairing = pair) -> Any:
-            log, fusers = log_of(name), [fuser] if fuser else []
+            log, fusers = log_of(name, pair.settings), [fuser] if fuser else []
             lms = pair.receiver, [pair.sharer]
             modes = Modes(*lms, fusers, "sequential", items, seed, task.max_tokens)
 
@@ -74,6 +85,7 @@ def run(
             records[TWIN] = ask(f"{pair.name}, twin", modes, pair.twin)["c2c-zeroed"]
         about = {"receiver": pair.receiver.name, "sharer": pair.sharer.name}
         found[pair.name] = of_evaluation.summarise(task, items, records, about, seed)
+        del pair, ask  # there is room for one pair of models
     return {"kind": task.kind, "scores": list(task.scores), "pairs": found}
 
 
@@ -115,5 +127,9 @@ def draw(result: Result, figure: Any) -> None:
 
 
 def _short(pair: str) -> str:
-    """A pair's name on two lines, folders by their own name alone."""
-    return "\n<- ".join(Path(name).name[-24:] for name in pair.split(" <- "))
+    """A pair's name on a line for each, folders by their own name alone."""
+    parts = re.split(r"( <- |, )", pair)
+    return "".join(
+        f"\n{part.strip(' ,')} " if at % 2 else Path(part).name[-24:]
+        for at, part in enumerate(parts)
+    )

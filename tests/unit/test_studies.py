@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -394,3 +396,87 @@ def test_pairs_lie_side_by_side_with_a_twin(
     assert set(first["modes"]) > {"c2c", "c2c-zeroed", "twin"}
     zeroed, twin = (first["modes"][m]["scores"]["nll"] for m in ("c2c-zeroed", "twin"))
     assert zeroed == twin  # the same fuser, fed by nobody
+
+
+@pytest.fixture
+def pairs(tiny_pair: Pair, task: str, tmp_path: Path) -> Callable[..., int]:
+    """Studies the tiny pair with each of these: a fuser, perhaps a comma and a twin."""
+
+    def pairs(*fusers: str, more: tuple[str, ...] = ()) -> int:
+        models = f"{tiny_pair.receiver},{tiny_pair.sharers[0]}"
+        given = [x for fuser in fusers for x in ("--pair", f"{models},{fuser}")]
+        out = ["--out", str(tmp_path / "out")]
+        return command.main(["pairs", *given, "--task", task, "--limit", "2", *out, *more])
+
+    return pairs
+
+
+def test_fusers_of_the_same_models_lie_side_by_side(
+    pairs: Callable[..., int], tiny_pair: Pair, fuser: Fuser, tmp_path: Path, capsys: Any
+) -> None:
+    fuser.gate_logit = -fuser.gate_logit
+    fuser.save(tmp_path / "other")
+    assert pairs(tiny_pair.fusers[0], str(tmp_path / "other")) == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())["pairs"]
+    assert [name.rpartition(", ")[2] for name in found] == [
+        tiny_pair.fusers[0],
+        str(tmp_path / "other"),
+    ]
+    first, second = (of["modes"]["c2c"]["scores"]["nll"]["mean"] for of in found.values())
+    assert first != second
+    capsys.readouterr()
+    assert pairs(tiny_pair.fusers[0], tiny_pair.fusers[0], more=("--out", str(tmp_path / "2"))) == 2
+    assert "is there twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["fuser", "twin", "fuser_bits"])
+def test_a_pair_with_another_fuser_does_not_go_on(
+    other: str,
+    pairs: Callable[..., int],
+    tiny_pair: Pair,
+    fuser: Fuser,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    append = Log.append
+
+    def cut(self: Log, records: Any) -> None:
+        append(self, records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Log, "append", cut)
+    own = tiny_pair.fusers[0]
+    assert pairs(own) == 130
+    monkeypatch.setattr(Log, "append", append)
+    fuser.save(tmp_path / "other")
+    capsys.readouterr()
+    given = {"fuser": str(tmp_path / "other"), "twin": f"{own},{own}"}.get(other, own)
+    assert pairs(given, more=("--fuser-bits", "8") if other == "fuser_bits" else ()) == 2
+    assert f"an unfinished run with another {other} (" in capsys.readouterr().err
+    assert pairs(own) == 0
+
+
+def test_pairs_read_one_sharer(call: Callable[..., int], tiny_pair: Pair, capsys: Any) -> None:
+    assert call("pairs", "--sharer", tiny_pair.sharers[0]) == 2
+    err = capsys.readouterr().err
+    assert "one sharer at a time" in err and err.count("\n") == 1
+
+
+def test_a_pair_is_let_go_before_the_next_is_loaded(
+    call: Callable[..., int], tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, there = command.pair.load, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        gc.collect()
+        assert not any(model() for model in there)
+        loaded = load(*args, **options)
+        there.extend(weakref.ref(lm) for lm in (loaded.receiver, *loaded.sharers))
+        return loaded
+
+    monkeypatch.setattr(command.pair, "load", watched)
+    names = tiny_pair.receiver, tiny_pair.sharers[0]
+    both = [x for pair in (names, names[::-1]) for x in ("--pair", ",".join(pair))]
+    assert call("pairs", *both, "--limit", "2") == 0
+    assert len(there) == 4
