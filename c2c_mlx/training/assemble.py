@@ -214,6 +214,7 @@ def _read(run: RunConfig, name: str) -> tuple[list[ChatRow], list[ChatRow]]:
 
 def _claim(out: Path, resume: bool, make: bool) -> None:
     """Makes the run's folder; a run that is there is continued or left alone, never overwritten."""
+    checkpoints.check_alone(out)
     has_run = bool(checkpoints.all_of(out))
     if resume and not has_run:
         raise C2CError(f"--resume: no checkpoint in {out}; leave --resume out to start a run")

@@ -45,14 +45,16 @@ _TOLD = ("iters", "grad_checkpoint", *_SPLIT)
 def place(receiver: str, sharer: str) -> Path:
     """Where a pair's next run goes; one that came to nothing makes room, for it may have answers.
 
+    One that is going on may yet come to something.
+
     Args:
         receiver: the model argument.
         sharer: likewise.
     """
     runs = trained.runs(receiver, sharer)
-    if runs and not all_of(runs[-1]) and not (runs[-1] / disk.CONFIG).exists():
-        return runs[-1]
-    return trained.next_run(receiver, sharer)
+    if not runs or all_of(runs[-1]) or (runs[-1] / disk.CONFIG).exists() or is_going_on(runs[-1]):
+        return trained.next_run(receiver, sharer)
+    return runs[-1]
 
 
 @dataclass(frozen=True)
@@ -124,27 +126,41 @@ def alone_in(run: Path) -> Iterator[None]:
     """
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
-    if (folder := _locked(run)) is None:
-        raise C2CError(f"{run}: a run is going on there; wait for its end, or name another folder")
+    if (folder := _locked(run, fcntl.LOCK_EX)) is None:
+        raise _going_on(run)
     try:
         yield
     finally:
         os.close(folder)
 
 
+def check_alone(run: Path) -> None:
+    """Looks into a run's folder, which may not be there yet, before anything is written.
+
+    Raises:
+        C2CError: if a run is going on in it.
+    """
+    if run.is_dir() and is_going_on(run):
+        raise _going_on(run)
+
+
 def is_going_on(run: Path) -> bool:
     """Whether a run is going on in a folder that exists."""
-    if (folder := _locked(run)) is None:
+    if (folder := _locked(run, fcntl.LOCK_SH)) is None:  # so several may look at once
         return True
     os.close(folder)
     return False
 
 
-def _locked(run: Path) -> int | None:
+def _going_on(run: Path) -> C2CError:
+    return C2CError(f"{run}: a run is going on there; wait for its end, or name another folder")
+
+
+def _locked(run: Path, how: int) -> int | None:
     """The open folder, locked as long as it is open; None: somebody else has locked it."""
     folder = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, how | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
         return None

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from c2c_mlx import Fuser
 from c2c_mlx.commands import train
-from c2c_mlx.training.checkpoints import all_of
+from c2c_mlx.training.checkpoints import all_of, alone_in
 from c2c_mlx.training.plot import read_reports
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
@@ -168,6 +168,18 @@ def test_a_run_is_never_overwritten(call: Call, chats: Path, tmp_path: Path) -> 
     assert call(*run, "--iters", "2")[0] == 0
     code, err = call(*run)
     assert code == 2 and "--resume it, or name another folder" in err
+
+
+def test_a_run_that_is_going_on_keeps_what_it_was_told(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    (out := tmp_path / "run").mkdir()
+    (out / "run.yaml").write_text("iters: 7\n")
+    with alone_in(out):
+        code, err = call(*PAIR, *SHORT, "--data", chats, "--out", out)
+    assert code == 2 and "a run is going on there" in err and err.count("\n") == 1
+    assert [path.name for path in out.iterdir()] == ["run.yaml"]
+    assert (out / "run.yaml").read_text() == "iters: 7\n"
 
 
 def test_a_run_leaves_out_what_a_template_refuses(call: Call, chats: Path, tmp_path: Path) -> None:

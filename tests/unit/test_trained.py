@@ -14,6 +14,7 @@ from c2c_mlx.config import Pair
 from c2c_mlx.errors import NoFuserError
 from c2c_mlx.fusers import disk, store, trained
 from c2c_mlx.models import registry
+from c2c_mlx.training import checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,13 @@ def test_the_latest_is_the_pairs_own(tiny_pair: Pair) -> None:
     assert store.find_for_pair(*pair, "receiver+sharer/1") == first
     with pytest.raises(NoFuserError):
         store.find_for_pair(*pair[::-1], None)  # the reverse has none of it
+
+
+def test_a_run_makes_room_for_the_next_if_it_came_to_nothing_and_is_over() -> None:
+    first = trained.next_run("qwen", "llama")
+    with checkpoints.alone_in(first):
+        assert checkpoints.place("qwen", "llama") == trained.next_run("qwen", "llama") != first
+    assert checkpoints.place("qwen", "llama") == first
 
 
 def test_shipped_before_own_before_published(tiny_pair: Pair) -> None:
