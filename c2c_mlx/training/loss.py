@@ -151,9 +151,10 @@ def response_loss(
 def response_losses(
     receiver: Sections, cache: kv.Cache, batch: Batch, state: mx.array | None = None
 ) -> mx.array:
-    """As `response_loss`, but each row's own, [B]."""
+    """As `response_loss`, but each row's own, [B], and nothing learns from them."""
     ids = mx.array(batch.inputs)
-    return receiver.losses(ids, cache, batch.targets, batch.mask, state).sum(axis=1)
+    losses = receiver.losses(ids, cache, batch.targets, batch.mask, state, learning=False)
+    return losses.sum(axis=1)
 
 
 def message_loss(change: Change | None, batch: Batch) -> mx.array:

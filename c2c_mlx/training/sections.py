@@ -87,6 +87,7 @@ class Sections:
         mask: np.ndarray,
         state: mx.array | None = None,
         recompute: bool = False,
+        learning: bool = True,
     ) -> mx.array:
         """Cross-entropy of each target in nats, [B, N] float32; zero where none counts.
 
@@ -97,6 +98,7 @@ class Sections:
             mask: [B, N] True where a target counts.
             state: from `state`, of these ids.
             recompute: whether a layer's insides are computed again for the gradient, not kept.
+            learning: whether there will be a gradient.
         """
         if not self._has_head:
             logits = self._run(ids, cache, state, recompute)
@@ -106,37 +108,51 @@ class Sections:
         hidden = self._hidden(ids, cache, state, recompute).flatten(0, 1)  # [B*N, D]
         if not mask.all():
             hidden = hidden[mx.array(counting)]
-        losses = self._score(hidden, mx.array(targets.reshape(-1)[counting]))
+        score = self._score_with_gradient if learning else self._score
+        losses = score(hidden, mx.array(targets.reshape(-1)[counting]))
         if mask.all():
             return losses.reshape(mask.shape)
         return mx.zeros(mask.size).at[mx.array(counting)].add(losses).reshape(mask.shape)
 
     def _score(self, hidden: mx.array, targets: mx.array) -> mx.array:
-        """Cross-entropy [T] of targets [T] at hidden states [T, D].
+        """Cross-entropy [T] of targets [T] at hidden states [T, D]."""
+        return mx.concatenate([losses for losses, _ in self._chunks(hidden, targets, False)])
+
+    def _chunks(
+        self, hidden: mx.array, targets: mx.array, learning: bool
+    ) -> Iterator[tuple[mx.array, list[mx.array]]]:
+        """Losses, and where these are learned from the hidden states' gradient, a chunk each.
 
         The head is frozen, so all that its logits are needed for is over before the next chunk.
         """
         step = max(_CHUNK // (4 * self._vocabulary), 1)
+        before: list[mx.array] = []
+        for at in range(0, hidden.shape[0], step):
+            part, target = hidden[at : at + step], targets[at : at + step, None]
+            if before:  # one chunk after the other
+                part = mx.depends([part], before)[0]
+            logits = self._head(part)
+            wide = logits.astype(mx.float32)
+            wide = wide - wide.max(axis=-1, keepdims=True)
+            share = mx.exp(wide)  # once: it is half of what a CPU does here beside the products
+            total = share.sum(axis=-1, keepdims=True)
+            chosen = mx.take_along_axis(wide, target, axis=-1)
+            losses, gradient = (mx.log(total) - chosen)[:, 0], []
+            if learning:
+                off = share / total
+                off = off.at[mx.arange(off.shape[0]), target[:, 0]].subtract(1.0)
+                gradient = mx.vjp(self._head, [part], [off.astype(logits.dtype)])[1]
+            before = [losses, *gradient]
+            yield losses, gradient
+
+    def _score_with_gradient(self, hidden: mx.array, targets: mx.array) -> mx.array:
+        """As `_score`; the gradient is computed with it, for the logits are gone when it is due."""
 
         @mx.custom_function
         def score(hidden: mx.array) -> tuple[mx.array, mx.array]:
-            losses: list[mx.array] = []
-            gradients: list[mx.array] = []
-            for at in range(0, hidden.shape[0], step):
-                part, target = hidden[at : at + step], targets[at : at + step, None]
-                if losses:  # one chunk after the other
-                    part = mx.depends([part], [losses[-1], gradients[-1]])[0]
-                logits = self._head(part)
-                wide = logits.astype(mx.float32)
-                wide = wide - wide.max(axis=-1, keepdims=True)
-                share = mx.exp(wide)  # once: it is half of what a CPU does here beside the products
-                total = share.sum(axis=-1, keepdims=True)
-                chosen = mx.take_along_axis(wide, target, axis=-1)
-                losses.append((mx.log(total) - chosen)[:, 0])
-                off = share / total
-                off = off.at[mx.arange(off.shape[0]), target[:, 0]].subtract(1.0)
-                gradients += mx.vjp(self._head, [part], [off.astype(logits.dtype)])[1]
-            return mx.concatenate(losses), mx.concatenate(gradients)
+            chunks = list(self._chunks(hidden, targets, True))
+            gradients = [x for _, gradient in chunks for x in gradient]
+            return mx.concatenate([losses for losses, _ in chunks]), mx.concatenate(gradients)
 
         @score.vjp
         def _(_: Any, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:

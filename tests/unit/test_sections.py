@@ -133,6 +133,30 @@ def test_sections_lose_what_the_whole_model_loses(
     assert list(model.layers) == layers
 
 
+@pytest.mark.parametrize("tokens", [2, 99])
+def test_what_nothing_learns_from_has_no_gradient(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(sections, "_CHUNK", 4 * 300 * tokens)
+    parts, cache = Sections(model, FIRST), prefill(model, PROMPTS, {})
+    vjp, calls = mx.vjp, []
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return vjp(*given)
+
+    monkeypatch.setattr(mx, "vjp", counted)
+
+    def losses(learning: bool) -> np.ndarray:
+        held = [c.copy() for c in cache]
+        return np.array(parts.losses(mx.array(GOING_ON), held, TARGETS, MASK, learning=learning))
+
+    measured = losses(learning=False)
+    assert not calls
+    np.testing.assert_array_equal(measured, losses(learning=True))
+    assert len(calls) == (3 if tokens == 2 else 1)
+
+
 def test_a_model_that_cannot_be_divided_is_run_whole() -> None:
     """Its layers hand on more than a state, and its head looks at the ids as well."""
 
