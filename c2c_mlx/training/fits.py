@@ -10,6 +10,8 @@ from pathlib import Path
 
 import c2c_mlx.blas  # noqa: F401
 
+import mlx.core as mx
+
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.models.memory import Need
 from c2c_mlx.models.paths import size
@@ -50,6 +52,8 @@ def fit(
 ) -> Fit:
     """The nearest to what was wanted that fits; a step learns from as many chats in all of them.
 
+    All processes of a run ask together, and get what fits the one with the least room.
+
     Args:
         config: what is wanted.
         given: its fields that stay as they are.
@@ -62,17 +66,22 @@ def fit(
 
     config = _with_room(config, given)
     wanted = needed(config)
-    if wanted.total <= wanted.limit:
+    if _fits(wanted):
         return Fit(config, wanted, f"batches: {told(config)}, which fits")
     why = f"{config.batch_size} at a time would take {wanted.total / 1e9:.1f} GB"
     for less in (config, *_ladder(config, given)):
         found = needed(less)
-        if found.total <= found.limit:
+        if _fits(found):
             return Fit(less, found, f"batches: {told(less)}; {why}")
     fitting = (c for c in _ladder(config, ()) if needed(c).total <= wanted.limit)
     if other := next(fitting, None):
         found = replace(found, advice=f"{flags(config, other)} will")
     return Fit(less, found, f"batches: {told(less)}; no less was left open")
+
+
+def _fits(need: Need) -> bool:
+    """Whether every process of the run has room for it."""
+    return not mx.distributed.all_sum(mx.array(int(need.total > need.limit))).item()
 
 
 def smaller(config: TrainConfig) -> TrainConfig | None:

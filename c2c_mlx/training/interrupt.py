@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
+
 
 @contextmanager
 def noticed(say: Callable[[], None]) -> Iterator[Callable[[], bool]]:
@@ -34,3 +38,14 @@ def noticed(say: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
         for thread in noted:
             thread.join()
+
+
+def anywhere(stopped: Callable[[], bool]) -> Callable[[], bool]:
+    """As `stopped`, of any process of a run: one that stops alone leaves the others waiting for it.
+
+    All of them have to ask.
+    """
+    group = mx.distributed.init()
+    if group.size() == 1:
+        return stopped
+    return lambda: bool(mx.distributed.all_sum(mx.array(int(stopped())), group=group).item())

@@ -22,6 +22,7 @@ from c2c_mlx.training.dataset import Example
 from c2c_mlx.training.prefills import Prefiller
 
 Losses = dict[str, list[float]]  # by name, nats per chat
+Measured = tuple[Losses, list[int]]  # and the tokens of each chat's answer
 Answers = dict[str, list[str]]  # by name, each chat's
 
 _NAMES = {
@@ -32,7 +33,7 @@ _NAMES = {
 
 def losses(
     c2c: C2C, prefiller: Prefiller, chats: list[Example], batch_size: int, zeroed: bool = False
-) -> tuple[Losses, list[int]]:
+) -> Measured:
     """The loss of each chat: C2C's, the receiver's alone, and C2C's with a shuffled sharer.
 
     Args:

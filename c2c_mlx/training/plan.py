@@ -214,10 +214,11 @@ def fit(
         C2CError: as `probe` and `fitted` do.
     """
     pace = probe(trainer, twin, tell)
-    mine = fitted(trainer.config, deadline - time.monotonic(), pace, fixed)
-    is_first = trainer.group.rank() == 0
-    iters = mx.distributed.all_sum(mx.array(mine.iters if is_first else 0), group=trainer.group)
-    trainer.begin(replace(mine, iters=int(iters)))
+    config, is_first = trainer.config, trainer.group.rank() == 0
+    if is_first:  # which alone measures and saves; the others have another pace, and may find none
+        config = fitted(config, deadline - time.monotonic(), pace, fixed)
+    iters = mx.distributed.all_sum(mx.array(config.iters if is_first else 0), group=trainer.group)
+    trainer.begin(replace(config, iters=int(iters)))
     return pace
 
 

@@ -24,7 +24,7 @@ from c2c_mlx.config import Provenance, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk
 from c2c_mlx.fusion.c2c import C2C
-from c2c_mlx.training import checkpoints, fingerprint, fits, measure, schedule, verdict
+from c2c_mlx.training import checkpoints, fingerprint, fits, interrupt, measure, schedule, verdict
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.checkpoints import Checkpoint, Metrics
@@ -100,10 +100,8 @@ class Trainer:
             betas=list(config.betas),
             weight_decay=config.weight_decay,
         )
-        size = self.group.size()
-        self.settings = checkpoints.settings_of(
-            config, self.c2c.fuser.config, self._weights, self._chats, size
-        )
+        shared = self._weights, self._chats, self.group.size()
+        self.settings = checkpoints.settings_of(config, self.c2c.fuser.config, *shared)
 
     # --- one step -----------------------------------------------------------------------------
 
@@ -228,6 +226,7 @@ class Trainer:
         elif is_first and not self.judged:
             self._keep({"step": self.step} | self._judge())
             self.save()
+        stopped = interrupt.anywhere(stopped)
         while not self.finished and not stopped():
             position, rows = next(stream)
             losses.append(self.train_step(self.split(rows)))
@@ -273,9 +272,7 @@ class Trainer:
         """Loss per token of these chats (None: `valid`): C2C's, the receiver's, and shuffled."""
         return measure.per_token(*self._measure(chats or self.valid))
 
-    def _measure(
-        self, chats: list[Example], zeroed: bool = False
-    ) -> tuple[measure.Losses, list[int]]:
+    def _measure(self, chats: list[Example], zeroed: bool = False) -> measure.Measured:
         return measure.losses(self.c2c, self.prefills, chats, self.config.batch_size, zeroed)
 
     def _judge(self) -> Metrics:

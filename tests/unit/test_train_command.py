@@ -428,24 +428,52 @@ def test_a_full_disk_loses_no_earlier_checkpoint(
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_run_of_one(call: Call, chats: Path, tmp_path: Path) -> None:
-    common = [*PAIR, *SHORT, "--data", str(chats)]
-    assert call(*common, "--out", tmp_path / "one")[0] == 0
-    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--", "c2c-train"]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [*launch, *common, "--out", tmp_path / "two"],
-        env=environment,
+def together(*command: Any) -> subprocess.CompletedProcess[str]:
+    """A command in two processes."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--", *command],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(call: Call, chats: Path, tmp_path: Path) -> None:
+    common = [*PAIR, *SHORT, "--data", str(chats)]
+    assert call(*common, "--out", tmp_path / "one")[0] == 0
+    done = together("c2c-train", *common, "--out", tmp_path / "two")
     assert (tmp_path / "two" / "config.json").exists(), done.stderr + done.stdout
     one, two = (read_reports(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
     assert two[-1]["valid_loss"] == pytest.approx(one[-1]["valid_loss"], rel=1e-4)
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+ALIKE = """
+import mlx.core as mx
+from c2c_mlx.config import TrainConfig
+from c2c_mlx.models.memory import Need
+from c2c_mlx.training import fits, interrupt
+
+first = mx.distributed.init().rank() == 0
+
+def need(config, shapes):
+    return Need(0, 0, 0, config.batch_size * 10**9, 0, 0, 20 * 10**9 if first else 5 * 10**9)
+
+found = fits.fit(TrainConfig(batch_size=16), (), [(9, 9)] * 16, need).config
+stopped = interrupt.anywhere(lambda: first)()
+print("chosen", found.batch_size, found.accumulate, stopped, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_choose_alike(tmp_path: Path) -> None:
+    (tmp_path / "alike.py").write_text(ALIKE)
+    done = together("python", tmp_path / "alike.py")
+    said = [line for line in done.stdout.splitlines() if line.startswith("chosen")]
+    assert said == ["chosen 4 4 True"] * 2, done.stderr
 
 
 def test_a_run_is_drawn(call: Call, chats: Path, tmp_path: Path) -> None:
