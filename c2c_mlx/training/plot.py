@@ -54,7 +54,9 @@ def plot(run: Path) -> Path:
 
 
 def read_reports(path: Path) -> list[dict[str, float]]:
-    """The reports of a run; a step that a resumed run reported again counts once, the last time.
+    """The reports of a run; of a step that was reported again counts what was said last.
+
+    A run's last step is: when it is done, and with its verdict.
 
     Raises:
         C2CError: if there are none.
@@ -65,7 +67,7 @@ def read_reports(path: Path) -> list[dict[str, float]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             report = json.loads(line)
-            reports[report["step"]] = report
+            reports[report["step"]] = reports.get(report["step"], {}) | report
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed while writing
     if not reports:

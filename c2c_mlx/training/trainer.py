@@ -224,7 +224,9 @@ class Trainer:
         if is_first and not self.finished:
             (self.folder / verdict.FILE).unlink(missing_ok=True)  # of fewer steps
         elif is_first and not self.judged:
-            self._keep({"step": self.step} | self._judge())
+            found = {"step": self.step} | self._judge()
+            self._log(found)
+            self._keep(found)
             self.save()
         stopped = interrupt.anywhere(stopped)
         while not self.finished and not stopped():
@@ -237,9 +239,10 @@ class Trainer:
             if is_first and (self.step % c.report_every == 0 or evaluating):
                 seconds = time.perf_counter() - began
                 metrics = self._metrics(losses, (self.tokens - tokens_before) / seconds)
-                if self.finished:
-                    self.save()  # a verdict takes long, and may not fit: --resume gives it alone
+                if self.finished:  # a verdict takes long, and may not fit: --resume gives it alone
+                    self.save()
                     self.save_fuser(self.folder)
+                    self._log(metrics)  # and once more with what is measured
                     metrics |= self._judge()
                 elif evaluating and self.valid:
                     metrics |= self.evaluate()

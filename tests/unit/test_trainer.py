@@ -24,6 +24,7 @@ from c2c_mlx.training.batch import collate, pad
 from c2c_mlx.training.checkpoints import all_of
 from c2c_mlx.training.dataset import Example
 from c2c_mlx.training.measure import by_length, decode
+from c2c_mlx.training.plot import read_reports
 from c2c_mlx.training.start import measure_inputs
 
 # --- losses
@@ -158,8 +159,7 @@ def test_reports_and_files(make: Make, tmp_path: Path) -> None:
     reports = run(trainer)
     assert [r["step"] for r in reports] == [2, 4, 6]
     assert ["valid_loss" in r for r in reports] == [False, True, True]
-    logged = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in logged] == reports
+    assert read_reports(tmp_path / "metrics.jsonl") == reports
     assert trainer.measured == reports[-1]
     assert trainer.best == min(r["valid_loss"] for r in reports[1:])
     best = Fuser.load(tmp_path / "best")

@@ -21,6 +21,7 @@ from c2c_mlx.training.batch import Batch
 from c2c_mlx.training.checkpoints import all_of, settings_in
 from c2c_mlx.training.dataset import Source
 from c2c_mlx.training.fits import CHOSEN
+from c2c_mlx.training.plot import read_reports
 from c2c_mlx.training.prefills import Prefills
 from c2c_mlx.training.trainer import Trainer
 
@@ -247,6 +248,8 @@ def test_a_verdict_that_did_not_fit_is_given_when_the_run_is_resumed(
         run(cut)
     assert str(e.value).startswith("the verdict did not fit into the memory: --resume goes on")
     assert Fuser.load(tmp_path / "cut").provenance.steps == 6
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    assert read_reports(metrics)[-1]["step"] == 6, "what was learned is told in any case"
     latest = all_of(tmp_path / "cut")[-1]
     smaller = make(
         tmp_path / "cut",
@@ -258,6 +261,8 @@ def test_a_verdict_that_did_not_fit_is_given_when_the_run_is_resumed(
     for name in ("valid_loss", "zeroed_loss"):
         assert smaller.verdict[name] == pytest.approx(whole.verdict[name], rel=1e-4)
     assert Fuser.load(tmp_path / "cut").provenance.verdict == smaller.verdict["verdict"]
+    last = read_reports(metrics)[-1]
+    assert last["loss"] > 0 and last["valid_loss"] == smaller.verdict["valid_loss"]
 
 
 def test_other_noise_is_told(make: Make, tmp_path: Path) -> None:
