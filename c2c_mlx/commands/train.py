@@ -345,24 +345,23 @@ def _train(
         if track and is_first:
             tracking = tracker(track, out, dataclasses.asdict(train))
 
-        def go_on(at_work: Trainer) -> None:
+        def go_on(at_work: Trainer) -> bool:
+            """Trains, and returns whether somebody asked to stop."""
+
             def report(metrics: dict[str, float]) -> None:
                 display.report(metrics)
                 if tracking and at_work is trainer:
                     tracking.log(metrics, step=int(metrics["step"]))
 
             def interrupted() -> None:
-                step = at_work.step + 1
-                display.say(
-                    f"stopping: step {step} is finished and saved; Ctrl-C again stops at once"
-                )
+                display.say("stopping after what it is at; Ctrl-C again stops at once")
 
             with interrupt.noticed(interrupted) as stopped:
                 at_work.run(report, display.step, stopped)
+                return interrupt.anywhere(stopped)()
 
-        go_on(trainer)
-        last = trainer
-        if config.twin and trainer.finished:
+        is_stopped, last = go_on(trainer), trainer
+        if config.twin and trainer.finished and not is_stopped:
             last = assemble_twin(trainer, config, display)
             display.say(f"the twin, which has nothing to read, from step {last.step} on")
             go_on(last)
@@ -383,5 +382,8 @@ def _train(
             display.say(
                 f"stopped at step {last.step} of {train.iters}; the same with --resume goes on"
             )
+            raise KeyboardInterrupt
+        if config.twin and last is trainer:
+            display.say("stopped before the twin; the same with --resume trains it")
             raise KeyboardInterrupt
         return trainer

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from c2c_mlx import Fuser
 from c2c_mlx.commands import train
+from c2c_mlx.training import verdict
 from c2c_mlx.training.checkpoints import all_of, alone_in
 from c2c_mlx.training.plot import read_reports
 
@@ -372,11 +373,29 @@ def test_ctrl_c_says_what_it_does_and_leaves_a_fuser(
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130, said
     text = "".join(said)
-    assert "stopping: step " in text and "Ctrl-C again stops at once" in text
+    assert "stopping after what it is at" in text and "Ctrl-C again stops at once" in text
     assert "the same with --resume goes on" in text and "Traceback" not in text
     assert len(re.findall("^step 2/", text, re.MULTILINE)) == 1  # nothing is printed twice
     step = int(all_of(tmp_path / "run")[-1].name)
     assert step >= 2 and Fuser.load(tmp_path / "run").provenance.steps == step
+
+
+def test_ctrl_c_in_the_verdict_leaves_the_twin_for_later(
+    call: Call, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, out = verdict.judge, tmp_path / "run"
+
+    def interrupted(*given: Any) -> verdict.Verdict:
+        signal.raise_signal(signal.SIGINT)
+        return judge(*given)
+
+    monkeypatch.setattr(verdict, "judge", interrupted)
+    code, err = call(*PAIR, *SHORT, "--iters", "4", "--data", chats, "--out", out, "--twin")
+    assert code == 130 and "stopping after" in err and "stopped before the twin" in err
+    assert (out / "verdict.json").exists() and not (out / "twin").exists()
+    monkeypatch.setattr(verdict, "judge", judge)
+    code, err = call("--resume", "--out", out)
+    assert code == 0 and (out / "twin" / "verdict.json").exists()
 
 
 @pytest.mark.slow
