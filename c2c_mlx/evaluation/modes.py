@@ -22,9 +22,10 @@ from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
-from c2c_mlx.talk import decode, relay
+from c2c_mlx.talk import relay
 from c2c_mlx.talk.crossed import Silent, silenced
 from c2c_mlx.talk.links import align_to_each, link
+from c2c_mlx.text import thoughts
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
@@ -131,7 +132,7 @@ class Modes:
         prefix = self._prefixes.setdefault(mode, Reader(lm.model))
         assert isinstance(prefix, Reader)
         prefix.extend(ids[:-1])
-        is_thinking = decode.begins_thinking(lm.tokenizer, ids)
+        is_thinking = thoughts.begins_thinking(lm.tokenizer, ids)
         return Reading(lm, copy.deepcopy(prefix.cache), ids[-1], len(ids), is_thinking)
 
     def _read_fused(self, mode: str, item: Item) -> Reading:
@@ -150,7 +151,7 @@ class Modes:
         links = self._silent if mode == "c2c-zeroed" else self.links
         prefix = self._prefixes.setdefault(mode, FusedCache(*links, order=self.order))
         assert isinstance(prefix, FusedCache)
-        cache, is_thinking = prefix.extend(prompts), decode.begins_thinking(lm.tokenizer, ids)
+        cache, is_thinking = prefix.extend(prompts), thoughts.begins_thinking(lm.tokenizer, ids)
         return Reading(lm, copy.deepcopy(cache), ids[-1], len(ids), is_thinking)
 
     def _aligned(self, item: Item) -> list[TokenAlignment]:
@@ -195,7 +196,7 @@ def write(
         prefill_batch_size=len(readings),
     )
     room = [lm.context_length - r.prompt_tokens for r in readings]
-    wanted = [max_tokens + (decode.THINKING_TOKENS if r.is_thinking else 0) for r in readings]
+    wanted = [max_tokens + (thoughts.BUDGET if r.is_thinking else 0) for r in readings]
     uids = generator.insert(
         [[r.last] for r in readings],
         [min(pair) for pair in zip(wanted, room, strict=True)],

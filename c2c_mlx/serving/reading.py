@@ -20,8 +20,8 @@ from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.models.remote import RemoteReader
 from c2c_mlx.serving.caches import Caches, State
 from c2c_mlx.serving.job import Messages, TooLong, Wait
-from c2c_mlx.talk import decode
 from c2c_mlx.talk.links import align_to_each
+from c2c_mlx.text import thoughts
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
@@ -137,8 +137,8 @@ def prepare(team: Team, mode: Mode, messages: Messages, times: Times) -> Prompt:
     for sharer, text in zip(team.sharers, aligned, strict=False):
         needed = room_for(sharer, text.sharer_ids)
         room = min(room, needed) if team.fuse_response else room  # it reads the answer, too
-    thoughts = decode.THINKING_TOKENS if decode.begins_thinking(lm.tokenizer, ids) else 0
-    return Prompt(lm, messages, ids, room, aligned, thoughts)
+    budget = thoughts.BUDGET if thoughts.begins_thinking(lm.tokenizer, ids) else 0
+    return Prompt(lm, messages, ids, room, aligned, budget)
 
 
 def read(

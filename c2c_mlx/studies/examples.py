@@ -19,8 +19,8 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.fusion.rope import Rotation
 from c2c_mlx.models.load import LanguageModel
-from c2c_mlx.talk.decode import begins_thinking
 from c2c_mlx.text.rendering import render
+from c2c_mlx.text.thoughts import begins_thinking
 from c2c_mlx.text.tokens import tokenize
 
 

@@ -15,8 +15,7 @@ from c2c_mlx import device
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.events import Reason
 from c2c_mlx.fusion import kv
-
-THINKING_TOKENS = 2048  # of a model that thinks whether it is asked to or not, before its answer
+from c2c_mlx.text import thoughts
 
 
 class Piece(NamedTuple):
@@ -47,7 +46,7 @@ def decode(
         last_ids: what of the prompt is not in the cache, at least one id.
         sampling: temperature, nucleus, seed, and the most tokens to generate.
         stop_strings: text that ends an answer; it and all behind it are dropped.
-        thinking: whether the prompt ends within thoughts, see `begins_thinking`. They have a budget
+        thinking: whether the prompt ends within thoughts, see `text.thoughts`. They have a budget
             of their own.
         room: tokens that the model's context has room for, thoughts included; None: for all.
 
@@ -64,7 +63,7 @@ def decode(
         {"normal": ends, "thoughts": [(tokenizer.think_end, "normal")] if thinking else []}
     ).make_state("thoughts" if thinking else "normal")
 
-    answered, most = 0, sampling.max_tokens + (THINKING_TOKENS if thinking else 0)
+    answered, most = 0, sampling.max_tokens + (thoughts.BUDGET if thinking else 0)
     for response in stream_generate(
         in_float32(model),
         tokenizer,
@@ -98,12 +97,3 @@ def in_float32(model: Any) -> Callable[..., mx.array]:
         return cast(mx.array, model(ids, cache=cache)).astype(mx.float32)
 
     return logits
-
-
-def begins_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
-    """Whether a prompt ends within thoughts: the model was made to think, asked to or not."""
-    if not getattr(tokenizer, "has_thinking", False):
-        return False
-    # Below zero is padding, which no tokenizer knows.
-    text = tokenizer.decode([token for token in prompt_ids if token >= 0][-16:])
-    return bool(text.rfind(tokenizer.think_start) > text.rfind(tokenizer.think_end))

@@ -34,10 +34,11 @@ from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import gate_report, links, relay
 from c2c_mlx.talk.cost import Cost
 from c2c_mlx.talk.crossed import Crossing, Decoded, watched
-from c2c_mlx.talk.decode import Piece, begins_thinking, decode
+from c2c_mlx.talk.decode import Piece, decode
 from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.answer import AnswerAlignment
 from c2c_mlx.text.rendering import render
+from c2c_mlx.text.thoughts import begins_thinking
 from c2c_mlx.text.tokens import tokenize
 
 Messages = list[dict[str, str]]

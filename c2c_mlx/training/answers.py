@@ -7,9 +7,11 @@ import json
 import math
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
@@ -22,6 +24,7 @@ from c2c_mlx import atomic
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.text import thoughts
 from c2c_mlx.text.rendering import Refused, Tokenizer, render
 from c2c_mlx.text.tokens import tokenize
 from c2c_mlx.training.dataset import refusals
@@ -31,6 +34,7 @@ from c2c_mlx.training.fingerprint import of_weights
 from c2c_mlx.training.layouts import Messages
 
 BATCH = 64
+_THINKING = 8  # at a time, where thoughts come first: they are many times as long as answers
 
 Answer = tuple[str, bool]  # text, and whether it was cut at the limit
 
@@ -56,7 +60,8 @@ def answer_rows(
         lm: the model that answers; an answer ends at its stop strings, too.
         path: JSON lines of earlier answers; new ones are appended as they come, so an interrupted
             run loses one batch.
-        max_tokens: an answer that is longer is cut there.
+        max_tokens: an answer that is longer is cut there. Thoughts of a model that can't but think
+            are no part of it; what it has not thought through within their budget has no answer.
         own: whether `lm` is the receiver.
         progress: called with answers known and wanted.
         until: on the clock of `time.monotonic`; no batch begins after it.
@@ -81,7 +86,10 @@ def answer_rows(
         prompts = _prompts(unknown, on_a_fixed_day(lm.tokenizer), longest, say)
     wanted = (known.keys() & {*keys}) | prompts.keys()
     missing = sorted(prompts, key=lambda key: len(prompts[key]))
-    batches = [missing[at : at + BATCH] for at in range(0, len(missing), BATCH)]
+    thinking = {key for key in missing if thoughts.begins_thinking(lm.tokenizer, prompts[key])}
+    size = _THINKING if thinking else BATCH
+    batches = [missing[at : at + size] for at in range(0, len(missing), size)]
+    unfinished = 0
     # Not the short ones first: what there is time for is like the rest.
     for at in np.random.default_rng(0).permutation(len(batches)):
         if time.monotonic() > until:
@@ -93,17 +101,24 @@ def answer_rows(
             lm.tokenizer,
             rest,
             prompt_caches=begun,
-            max_tokens=max_tokens,
+            max_tokens=[max_tokens + thoughts.BUDGET * (key in thinking) for key in some],
             return_token_ids=True,
         )
         assert answers.token_ids is not None
-        fresh = {
-            key: ended(text, len(ids) >= max_tokens, lm.stop_strings)
-            for key, text, ids in zip(some, answers.texts, answers.token_ids, strict=True)
-        }
+        fresh: dict[str, Answer] = {}
+        for key, text, ids in zip(some, answers.texts, answers.token_ids, strict=True):
+            written: Answer | None = (text, len(ids) >= max_tokens)
+            if key in thinking:
+                written = _behind_thoughts(ids, lm.tokenizer, max_tokens)
+            if written:
+                fresh[key] = ended(*written, lm.stop_strings)
+            else:
+                unfinished += 1
         _keep(path, fresh)
         known |= fresh
         progress(len(known.keys() & wanted), len(wanted))
+    if unfinished:
+        say(f"{unfinished} prompts take more than {thoughts.BUDGET} tokens of thought: left out")
     return [
         _answered(row, known[key], own) if key else row
         for row, key in zip(rows, keys, strict=True)
@@ -152,6 +167,15 @@ def _begun(model: nn.Module, prompts: list[list[int]]) -> tuple[list[kv.Cache], 
         model(mx.array(shared)[None], cache=cache)
         mx.eval([c.state for c in cache])
     return [copy.deepcopy(cache) for _ in prompts], [p[len(shared) :] for p in prompts]
+
+
+def _behind_thoughts(ids: list[int], tokenizer: Any, most: int) -> Answer | None:
+    """What was written behind thoughts, of `most` tokens at most; None if they did not end."""
+    end = tokenizer.think_end
+    n = bisect_left(range(len(ids) + 1), True, key=lambda n: end in tokenizer.decode(ids[:n]))
+    if n > len(ids):
+        return None
+    return tokenizer.decode(ids[: n + most]).partition(end)[2], len(ids) - n >= most
 
 
 def unanswered(rows: list[ChatRow]) -> int:

@@ -17,7 +17,8 @@ from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
 from c2c_mlx.models import registry
 from c2c_mlx.models.embedded import install
-from c2c_mlx.talk import decode, relay
+from c2c_mlx.talk import relay
+from c2c_mlx.text import thoughts
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
 
@@ -377,7 +378,7 @@ def test_an_answer_that_is_all_thoughts_has_figures(
     mode: Mode,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decode, "THINKING_TOKENS", 9)
+    monkeypatch.setattr(thoughts, "BUDGET", 9)
     able = [replace(lm, tokenizer=thinker(lm, "assistant", "<no>")) for lm in (receiver, sharer)]
     session = ChatSession(*able, fuser, sampling=SAMPLING)
     _, finished = ask(session, "Who wrote it?", mode)

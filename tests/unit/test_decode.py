@@ -16,7 +16,8 @@ from c2c_mlx import LanguageModel
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
-from c2c_mlx.talk.decode import Piece, begins_thinking, decode
+from c2c_mlx.talk.decode import Piece, decode
+from c2c_mlx.text.thoughts import begins_thinking
 
 
 def pieces_of(

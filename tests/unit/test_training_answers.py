@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_sessions import thinker
 
 from c2c_mlx import LanguageModel, load_model
 from c2c_mlx.errors import C2CError
+from c2c_mlx.text import thoughts
 from c2c_mlx.training.answers import answer_rows, ended
 from c2c_mlx.training.files import ChatRow, Messages
 
@@ -105,6 +107,26 @@ def test_a_base_model_is_not_learned_from_beyond_its_answer(
     stopping = Stopping(**{k: v for k, v in vars(base).items() if k in base.__dataclass_fields__})
     (row,) = answer(ChatRow(ask("count")), lm=stopping, n=24)
     assert row.messages[-1]["content"] == text[: text.find(text[3:5])].strip() and not row.cut
+
+
+def test_thoughts_are_not_taught(
+    receiver: LanguageModel, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model whose template begins them, asked to or not."""
+    monkeypatch.setattr(thoughts, "BUDGET", 20)
+    (whole,) = answer(ChatRow(ask("count")), n=24)
+    text = whole.messages[-1]["content"]
+    (tmp_path / "answers.jsonl").unlink()
+    lm = replace(receiver, tokenizer=thinker(receiver, "assistant", end := text[3:5]))
+    (row,) = answer(ChatRow(ask("count")), lm=lm)
+    content = row.messages[-1]["content"]
+    behind = text.partition(end)[2].strip()
+    assert 0 < len(content) < len(behind) and behind.startswith(content) and row.cut
+    said: list[str] = []
+    lm = replace(receiver, tokenizer=thinker(receiver, "assistant", "<never>"))
+    (tmp_path / "answers.jsonl").unlink()
+    assert answer(ChatRow(ask("count")), lm=lm, say=said.append) == []
+    assert said == ["1 prompts take more than 20 tokens of thought: left out"]
 
 
 def test_another_model_or_limit_answers_anew(
