@@ -182,4 +182,5 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what MLX raises when the memory is full, on Metal, CUDA or a CPU."""
     text = str(error).lower()
     signs = ("alloc", "insufficient memory", "out of memory")  # [metal::malloc], std::bad_alloc
-    return isinstance(error, (MemoryError, RuntimeError)) and any(sign in text for sign in signs)
+    is_said = isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    return is_said or isinstance(error, MemoryError)

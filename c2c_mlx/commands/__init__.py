@@ -30,7 +30,7 @@ def run(body: Callable[[], int | None], program: str) -> int:
         program: the command's name, which begins the line on stderr.
 
     Returns:
-        0, 2 for the user's mistake, 130 for Ctrl-C. A bug keeps its traceback.
+        0, 2 for the user's mistake or a full memory, 130 for Ctrl-C. A bug keeps its traceback.
     """
     try:
         code = body() or 0
@@ -39,6 +39,14 @@ def run(body: Callable[[], int | None], program: str) -> int:
     except C2CError as e:
         advice = without_fuser(e) if isinstance(e, NoFuserError) else ""
         print(f"{program}: {one_line(str(e) + advice)}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as e:
+        from c2c_mlx import device
+
+        if not device.is_out_of_memory(e):
+            raise
+        text = f"out of memory ({str(e) or type(e).__name__}): end other programs, or take smaller"
+        print(f"{program}: {one_line(text)} models, batches or chats", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -107,6 +107,8 @@ def test_memory_is_taken_as_it_is_needed() -> None:
         (RuntimeError("cudaMallocAsync(&data, size) failed: out of memory"), True),
         (RuntimeError("[matmul] Last dimension of first input must match"), False),
         (ValueError("out of memory"), False),
+        (MemoryError("std::bad_alloc"), True),
+        (MemoryError(), True),  # Python's own
     ],
 )
 def test_what_mlx_raises_when_the_memory_is_full(error: Exception, full: bool) -> None:

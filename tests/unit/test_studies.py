@@ -382,6 +382,22 @@ def test_a_mistake_is_one_line(
     assert words in err and err.startswith("c2c-study: ") and err.count("\n") == 1
 
 
+def test_a_full_memory_is_one_line(
+    call: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(gates, "run", full)
+    error: Exception = RuntimeError("[metal::malloc] Unable to allocate 17179869184 bytes.")
+    assert call("gates") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("c2c-study: out of memory ([metal::malloc]") and "smaller models" in err
+    error = RuntimeError("[matmul] Last dimension of first input must match")
+    with pytest.raises(RuntimeError, match="matmul"):
+        call("gates")
+
+
 def test_pairs_lie_side_by_side_with_a_twin(
     tiny_pair: Pair, task: str, tmp_path: Path, capsys: Any
 ) -> None:
