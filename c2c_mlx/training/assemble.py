@@ -80,7 +80,13 @@ def assemble(
     if resume:
         run = _as_it_was(run, out)
     # Weight, to learn from, to measure on.
-    data = [(weight, *_read(run, name)) for name, weight in run.sources]
+    data = [(weight, *_read(run, name, watcher.say)) for name, weight in run.sources]
+    data = [part for part in data if part[1] or part[2]]
+    if not any(rows for _, rows, _ in data):
+        raise C2CError(
+            "no chat is left to learn from: --answer-with receiver takes no answers of other "
+            "models; leave it out, or give other --data"
+        )
     if not any(valid for *_, valid in data):
         rest, kept_out = hold_out([rows for _, rows, _ in data], run.train.seed)
         data = [(w, rows, []) for (w, *_), rows in zip(data, rest, strict=True)]
@@ -122,7 +128,11 @@ def assemble(
     pairs = zip(found.parts, weights, strict=True)
     sources, valid = [Source(rows, weight) for rows, weight in pairs if rows], found.valid
     if not sources:
-        raise C2CError("--time is over before any prompt was answered: give it more")
+        raise C2CError(
+            "--time is over before any prompt was answered: give it more"
+            if deadline
+            else "no chat is left to learn from: no prompt could be answered, as said above"
+        )
     heard = fuser.config.fuse_response and not teacher
     train = Dataset(sources, *tokenizers, alignment, config.max_tokens, heard)
     examples = [e for e in map(train.example, valid) if e is not None]
@@ -205,11 +215,19 @@ def _begun(name: str, watcher: Watcher) -> Fuser:
     return fuser
 
 
-def _read(run: RunConfig, name: str) -> tuple[list[ChatRow], list[ChatRow]]:
+def _read(
+    run: RunConfig, name: str, say: Callable[[str], None]
+) -> tuple[list[ChatRow], list[ChatRow]]:
     parts = read_source(name, bool(run.answer_with), run.fields, run.rows or None)
     if run.answer_with != "receiver":
         return parts
-    return answers_for(parts[0], run.receiver), answers_for(parts[1], run.receiver)
+    train, valid = (answers_for(part, run.receiver) for part in parts)
+    if left_out := sum(map(len, parts)) - len(train) - len(valid):
+        say(
+            f"--data {name}: {left_out} chats are left out: another model answered them ('by'), "
+            "and no 'answer_to' says what to"
+        )
+    return train, valid
 
 
 def _claim(out: Path, resume: bool, make: bool) -> None:

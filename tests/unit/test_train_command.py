@@ -240,6 +240,25 @@ def test_without_a_valid_file_some_chats_are_kept_out(
     assert code == 0 and "iters was 4, is 12" in err  # the same chats are kept out again
 
 
+def test_what_another_model_answered_is_left_out_and_told(
+    call: Call, chats: Path, tmp_path: Path
+) -> None:
+    (chats / "valid.jsonl").unlink()
+    (foreign := tmp_path / "foreign").mkdir()
+    rows = [{"prompt": f"tell {i}", "completion": "so", "by": "gpt-4"} for i in range(3)]
+    write(foreign / "train.jsonl", rows)
+    write(chats / "train.jsonl", [{"prompt": f"say {i}"} for i in range(40)])
+    given = [*PAIR, *SHORT, "--iters", "2", "--answer-with", "receiver", "--answer-tokens", "4"]
+    code, err = call(*given, "--data", foreign, "--data", chats, "--out", tmp_path / "run")
+    said = re.sub(r"\s+", " ", err)
+    assert code == 0 and "3 chats are left out: another model answered them" in said
+    assert "4 chats are kept out of training" in said  # of the source that is left
+    code, err = call(*given, "--data", foreign, "--out", tmp_path / "none")
+    assert code == 2 and "no chat is left to learn from" in err and "--time" not in err
+    code, err = call(*given, "--data", chats, "--out", tmp_path / "long", "--max-tokens", "4")
+    assert code == 2 and "no prompt could be answered" in err and "--time" not in err
+
+
 def test_a_twin_is_trained_after_it_and_judges_it(call: Call, chats: Path, tmp_path: Path) -> None:
     write(chats / "valid.jsonl", [{"prompt": f"tell {i}", "completion": "so"} for i in range(9)])
     given = [*PAIR, *SHORT, "--data", chats]
