@@ -148,7 +148,7 @@ def _ask(
     if task.writes:
         written = dict(zip(good, write(list(good.values()), modes.max_tokens), strict=True))
     answers = {name: Answer(w.text, w.ids) for name, w in written.items()}
-    owns = answers if mode == "receiver" else _answers(log.records.get("receiver", {}))
+    owns = answers if mode == "receiver" else _answers(log.records.get("receiver", {}), batch)
     here = [item for item in batch if item.id in good]
 
     def continuations(tokenizer: Any) -> list[list[list[int]]]:
@@ -201,5 +201,6 @@ def _owed(
     return dict(zip(names, owes, strict=True))
 
 
-def _answers(records: Mapping[str, Record]) -> dict[str, Answer]:
-    return {name: Answer(r["text"], r["ids"]) for name, r in records.items() if "error" not in r}
+def _answers(records: Mapping[str, Record], items: Sequence[Item]) -> dict[str, Answer]:
+    there = {item.id: records[item.id] for item in items if item.id in records}
+    return {name: Answer(r["text"], r["ids"]) for name, r in there.items() if "error" not in r}
