@@ -8,7 +8,10 @@ import unicodedata
 from c2c_mlx.evaluation.task import Answer, Item, Task
 
 # Scripts that put no space between words: what is accepted may stand anywhere in them.
-_UNSPACED = r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+_UNSPACED = (
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
+    r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 class Fact(Task):
