@@ -22,7 +22,7 @@ from c2c_mlx.models import memory
 from c2c_mlx.models.load import LanguageModel, find_folder, load_model
 from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.progress import Progress
-from c2c_mlx.training import checkpoints, distil, fits, shrink
+from c2c_mlx.training import checkpoints, distil, fits, prefills, shrink
 from c2c_mlx.training.answering import answered
 from c2c_mlx.training.dataset import Dataset, Source, refusals
 from c2c_mlx.training.distil import Distiller
@@ -96,6 +96,8 @@ def assemble(
             if kept_out
             else f"no {VALID}, and too few different chats to keep some out: nothing is measured"
         )
+    if run.train.prefill_cache:
+        prefills.place(run.train.prefill_cache)  # said before models are loaded, if it can't be
     _claim(out, resume, make=not dry or bool(run.answer_with))
     group = mx.distributed.init()
     receiver, sharer, fuser, teacher, need = _load(run, watcher, models)

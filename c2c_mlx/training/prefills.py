@@ -16,6 +16,7 @@ import numpy as np
 
 from c2c_mlx import atomic
 from c2c_mlx.config import TrainConfig
+from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.project import KV
@@ -31,6 +32,22 @@ Kept = dict[str, mx.array]  # one example's part of the prefills; keys and value
 
 _FORMAT = 3
 _PREFIXES = 16  # template prefixes that are remembered; most data has one
+
+
+def place(folder: str | Path) -> Path:
+    """Makes a folder of kept prefills.
+
+    Raises:
+        C2CError: if it can't be made.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise C2CError(
+            f"--prefill-cache {path}: cannot make the folder ({e.strerror}); name another"
+        ) from None
+    return path
 
 
 @dataclass
@@ -73,6 +90,9 @@ class Prefiller:
     Attributes:
         computed: chats that were not in the folder.
         spent: seconds that these took.
+
+    Raises:
+        C2CError: if the folder can't be made.
     """
 
     def __init__(
@@ -95,11 +115,11 @@ class Prefiller:
             parts = [_FORMAT, *weights, fuser.layer_map, fuser.rotated_keys, fuser.positions]
             parts.append(first)
             name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-            folder = Path(config.prefill_cache).expanduser()
-            self.folder = folder / name
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder = place(config.prefill_cache)
+            self.folder = place(folder / name)
             held = sum(f.stat().st_size for f in folder.rglob("[!.]*.safetensors"))
-            self._room = self._limit_gb * 1e9 - held
+            # Every process of a run keeps what it computes.
+            self._room = (self._limit_gb * 1e9 - held) / mx.distributed.init().size()
 
     def __call__(self, batch: Batch) -> Prefills:
         """Everything frozen that a step over this batch needs."""

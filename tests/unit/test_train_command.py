@@ -147,6 +147,10 @@ def test_a_mistake_in_the_file_is_one_line(
         (["--config", "missing.yaml"], "cannot read missing.yaml"),
         (["--plot", "nowhere"], "no metrics.jsonl there"),
         ([*PAIR, "--data", ".", "--out", "o", "--track", "wandb"], "pip install 'c2c-mlx[wandb]'"),
+        (
+            [*PAIR, "--data", ".", "--out", "o", "--prefill-cache", "train.jsonl"],
+            "--prefill-cache train.jsonl: cannot make the folder",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
