@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import asyncio
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
@@ -13,6 +15,7 @@ from c2c_mlx.talk.engine import InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import RIVALS, Conversation
 from c2c_mlx.tui.session_file import SessionFile
+from c2c_mlx.tui.terminal import Terminal
 
 
 def run(
@@ -40,10 +43,16 @@ def run(
     if talk.turns:
         engine.restore({mode: talk.history(mode) for mode in MODES})
     app = ChatApp(engine, talk, modes or tuple(answered) or RIVALS, file)
-    try:
-        app.run()
-    finally:
-        leave(app, engine)
+    app.driver_class = Terminal
+    with asyncio.Runner() as runner:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # Kept to the very end: a terminal that closes says so more than once.
+            leaves = partial(app.exit, return_code=128 + number)
+            runner.get_loop().add_signal_handler(number, leaves)
+        try:
+            runner.run(app.run_async())
+        finally:
+            leave(app, engine)
     return app.return_code or 0
 
 
@@ -66,7 +75,7 @@ def leave(app: ChatApp, engine: InferenceThread) -> None:
     if engine.is_alive():
         engine.join(timeout=1)
         if engine.is_alive():
-            print("c2c-chat: ending what the models were doing", file=sys.stderr)
+            app.complain("ending what the models were doing")
         engine.join()
     app.follower.take_in()
     app.save()
