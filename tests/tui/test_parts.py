@@ -18,6 +18,7 @@ from c2c_mlx.tui import export, gates, history, race, session_file, themes, vote
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import RECORDING, Recording
 from c2c_mlx.tui.session_file import SessionFile
+from c2c_mlx.tui.widgets.harmless import harmless
 
 
 def figures(**values: float) -> Figures:
@@ -81,6 +82,23 @@ def test_the_scale_of_changes_ends_at_a_round_number_and_says_what_is_beyond():
 
 def test_a_token_never_acts_on_the_terminal():
     assert gates.visible(" a\n\x1b") == "␣a⏎·"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "10\u00a0000\u202f€, \u3000全角\u2009",
+        "👩\u200d🔬 نمی\u200cخواهم co\u00adop \u200e\u200f",
+        "\U0001fae9 is newer than some Pythons\n\tand so on",
+    ],
+)
+def test_ordinary_text_is_left_alone(text):
+    assert harmless(text) == text
+
+
+@pytest.mark.parametrize("c", "\x00\r\x1b\x7f\x9b\u2028\u2029\u202e\u2066\ud800")
+def test_what_a_terminal_would_obey_is_replaced(c):
+    assert harmless(f"a{c}b") == "a\ufffdb"
 
 
 # --- words ----------------------------------------------------------------------------------
