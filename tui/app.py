@@ -85,7 +85,6 @@ class ChatApp(App[None]):
             trained=self.training.follow,
             idle=self.training.settle,
         )
-        self._draft: str | None = None  # what was being typed before the last question was edited
         for theme in (themes.DARK, themes.LIGHT):
             self.register_theme(theme)
         chosen = themes.chosen() if file else themes.DARK.name
@@ -150,10 +149,9 @@ class ChatApp(App[None]):
             self.notify("nobody here can answer: Ctrl+O has the receiver answer", severity="error")
             return
         state.is_busy = True
-        if self._draft is not None:
+        if self.main.prompt.is_editing:
             await self._take_back()
-        self.main.prompt.show(self._draft or "")
-        self._draft = None
+        self.main.prompt.finish()
         self.main.prompt.remember(question)
         self._keep(history.add, question)
         state.attempt = 0
@@ -205,8 +203,8 @@ class ChatApp(App[None]):
         if self.state.is_busy:
             self.backend.stop()
             self.main.say("stopping")
-        elif self._draft is not None:
-            self._leave_editing()
+        elif self.main.prompt.is_editing:
+            self.main.prompt.finish()
             self.main.say("ready")
         self.main.prompt.focus()
 
@@ -214,17 +212,14 @@ class ChatApp(App[None]):
         """Brings the last question back to be changed; sending it replaces its turn."""
         if self.state.turn is None or not self.can_act():
             return
-        if self._draft is None:
-            self._draft = self.main.prompt.text
-        self.main.prompt.show(self.state.turn.question)
+        self.main.prompt.begin_editing(self.state.turn.question)
         self.main.prompt.focus()
         self.main.say("editing the last message: Enter asks it anew, Esc leaves it as it was")
 
     def _leave_editing(self) -> None:
         """Puts back what was being typed before."""
-        if self._draft is not None:
-            self.main.prompt.show(self._draft)
-            self._draft = None
+        if self.main.prompt.is_editing:
+            self.main.prompt.finish()
 
     # --- conversations ----------------------------------------------------------------------
 
