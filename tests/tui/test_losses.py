@@ -220,6 +220,57 @@ async def test_editing_gives_the_draft_back(shows) -> None:
         assert chat.state.turn.question == f"{QUESTIONS[0]}!"
 
 
+async def test_up_and_down_go_by_the_rows_that_are_seen() -> None:
+    chat, _ = staged()
+    long = "and so on " * 40
+    async with chat.run_test(size=SIZE) as pilot:
+        prompt = chat.main.prompt
+        prompt.remember("Who?")
+        prompt.show(long)
+        await pilot.press("up")
+        assert prompt.text == long
+        await pilot.press("up", "up")
+        assert prompt.text == "Who?"
+        await pilot.press("down")
+        prompt.move_cursor((0, 0))
+        await pilot.press("down")
+        assert prompt.text == long
+
+
+async def test_what_was_edited_is_there_when_it_is_leafed_back_to() -> None:
+    chat, _ = staged()
+    async with chat.run_test(size=SIZE) as pilot:
+        prompt = chat.main.prompt
+        prompt.remember("Who?", "When?")
+        await pilot.press(*"draft", "up", "!", "up", "!")
+        assert prompt.text == "Who?!"
+        await pilot.press("down")
+        assert prompt.text == "When?!"
+        await pilot.press("down", "up", "up")
+        assert prompt.text == "Who?!"
+        await pilot.press("enter")
+        assert chat.state.turn.question == "Who?!" and prompt.text == "draft"
+        await pilot.press("up", "up")
+        assert prompt.text == "When?"  # nothing is edited any more
+
+
+async def test_a_draft_that_was_leafed_away_outlives_everything_else(file: SessionFile) -> None:
+    chat, _ = staged(file)
+    async with chat.run_test(size=SIZE) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        name, prompt = file.name, chat.main.prompt
+        await pilot.press(*"draft", "up")
+        await pilot.press("f3", "!", "enter")
+        await until(lambda: not chat.state.is_busy)
+        assert prompt.text == QUESTIONS[0]
+        await pilot.press("ctrl+n")
+        await until(lambda: not file.name)
+        await pilot.press("f6", "enter")
+        await until(lambda: file.name == name)
+        await pilot.press("down", "down")
+        assert prompt.text == "draft"
+
+
 async def test_editing_takes_its_own_turn_back_and_no_other_of_the_same_words() -> None:
     chat, _ = staged(modes=["c2c", "relay", "receiver"])
     async with chat.run_test(size=SIZE) as pilot:
@@ -439,3 +490,26 @@ def test_sessions_of_the_last_version_are_read(file: SessionFile) -> None:
     turn = {"question": QUESTIONS[0]} | {key: take[key] for key in ("answers", "gates", "reports")}
     old = {k: v for k, v in new.items() if k != "title"} | {"format_version": 2, "turns": [turn]}
     assert session_file.parse(old, "old.json") == talk
+
+
+@pytest.mark.parametrize("between", [("r", "!", "enter"), ("q",), ("r", "escape"), ("down", "up")])
+async def test_a_session_is_deleted_by_the_same_key_twice_and_no_other_way(
+    shows, file: SessionFile, between: tuple[str, ...]
+) -> None:
+    chat, _ = staged(file)
+    async with chat.run_test(size=SIZE) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        name = file.name
+        await pilot.press("ctrl+n")
+        await ask(pilot, QUESTIONS[1])
+        await pilot.press("f6", "end")
+        await shows(chat, f"> {QUESTIONS[0]}")
+        await pilot.press("d")
+        await shows(chat, "D once more deletes it")
+        await pilot.press(*between)
+        await shows(chat, f"> {QUESTIONS[0]}", without="D once more deletes it")
+        await pilot.press("d")
+        await shows(chat, "D once more deletes it")
+        assert name in session_file.names()
+        await pilot.press("d")
+        assert name not in session_file.names()

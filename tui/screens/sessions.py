@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
@@ -74,7 +75,7 @@ class Sessions(ModalScreen[str | None]):
         prompt = f"{mark} {found.when:%d %b %H:%M}  {harmless(found.title)}"
         self._list.replace_option_prompt(found.name, prompt)
         if found.name == self._chosen():
-            self._preview.update(harmless(found.preview))
+            self._look()
 
     def _chosen(self) -> str:
         at = self._list.highlighted
@@ -82,9 +83,17 @@ class Sessions(ModalScreen[str | None]):
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         """A look into it."""
+        self._look()
+
+    def _look(self) -> None:
         self._doomed = ""
-        found = self.summaries.get(str(event.option.id))
+        found = self.summaries.get(self._chosen())
         self._preview.update(harmless(found.preview) if found else "")
+
+    def on_key(self, event: events.Key) -> None:
+        """Spares what was to be deleted, at any other key."""
+        if self._doomed and event.key != "d":
+            self._look()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """The chosen one."""
