@@ -25,7 +25,8 @@ class Prompt(TextArea):
         self.asked: list[str] = []
         self._recalled = ""  # the question that stands there, maybe edited; empty: a new one
         self._typed: dict[str, str] = {}  # by the question that it was when it was leafed away
-        self._before: tuple[str, str, dict[str, str]] | None = None  # those of before `begin_editing`
+        # What stood there, and both of these, before another text was given to be edited.
+        self._before: tuple[str, str, dict[str, str]] | None = None
 
     def remember(self, *questions: str) -> None:
         """Puts questions at the end of the history, each of which is in it once."""
