@@ -16,6 +16,7 @@ class _Kept:
     key: Hashable
     state: State
     prompt: int  # positions before an answer's; what stands behind them can be read again
+    nbytes: int  # counted once: every round asks for the sum
 
     @property
     def ids(self) -> list[int]:
@@ -31,7 +32,7 @@ class Caches:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        return sum(kept.state.nbytes for kept in self._kept)
+        return sum(kept.nbytes for kept in self._kept)
 
     def take(self, key: Hashable, ids: Sequence[int]) -> State | None:
         """What has read the longest beginning of `ids` under this key.
@@ -63,7 +64,7 @@ class Caches:
             for kept in self._kept
             if kept.key != key or common_prefix(kept.ids, ids) < len(kept.ids)
         ]
-        self._kept.append(_Kept(key, state, prompt))
+        self._kept.append(_Kept(key, state, prompt, state.nbytes))
 
     def shrink(self, nbytes: int) -> None:
         """Drops what has not been used for longest, until the rest takes no more than `nbytes`."""

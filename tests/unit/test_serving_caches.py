@@ -72,6 +72,23 @@ def test_the_longest_unused_go_first(receiver: LanguageModel) -> None:
     assert caches.nbytes == 0
 
 
+def test_bytes_are_counted_once(receiver: LanguageModel) -> None:
+    counted = []
+
+    class Counted(Reader):
+        @property
+        def nbytes(self) -> int:
+            counted.append(self)
+            return super().nbytes
+
+    caches, made = Caches(), Counted(receiver.model)
+    made.extend(IDS)
+    caches.put("k", made, prompt=20)
+    for _ in range(3):
+        caches.shrink(caches.nbytes)
+    assert counted == [made] and caches.nbytes == made.nbytes
+
+
 @pytest.mark.parametrize("n", [1, 11, 28])
 def test_a_fork_of_a_fused_cache_is_what_reading_anew_would_give(
     receiver: LanguageModel, sharer: LanguageModel, make_fuser, n: int
