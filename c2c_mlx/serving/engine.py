@@ -26,6 +26,7 @@ from c2c_mlx.serving.reading import Team, position_nbytes
 from c2c_mlx.serving.work import Desk, Work, take_up
 
 _LONGEST_WAIT = 600  # seconds that a client is asked to wait, at most
+_PAUSE_S = 0.01  # where nobody here has anything to do before somebody elsewhere has
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ class Engine(threading.Thread):
         for work in [work for work in self._works if work.wait != "read"]:
             self._advance(work)
         self._desk.caches.shrink(self._budget - self._need(self._works))
+        if self._works and all(work.wait == "others" for work in self._works):
+            time.sleep(_PAUSE_S)
 
     def _admit(self) -> None:
         """Takes up the next job, if there is one, and a slot and memory for it."""

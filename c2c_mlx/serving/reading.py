@@ -26,8 +26,6 @@ from c2c_mlx.text.alignment import TokenAlignment
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import tokenize
 
-_WAIT_S = 0.01  # for a sharer elsewhere, between tokens of other people's answers
-
 
 @dataclass(frozen=True)
 class Team:
@@ -180,7 +178,7 @@ def _read_fused(
     times.receiver += yield from _extend(fused.own, ids)
     tic = time.perf_counter()
     for sharer in fused.sharers:
-        while isinstance(sharer, RemoteReader) and not sharer.wait(_WAIT_S):
+        while isinstance(sharer, RemoteReader) and not sharer.wait(0):
             yield "others"
     times.sharer += time.perf_counter() - tic
     fused.extend(prompt.aligned)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 
 import c2c_mlx.blas  # noqa: F401
@@ -21,7 +20,6 @@ from c2c_mlx.serving.job import CacheJob, Slice, Wait
 from c2c_mlx.serving.reading import Prompt, room_for, still_read
 
 UNSENT = 8  # slices that may wait for a slow network
-_PAUSE_S = 0.01
 
 
 def check(lm: LanguageModel, job: CacheJob) -> Prompt:
@@ -60,7 +58,6 @@ def share(job: CacheJob, prompt: Prompt, caches: Caches) -> Generator[Wait, None
                 job.tell(Slice(save({"keys": _bytes(held.keys), "values": _bytes(held.values)})))
                 slices += 1
                 while slices - job.sent > UNSENT:
-                    time.sleep(_PAUSE_S)
                     yield "others"
             told = max(told, stop)
             yield "read"

@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -127,6 +128,13 @@ def test_a_turn_sends_what_is_new(sharer, url) -> None:
 
 def test_slices_wait_for_a_slow_network_and_nobody_else_does(engine, monkeypatch) -> None:
     monkeypatch.setattr(device, "prefill_slice", lambda: 8)
+    sleep, waits = time.sleep, set()
+
+    def noted(seconds: float) -> None:
+        waits.update(work.wait for work in engine._works)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", noted)
     came: SimpleQueue[Any] = SimpleQueue()
     job = CacheJob("receiver", [], came.put)
     job.ids, job.layers = list(range(10, 310)), [1]
@@ -135,6 +143,9 @@ def test_slices_wait_for_a_slow_network_and_nobody_else_does(engine, monkeypatch
         Heard(engine, "receiver", asked("x")).answers()
     assert Heard(engine, "receiver", asked("one more " * 60)).answers()[0][0]  # a longer one
     assert engine.status()["working"] == 1 and came.qsize() <= UNSENT + 2
+    while not waits:  # nobody else is at work any more
+        pass
+    assert waits == {"others"}
     positions = 0
     while not isinstance(event := came.get(timeout=60), Done):
         if isinstance(event, Slice):
