@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -83,9 +85,17 @@ def _chat(args: argparse.Namespace) -> int | None:
     fields = {f: getattr(args, f) for f in ("max_tokens", "temp", "top_p", "seed")}
     given = {f: value for f, value in fields.items() if value is not None}
     sampling = from_dict(SamplingConfig, given, "arguments")
+    if args.system is not None:
+        _as_utf8(args.system, "--system")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     interactive = args.prompt is None and (args.plain or on_terminal)
-    if interactive and not args.plain:
+    # The app is drawn on standard error.
+    can_show = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if interactive and args.json:
+        raise C2CError("--json is for single answers: give a --prompt, or one on standard input")
+    if interactive and can_show and not args.plain:
+        if args.crossed:
+            raise C2CError("--crossed needs --prompt or --plain: in the app F9 tints the words")
         from c2c_mlx.tui.run import run as open_app
 
         if args.resume is not None and who != pair.parse(_parser().parse_args([])):
@@ -122,9 +132,18 @@ def _prompt(given: str | None) -> str:
         text = sys.stdin.read() if given in (None, "-") else str(given)
     except UnicodeDecodeError:
         raise C2CError("standard input is not UTF-8 text") from None
+    _as_utf8(text, "the prompt")
     if not text.strip():
         raise C2CError('the prompt is empty: --prompt "your question", or text on standard input')
     return text.strip("\n")
+
+
+def _as_utf8(text: str, what: str) -> None:
+    """Refuses bytes that are no UTF-8: to Python they are surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise C2CError(f"{what} is not UTF-8 text") from None
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -233,6 +252,11 @@ def _converse(session: ChatSession, modes: list[Mode], weigh: bool) -> None:
         import readline  # noqa: F401  (history and editing for input())
     except ImportError:
         pass
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a wrong byte costs its line alone
+    from c2c_mlx import device
+    from c2c_mlx.talk.explain import explain
+
     names = " <- ".join([session.receiver.name, *filter(None, [_sharers(session)])])
     print(f"{names}; /help says what else can be typed", file=sys.stderr)
     while True:
@@ -245,6 +269,7 @@ def _converse(session: ChatSession, modes: list[Mode], weigh: bool) -> None:
             print("\n(Ctrl-D or /quit leaves)")
             continue
         try:
+            _as_utf8(line, "this line")
             if line == "/quit":
                 return
             if line.startswith("/"):
@@ -254,10 +279,12 @@ def _converse(session: ChatSession, modes: list[Mode], weigh: bool) -> None:
                     _show_answer(session, line, mode, heading=len(modes) > 1)
                     if weigh and mode == "c2c" and (found := session.crossed()):
                         print(f"  crossed: {_marked(found)}")
-        except C2CError as e:
-            print(e)
         except KeyboardInterrupt:
             print("\n(stopped)")
+        except Exception as e:
+            if not isinstance(e, C2CError) and not device.is_out_of_memory(e):
+                raise
+            print(explain(e))
 
 
 def _sharers(session: ChatSession) -> str:

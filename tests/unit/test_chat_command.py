@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from c2c_mlx.commands import chat, evaluate, train, weights
+from c2c_mlx.talk import decode
 
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
@@ -132,6 +136,80 @@ def test_a_mode_whose_models_were_not_loaded_is_refused(call, begun, wanted):
     code, out, _ = call("--plain", *pair, stdin="\n".join(lines))
     assert code == 0 and f"was not loaded: start again with --mode {wanted}\n" in out
     assert out.count("s to the first token") == len(begun.split(","))  # as before
+
+
+def test_a_byte_that_is_no_utf_8_costs_its_line_alone(call, monkeypatch):
+    lines = io.BytesIO(b"/help\ncaf\xe9\n/nonsense\n")
+    monkeypatch.setattr(io, "StringIO", lambda _: io.TextIOWrapper(lines, "utf-8"))
+    code, out, _ = call("--plain", *PAIR, "--mode", "receiver")
+    assert code == 0 and out.index("/reset") < out.index("> this line is not UTF-8 text\n")
+    assert "/nonsense is no command" in out
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--system"])
+def test_an_argument_that_is_no_utf_8_is_one_line(call, flag):
+    code, out, err = call("--prompt", "Who?", *PAIR, flag, "caf\udce9")
+    assert code == 2 and "is not UTF-8 text" in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_full_memory_is_told_and_the_conversation_goes_on(call, monkeypatch):
+    class Full:
+        """A machine that has no memory for the first answer."""
+
+        answers, is_full = decode.stream_generate, True
+
+        def __call__(self, *args, **options):
+            if self.is_full:
+                self.is_full = False
+                raise RuntimeError("[malloc] Unable to allocate 7 bytes.")
+            return type(self).answers(*args, **options)
+
+    monkeypatch.setattr(decode, "stream_generate", Full())
+    pair = [*PAIR, "--mode", "receiver", "--max-tokens", "2"]
+    code, out, _ = call("--plain", *pair, stdin="Who wrote it?\nAnd when?")
+    assert code == 0 and out.startswith("> out of memory ([malloc]")
+    assert out.count("s to the first token") == 1
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    screen, line = pty.openpty()
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            return line
+
+    def on_terminal(*arguments: str, typed: str = "") -> tuple[int, str, str]:
+        for name, text in (("stdin", typed), ("stdout", ""), ("stderr", "")):
+            monkeypatch.setattr(sys, name, Screen(text))
+        return chat.main(list(arguments)), sys.stdout.getvalue(), sys.stderr.getvalue()
+
+    yield on_terminal
+    os.close(screen)
+    os.close(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--plain", "--json"], "--json is for single answers"),
+        (["--json"], "--json is for single answers"),
+        (["--crossed"], "in the app F9"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(on_terminal, arguments, words):
+    code, out, err = on_terminal(*arguments)
+    assert code == 2 and words in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_terminal_that_can_show_no_app_has_a_conversation_line_by_line(on_terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    pair = [*PAIR, "--mode", "receiver", "--max-tokens", "2"]
+    code, out, _ = on_terminal(*pair, typed="Who?\n")
+    assert code == 0 and "s to the first token" in out
 
 
 def test_ctrl_c_stops_all_answers_and_the_conversation_goes_on(monkeypatch, tmp_path):
