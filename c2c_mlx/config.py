@@ -61,6 +61,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         length = None if rest == [...] else 1 + len(rest)
         if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
             raise C2CError(f"{where} must be a list" + (f" of {length}" if length else ""))
+        if item is float and {*map(type, value)} <= {float}:
+            return tuple(value)  # a saved session has a hundred thousand of them
         return tuple(_convert(item, v, where) for v in value)
     if origin is dict:
         if not isinstance(value, dict):

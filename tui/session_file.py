@@ -37,6 +37,15 @@ def _lock_path(name: str) -> Path:
     return folder() / f".{name}.lock"
 
 
+def _stamp(name: str) -> tuple[int, int] | None:
+    """Another one, once somebody has written the file anew."""
+    try:
+        found = path(name).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def names() -> list[str]:
     """All saved sessions, the latest first."""
     files = folder().glob("[!.]*.json")
@@ -79,10 +88,11 @@ class SessionFile:
         name = (name or saved[0]).removesuffix(".json")
         if name not in saved:
             raise C2CError(f"no session '{name}': {', '.join(saved[:5])} are the latest")
-        read(name)  # a damaged one is refused before the last one is let go of
+        seen = _stamp(name)
+        talk = read(name)  # a damaged one is refused before the last one is let go of
         if not self._hold(name):
             raise C2CError(f"session '{name}' is open in another c2c-chat: leave it there first")
-        return read(name)
+        return talk if _stamp(name) == seen else read(name)
 
     def rename(self, name: str, title: str) -> None:
         """Gives a session another title.
@@ -180,19 +190,23 @@ def _compact(value: Any) -> str:
     return json.dumps(value, default=vars, ensure_ascii=False, separators=(",", ":"))
 
 
-def read(name: str) -> Conversation:
+def read(name: str, with_reports: bool = True) -> Conversation:
     """Reads a session file, whoever has it open.
+
+    Args:
+        name: the session's.
+        with_reports: leaves out what was measured of gates, nearly all of a file, if not.
 
     Raises:
         C2CError: if it is damaged.
     """
-    talk = parse(storage.read_json(path(name)), str(path(name)))
+    talk = parse(storage.read_json(path(name)), str(path(name)), with_reports)
     talk.name = name  # not the document's word: it becomes a path again
     return talk
 
 
-def parse(document: Any, where: str) -> Conversation:
-    """A session's document, checked.
+def parse(document: Any, where: str, with_reports: bool = True) -> Conversation:
+    """A session's document, checked; see `read`.
 
     Raises:
         C2CError: naming what is wrong with it.
@@ -207,7 +221,10 @@ def parse(document: Any, where: str) -> Conversation:
             sampling=from_dict(SamplingConfig, document["sampling"], where),
             system=_system(document),
             turns=[
-                Turn(str(turn["question"]), [_take(take, where) for take in turn["takes"]])
+                Turn(
+                    str(turn["question"]),
+                    [_take(take, where, with_reports) for take in turn["takes"]],
+                )
                 for turn in document["turns"]
             ],
             name=str(document["name"]),
@@ -231,7 +248,8 @@ def _from_version_2(document: dict[str, Any]) -> dict[str, Any]:
     return document | {"format_version": FORMAT_VERSION, "title": title, "turns": turns}
 
 
-def _take(data: dict[str, Any], where: str) -> Take:
+def _take(data: dict[str, Any], where: str, with_reports: bool) -> Take:
+    reports = data["reports"] if with_reports else ()
     return Take(
         sampling=from_dict(SamplingConfig, data["sampling"], where),
         system=_system(data),
@@ -239,7 +257,7 @@ def _take(data: dict[str, Any], where: str) -> Take:
             (tuple(map(bool, keys)), tuple(map(bool, values))) for keys, values in data["gates"]
         ),
         answers={mode: _answer(data["answers"][mode], where) for mode in _modes(data["answers"])},
-        reports=tuple(from_dict(GateReport, report, where) for report in data["reports"]),
+        reports=tuple(from_dict(GateReport, report, where) for report in reports),
     )
 
 
@@ -278,7 +296,7 @@ def summary(name: str) -> Summary:
     """A session's title and a look into it; of a damaged one, what is wrong with it."""
     try:
         when = datetime.fromtimestamp(path(name).stat().st_mtime)
-        talk = read(name)
+        talk = read(name, with_reports=False)
     except (C2CError, OSError) as e:
         return Summary(name, f"{name} (damaged)", str(e), datetime.fromtimestamp(0))
     pair = talk.pair

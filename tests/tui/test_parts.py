@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -142,6 +143,37 @@ def test_a_session_comes_back_as_it_was_saved(home: Path, talk: Conversation) ->
     assert session_file.names() == [talk.name]
     assert session_file.read(talk.name) == talk
     assert [p.name for p in (home / "sessions").iterdir()] == [f"{talk.name}.json"]
+
+
+def test_a_session_is_read_once_but_for_what_another_app_has_written_meanwhile(
+    home: Path, talk: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, loads, flock = SessionFile(), json.loads, fcntl.flock
+    file.save(talk)
+    file.close()
+    parsed: list[str] = []
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    assert file.load(talk.name) == talk and len(parsed) == 1
+    file.close()
+
+    def written(lock: int, how: int) -> None:
+        talk.title = "another"
+        atomic.write_text(session_file.path(talk.name), session_file.to_json(talk))
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", written)
+    assert file.load(talk.name).title == "another"
+    file.close()
+
+
+def test_a_list_of_sessions_needs_nothing_that_was_measured(home: Path, talk: Conversation) -> None:
+    document = json.loads(session_file.to_json(talk))
+    for turn in document["turns"]:
+        turn["takes"][0]["reports"] = "x"
+    atomic.write_text(session_file.path("x"), json.dumps(document))
+    assert session_file.summary("x").title == talk.title
+    with pytest.raises(C2CError):
+        session_file.read("x")
 
 
 def test_history_leaves_out_what_the_model_does_not_remember(talk: Conversation) -> None:

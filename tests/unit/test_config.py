@@ -38,6 +38,13 @@ def test_defaults_are_the_papers() -> None:
     assert config.fused_kinds == ("keys", "values")
 
 
+@pytest.mark.parametrize("betas", [[0.5, True], [0.5, "x"], [None, 0.5]])
+def test_every_number_of_a_list_is_one(betas: list[Any]) -> None:
+    assert "must be of type float" in refused(TrainConfig, {"betas": betas})
+    read = from_dict(TrainConfig, {"betas": [0.5, 1]}, "f").betas
+    assert read == (0.5, 1.0) and {*map(type, read)} == {float}
+
+
 @pytest.mark.parametrize("kinds", ["keys", "values"])
 def test_one_kind_alone(kinds: str) -> None:
     assert from_dict(FuserConfig, FUSER | {"kinds": kinds}, "f").fused_kinds == (kinds,)
