@@ -39,6 +39,7 @@ class Training:
         self._load_again, self._ask, self._turn_round = load_again, ask, turn_round
         self._over: TrainingOver | None = None  # and what it left is not loaded yet
         self._has_begun = False
+        self._pair = state.conversation.pair  # that is trained
 
     def toggle(self) -> None:
         """Offers training, goes on with it, or stops it."""
@@ -68,6 +69,7 @@ class Training:
 
     def _begin(self, seconds: float) -> None:
         self.state.is_training, self._has_begun = True, False
+        self._pair = self.state.conversation.pair
         self.screen.panes["c2c"].say("training")
         self.screen.say("getting ready to train: Ctrl+S stops")
         self.backend.train(seconds)
@@ -93,7 +95,9 @@ class Training:
         self.state.is_training = False
         self.screen.end_progress()
         pane = self.screen.panes["c2c"]
-        if not event.steps:
+        if self._pair != self.state.conversation.pair:
+            pane.training.hide()
+        elif not event.steps:
             pane.training.hide()
             pane.say("no fuser")
             if not self.state.is_busy:
@@ -103,7 +107,8 @@ class Training:
             whole = f"{event.steps} steps done"
             pane.training.end(whole if event.is_whole else far, event.verdict)
             pane.say("")
-        if self._has_begun:  # an error leaves what was kept before it, too
+        is_loading = self.state.loaded is None  # which finds what was kept by itself
+        if self._has_begun and not is_loading:  # an error leaves what was kept before it, too
             self._over = event
             await self.settle()
 

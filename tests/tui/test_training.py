@@ -30,6 +30,7 @@ class Stage(Replay):
         self.told: list[object] = []
         self.restored: list[dict[str, list[str]]] = []  # each mode's questions
         self.is_slow = False  # an answer ends when the test says so
+        self.ends: list[events.EngineEvent] = []  # what a training says that a reload cuts short
 
     def start(self) -> None:
         self.say(self.first)
@@ -47,7 +48,7 @@ class Stage(Replay):
 
     def reload(self, pair: Pair) -> None:
         self.told.append(pair)
-        self.say(self.known)
+        self.say(*self.ends, self.known)
 
     def restore(self, histories: Mapping[events.Mode, Sequence[tuple[str, str, str]]]) -> None:
         self.restored.append({mode: [q for q, *_ in turns] for mode, turns in histories.items()})
@@ -173,6 +174,34 @@ async def test_what_is_asked_while_training_ends_is_remembered(shows) -> None:
         stage.say(ended, events.TurnOver(1.0))
         await until(lambda: stage.told[-1] == ("Who?", ("c2c",)))
         assert stage.told[-2] == stage.pair and stage.restored[-1]["relay"] == ["Who?"]
+
+
+async def test_a_training_that_another_pair_cuts_short_is_no_more_spoken_of(shows) -> None:
+    chat, stage = without_fuser()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press("ctrl+s", "1")
+        stage.say(PLAN, TrainingStep(9, 120, 3.0, 300.0, 20))
+        await shows(chat, "step 9 of 120")
+        stage.ends = [PLAN, TrainingOver(9, 120)]
+        await chat._turn_round(other := Pair("a", ("b",)))
+        await until(lambda: not chat.state.is_training and chat.state.loaded)
+        await shows(chat, "ready", without="of 120")
+        assert stage.told == [180, other]
+
+
+async def test_loading_again_ends_a_training_and_loads_once(shows) -> None:
+    chat, stage = without_fuser()
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "C2C cannot answer")
+        await pilot.press("ctrl+s", "1")
+        stage.say(PLAN, TrainingStep(9, 120, 3.0, 300.0, 20))
+        await shows(chat, "step 9 of 120")
+        stage.ends = [TrainingOver(9, 120)]
+        chat.action_reload()
+        await shows(chat, "stopped at step 9 of 120 · Ctrl+S goes on")
+        await until(lambda: not chat.state.is_training and chat.state.loaded)
+        assert stage.told == [180, stage.pair]
 
 
 async def test_an_error_in_training_leaves_what_was_kept_before(shows) -> None:

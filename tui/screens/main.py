@@ -102,6 +102,7 @@ class MainScreen(Screen[None]):
     def show_pair(self, pair: Pair) -> None:
         """Who talks to whom, before anything is loaded."""
         self._title.update(f"{short(pair.receiver)} ← {several(pair.sharers)}")
+        self.panes["c2c"].training.hide()
 
     def show_fuser(self, loaded: Loaded, gates: tuple[Gates, ...], memory_gb: float) -> None:
         """Says in the header and on the pane which fuser it is, and whether it is itself."""

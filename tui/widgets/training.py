@@ -76,8 +76,9 @@ class TrainingView(Vertical):
         self._show_figures()
 
     def hide(self) -> None:
-        """It came to nothing."""
+        """It came to nothing, or was another pair's."""
         self.remove_class("-shown")
+        self._losses, self._tried = [], []
 
     def on_resize(self) -> None:
         """The curve is as wide as there is room."""
