@@ -127,6 +127,7 @@ class Link:
     fuser: str
     layers: tuple[tuple[int, int], ...]  # (receiver layer, sharer layer)
     gates: Gates
+    kinds: tuple[int, ...] = (0, 1)  # that are fused; the gates of another stay closed
 
 
 @dataclass(frozen=True)

@@ -310,13 +310,14 @@ class InferenceThread(threading.Thread):
         from c2c_mlx.talk.lesson import outlook
 
         named = [given or pair_name(self.pair.receiver, s) for s, given in self.pair.links]
-        parts = zip(session.sharers, named, session.links, session.gates, strict=False)
+        fusers = [link.fuser for link in session.links]
+        parts = zip(session.sharers, named, fusers, session.gates, strict=False)
         return Loaded(
             receiver=session.receiver.name,
             sharers=tuple(sharer.name for sharer in session.sharers),
             links=tuple(
-                Link(sharer.name, fuser, link.fuser.config.layer_map, gates)
-                for sharer, fuser, link, gates in parts
+                Link(sharer.name, name, fuser.config.layer_map, gates, tuple(fuser.kinds))
+                for sharer, name, fuser, gates in parts
             ),
             memory_gb=_memory_gb(),
             device=device.describe(),

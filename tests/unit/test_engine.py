@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chat_sessions import thinker
+from chat_sessions import open_fuser, thinker
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import Pair, SamplingConfig
@@ -81,6 +81,21 @@ def test_a_turn_is_one_answer_after_the_other(open_engine: Open) -> None:
     assert len(report.tokens) == len(report.token_weights[0][0]) > 10
     assert all(0 < w < 1 for kind in report.weights for w in kind)
     assert all(c > 0 for kind in report.changes for c in kind)
+
+
+def test_a_fuser_of_values_alone_says_so(
+    open_engine: Open,
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    tiny_pair: Pair,
+    tmp_path: Path,
+) -> None:
+    open_fuser(receiver, sharer, kinds="values").save(tmp_path)
+    engine = open_engine(replace(tiny_pair, fusers=(str(tmp_path),)))
+    loaded = until(engine, Loaded)[-1]
+    assert isinstance(loaded, Loaded)
+    (link,) = loaded.links
+    assert (link.kinds, link.gates) == ((1,), ((False,) * 4, (True,) * 4))
 
 
 def test_two_sharers_feed_an_answer_while_it_is_written(open_engine: Open, tiny_pair: Pair) -> None:

@@ -276,9 +276,13 @@ class GateView(ScrollView, can_focus=True):
     def action_gate(self, kind: int | None = None) -> None:
         """Closes or opens one gate of the layer under the cursor."""
         kind = self.kind if kind is None else kind
-        at = self._rows.get(self.row)
-        if at is None or at >= len(self.own_gates[kind]):
+        at, link = self._rows.get(self.row), self.link
+        if link is None or at is None or at >= len(self.own_gates[kind]):
             self.app.notify(f"layer {self.row} is not fused: it has no gate", severity="warning")
+            return
+        if kind not in link.kinds:
+            what = ("keys", "values")[kind]
+            self.app.notify(f"{what} are not fused: they have no gates", severity="warning")
             return
         gates = [list(g) for g in self.own_gates]
         gates[kind][at] = not gates[kind][at]
@@ -286,9 +290,10 @@ class GateView(ScrollView, can_focus=True):
 
     def action_every_gate(self) -> None:
         """Closes every gate, or opens all if none is open."""
-        if n := len(self.own_gates[0]):
+        if link := self.link:
             opened = not any(map(any, self.own_gates))
-            self._cut(((opened,) * n, (opened,) * n))
+            keys, values = ((opened and kind in link.kinds,) * len(link.layers) for kind in (0, 1))
+            self._cut((keys, values))
 
     def _cut(self, gates: Gates) -> None:
         at = self.sharer
