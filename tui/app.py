@@ -135,7 +135,9 @@ class ChatApp(App[None]):
     def can_act(self) -> bool:
         """Whether the conversation may be changed; says why if not."""
         if self.state.is_busy:
-            self.notify("an answer is being given: Esc stops it", severity="warning")
+            waits = "the question waits for the models to be loaded"
+            why = "an answer is being given: Esc stops it" if self.state.loaded else waits
+            self.notify(why, severity="warning")
         return not self.state.is_busy
 
     # --- asking -----------------------------------------------------------------------------
@@ -202,7 +204,8 @@ class ChatApp(App[None]):
         """Stops the answer; else leaves the editing; else goes back to the prompt."""
         if self.state.is_busy:
             self.backend.stop()
-            self.main.say("stopping")
+            waits = "stops as soon as the models are loaded"
+            self.main.say("stopping" if self.state.loaded else waits)
         elif self.main.prompt.is_editing:
             self.main.prompt.finish()
             self.main.say("ready")

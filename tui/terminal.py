@@ -18,7 +18,7 @@ class Terminal(LinuxDriver):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._file = cast(TextIO, Lasting(self._file))
+        self._file = cast(Any, Lasting(cast(TextIO, self._file)))
 
 
 class Lasting:

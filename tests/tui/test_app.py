@@ -204,6 +204,22 @@ async def test_surgery_while_nobody_listens_adds_up(shows) -> None:
         await until(lambda: [sum(kind) for kind in chat.state.gates[0]] == [13, 13])
 
 
+async def test_what_is_not_fused_has_no_gates_to_open(shows) -> None:
+    (link,) = loaded().links
+    n = len(link.layers)
+    values = replace(link, gates=((False,) * n, (True,) * n), kinds=(1,))
+    chat, _ = staged(loaded(links=(values,)))
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await shows(chat, "ready")
+        await pilot.press("ctrl+g", "k")
+        await shows(chat, "keys are not fused")
+        await pilot.press("a")
+        await until(lambda: not any(map(any, chat.state.gates[0])))
+        await pilot.press("a")
+        await until(lambda: chat.state.gates == chat.state.loaded.gates)
+        await shows(chat, "C2C", without="modified")
+
+
 async def test_gates_of_another_fuser_are_not_drawn(shows) -> None:
     (link,) = loaded().links
     below = tuple((layer, 0) for layer in range(10))
@@ -303,6 +319,21 @@ async def test_while_an_answer_comes_a_question_waits_in_the_prompt(shows) -> No
             await pilot.press("enter")
         await shows(chat, "an answer is being given")
         assert stage.asked == ["Who?"] and chat.main.prompt.text == "And when?"
+
+
+async def test_before_the_models_are_loaded_a_question_waits_and_the_app_says_so(shows) -> None:
+    class Loading(Stage):
+        def stop(self) -> None:
+            """Not heard of before it has loaded."""
+
+    stage = Loading()
+    chat = ChatApp(stage, Conversation(stage.pair), ["c2c", "relay"])
+    async with chat.run_test(size=SIZE, notifications=True) as pilot:
+        await pilot.press(*"Who?", "enter", "ctrl+n")
+        await shows(chat, "the question waits for the models", without="an answer is being given")
+        await pilot.press("escape")
+        await shows(chat, "stops as soon as the models are loaded")
+        assert stage.asked == ["Who?"]
 
 
 async def test_a_model_can_say_nothing_that_the_terminal_obeys(shows, screen) -> None:
