@@ -80,27 +80,27 @@ def _fuser(dtype: mx.Dtype) -> Found:
 
 def _rope(dtype: mx.Dtype) -> Found:
     """Keys that the models' own RoPE has turned, against its formula in double precision."""
-    errors = []
-    for model, rotation, keys in _keys(dtype):
-        by_hand = [
-            _turned(rope_of(model, layer, "a model"), x)
-            for layer, x in enumerate(np.array(keys.astype(mx.float32)).astype(np.float64))
-        ]
-        right = mx.array(np.stack(by_hand).astype(np.float32))
-        errors.append(error(rotation.put_on(keys, _POSITION), right))
-    # An angle that has grown to the position is rounded as a number of that size.
-    allowed = tolerance(dtype) + 2 * _POSITION * spacing(mx.float32)
-    return Found(worst(errors), allowed, f"from position {_POSITION}, against the formula")
+    errors = [
+        error(rotation.put_on(keys, _POSITION), _turned(model, keys, _POSITION))
+        for model, rotation, keys in _keys(dtype)
+    ]
+    note = f"from position {_POSITION}, against the formula"
+    return Found(worst(errors), _allowed(dtype), note)
 
 
 def _unrotated(dtype: mx.Dtype) -> Found:
-    """Keys with RoPE put on and taken off, at one position and at another per row."""
-    errors = []
-    for _, rotation, keys in _keys(dtype):
-        for offset in (_POSITION, mx.array([_POSITION, _POSITION - 7])):
-            again = rotation.take_off(rotation.put_on(keys, offset), offset)
-            errors.append(error(again, keys))
-    return Found(worst(errors), tolerance(dtype), "RoPE put on and taken off again")
+    """Keys that the formula has turned, bare again: from one position, and from one per row."""
+    errors = [
+        error(rotation.take_off(_turned(model, keys, offset).astype(dtype), offset), keys)
+        for model, rotation, keys in _keys(dtype)
+        for offset in (_POSITION, mx.array([_POSITION, _POSITION - 7]))
+    ]
+    return Found(worst(errors), _allowed(dtype), "RoPE taken off what the formula has turned")
+
+
+def _allowed(dtype: mx.Dtype) -> float:
+    # An angle that has grown to the position is rounded as a number of that size.
+    return tolerance(dtype) + 2 * _POSITION * spacing(mx.float32)
 
 
 def _keys(dtype: mx.Dtype) -> Iterator[tuple[nn.Module, Rotation, mx.array]]:
@@ -114,14 +114,18 @@ def _keys(dtype: mx.Dtype) -> Iterator[tuple[nn.Module, Rotation, mx.array]]:
         yield model, Rotation(model, layers, "a model"), keys
 
 
-def _turned(rope: Any, keys: np.ndarray) -> np.ndarray:
-    """Keys [B, H, N, D] rotated in double precision, by RoPE's half-split form."""
+def _turned(model: nn.Module, keys: mx.array, offset: Any) -> mx.array:
+    """Keys [L, B, H, N, D] rotated in double precision, by RoPE's half-split form; in float32."""
     half = keys.shape[-1] // 2
-    if isinstance(rope, nn.RoPE):
-        periods = rope.base ** (np.arange(half) / half)
-    else:
-        periods = np.array(rope._freqs).astype(np.float64)
-    angle = (_POSITION + np.arange(keys.shape[2]))[:, None] / periods
-    cos, sin = np.cos(angle), np.sin(angle)
-    a, b = keys[..., :half], keys[..., half:]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    position = np.array(offset).reshape(-1, 1, 1, 1) + np.arange(keys.shape[3])[:, None]
+    turned = []
+    for layer, x in enumerate(np.array(keys.astype(mx.float32)).astype(np.float64)):
+        rope = rope_of(model, layer, "a model")
+        if isinstance(rope, nn.RoPE):
+            periods = rope.base ** (np.arange(half) / half)
+        else:
+            periods = np.array(rope._freqs).astype(np.float64)
+        cos, sin = np.cos(position / periods), np.sin(position / periods)
+        a, b = x[..., :half], x[..., half:]
+        turned.append(np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1))
+    return mx.array(np.stack(turned).astype(np.float32))

@@ -107,12 +107,12 @@ class Rotation:
 def unrotate(rope: Any, keys: mx.array, start: Any) -> mx.array:
     """Takes the rotation off keys [B, H, N, D] that stand at positions start, start + 1, ...
 
-    Rotating by the angle of position -p undoes position p. Running backwards through the sequence
-    gives just these angles, so this works for every RoPE variant without knowing its frequencies.
-    Some variants (yarn, longrope) scale as well, which both rotations then did.
+    A rotation is undone by its transpose, which is what its gradient is multiplied by: so this
+    works for every RoPE variant without knowing its frequencies, and without the negative offset
+    that Metal's kernel takes for one near 2^32. Some variants (yarn, longrope) scale as well, and
+    then both did.
     """
-    n = keys.shape[2]
-    bare = rope(keys[:, :, ::-1], offset=-(start + n - 1))[:, :, ::-1]
+    (bare,) = mx.vjp(lambda x: rope(x, offset=start), [keys], [keys])[1]
     scale = _scale(rope, keys.shape[3])
     return bare if scale is None else bare / mx.square(scale).astype(keys.dtype)
 

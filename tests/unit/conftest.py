@@ -52,6 +52,19 @@ def lfm2() -> nn.Module:
     return model
 
 
+@pytest.fixture
+def unsigned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it has RoPE compute as on Metal, where a position below zero is one far away."""
+    rope = mx.fast.rope
+
+    def far(x: mx.array, *args: Any, offset: Any, **options: Any) -> mx.array:
+        position = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[2])[:, None]
+        elsewhere = rope(x, *args, offset=offset + (1 << 20), **options)
+        return mx.where(position < 0, elsewhere, rope(x, *args, offset=offset, **options))
+
+    return lambda: monkeypatch.setattr(mx.fast, "rope", far)
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_pair: Pair) -> Iterator[Engine]:
     with running(tiny_pair, Limits(slots=4, queue=64)) as engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -12,16 +13,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.rope_utils import initialize_rope
-from prompts import (
-    MakeC2C,
-)
+from prompts import ANSWER, FIRST, SECOND, MakeC2C, aligned, assert_same, prompt, scratch
 
-from c2c_mlx import LanguageModel
+from c2c_mlx import LanguageModel, device
 from c2c_mlx.doctor.check import error, tolerance
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv, rope
+from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.reader import Reader
 
+Unsigned = Callable[[], None]
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
@@ -87,3 +88,27 @@ def test_dynamic_rope_beyond_its_trained_length_is_refused(receiver: LanguageMod
     for turn in (rotation.take_off, rotation.put_on):
         with pytest.raises(C2CError, match="up to position 64 alone: shorten"):
             turn(keys, 57)
+
+
+@pytest.mark.parametrize("start", [0, 17, [3, 12]], ids=str)
+def test_half_precision_stays(start: Any) -> None:
+    start = mx.array(start) if isinstance(start, list) else start
+    embedding = initialize_rope(16, 1e4, False, {"rope_type": "yarn", "factor": 4.0}, 512)
+    keys = mx.random.normal((2, 3, 9, 16)).astype(mx.bfloat16)
+    assert rope.unrotate(embedding, keys, start).dtype == mx.bfloat16
+
+
+def test_no_position_is_below_zero(
+    make_c2c: MakeC2C, unsigned: Unsigned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a prompt, in parts of one, and in a conversation that grows."""
+    turns = [FIRST, ANSWER, SECOND]
+    c2c, chat = make_c2c(rotated_keys=False), prompt(*turns)
+    expected = scratch(c2c, chat)
+    unsigned()
+    assert_same(scratch(c2c, chat), expected, 1e-5)
+    monkeypatch.setattr(device, "fuser_pass", lambda weights: 1)
+    growing = FusedCache(c2c)
+    for n in (1, 3):
+        growing.extend([aligned(prompt(*turns[:n]))])
+    assert_same(growing.cache, expected, 1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_a_batch_loses_what_its_rows_lose(
     assert batch.receiver.padding.any() and batch.sharer.padding.any() and not batch.mask.all()
     alone = [loss_of(trainer, collate([e], positions)) for e in examples[:4]]
     assert loss_of(trainer, batch) == pytest.approx(sum(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_nothing_is_learned_from_positions_below_zero(
+    make: Make,
+    examples: list[Example],
+    tmp_path: Path,
+    positions: str,
+    unsigned: Callable[[], None],
+) -> None:
+    """Where padding stands; on Metal such a position is one far away."""
+    batch = collate(examples[:4], positions)
+    options = {"positions": positions, "rotated_keys": False}
+    expected = loss_of(make(tmp_path / "signed", **options), batch)
+    unsigned()
+    assert loss_of(make(tmp_path / "unsigned", **options), batch) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("positions", POSITIONS[1:])  # of "all", the first id feeds something
