@@ -15,7 +15,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from c2c_mlx import device
@@ -221,19 +221,21 @@ def argument(model: nn.Module, config: dict[str, Any], *names: str) -> int:
 
 
 def _cast(model: nn.Module) -> None:
-    """Gives every float of a model the dtype that this device wants for it."""
+    """Gives a model's floats the dtype that this device wants for them."""
     parameters: list[Any] = tree_flatten(model.parameters())  # type: ignore[assignment]
     is_packed = any(p.dtype == mx.uint32 for _, p in parameters)
+    # mlx-lm's models name what has to keep its precision, such as the bias of a router.
+    is_cast = getattr(model, "cast_predicate", lambda _: True)
 
-    def held(p: mx.array) -> mx.array:
-        if not mx.issubdtype(p.dtype, mx.floating):
+    def held(path: str, p: mx.array) -> mx.array:
+        if not mx.issubdtype(p.dtype, mx.floating) or not is_cast(path):
             return p
         # Float32 beside packed weights (the embedded pair's) would only make the caches twice as
         # large: what it multiplies has 4 to 8 bits.
         stored = mx.bfloat16 if is_packed and p.dtype == mx.float32 else p.dtype
         return p.astype(device.dtype_of(stored))
 
-    model.update(tree_map(held, model.parameters()))
+    model.update(tree_map_with_path(held, model.parameters()))
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:

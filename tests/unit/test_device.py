@@ -10,10 +10,12 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
+from mlx_lm.models import lfm2_moe
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from c2c_mlx import LanguageModel, device, load_model
 from c2c_mlx.errors import C2CError
+from c2c_mlx.models.load import open_model
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -62,6 +64,40 @@ def test_a_quantised_model_stays_quantised(
     layer = load_model(tmp_path).model.layers[0].self_attn.q_proj
     assert layer.weight.dtype == mx.uint32
     assert layer.scales.dtype == (mx.float16 if rehearsed == "m1" else mx.bfloat16)
+
+
+def test_what_has_to_keep_its_precision_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mlx-lm's model says; which experts are asked hangs on differences of such biases."""
+    arguments = {
+        "model_type": "lfm2_moe",
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "use_expert_bias": True,
+        "num_dense_layers": 0,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "layer_types": ["full_attention", "conv"],
+    }
+    model = lfm2_moe.Model(lfm2_moe.ModelArgs.from_dict(arguments))
+    model, config = quantize_model(model, arguments, group_size=64, bits=4)
+    save_model(tmp_path, model)
+    save_config(config, tmp_path / "config.json")
+    monkeypatch.setenv(device.REHEARSE, "gpu")
+    layer = open_model(tmp_path)[0].layers[0].feed_forward
+    assert layer.switch_mlp.gate_proj.scales.dtype == mx.bfloat16
+    assert layer.expert_bias.dtype == mx.float32
 
 
 def test_nothing_raises_the_wired_limit(
