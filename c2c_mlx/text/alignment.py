@@ -11,13 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.text.rendering import Ints, Message, Tokenizer, bases, fast_tokenizer, locate
+from c2c_mlx.text.rendering import (
+    Ints,
+    Message,
+    Refused,
+    Tokenizer,
+    bases,
+    fast_tokenizer,
+    locate,
+)
 from c2c_mlx.text.rendering import render as render
 from c2c_mlx.text.tokens import Strategy, align_ids, encode, role_id
 
@@ -75,7 +83,8 @@ def align_chat(
             there, and no position attends to it.
 
     Raises:
-        C2CError: A template refuses the messages, or a tokenizer gives no character offsets.
+        C2CError: A template refuses the messages, a tokenizer gives no character offsets, or
+            *first* and *longest* find the messages in different orders.
     """
     if strategy not in get_args(Strategy):
         names = ", ".join(get_args(Strategy))
@@ -90,9 +99,11 @@ def align_chat(
     sharer = _prompt(messages, sharer_tokenizer, add_generation_prompt)
     if strategy != "span":
         others = _message_of(messages, sharer.coordinates[sharer.last])
+        order = _order(message, len(messages))
         sections = zip(
-            _sections(receiver.ids, message, len(messages)),
-            _sections(sharer.ids, others, len(messages)),
+            [*order, -1],
+            _sections(receiver.ids, message, order),
+            _sections(sharer.ids, others, order),
             strict=True,
         )
         tokenizers = (receiver_tokenizer, sharer_tokenizer)
@@ -103,29 +114,64 @@ def align_chat(
         sharer = _Prompt([filler], zero, zero, zero - 1)
     # A position of the template stands where the message text before it ended; before all
     # messages that is -1, which picks the appended 0.
-    reached = np.maximum.accumulate(receiver.coordinates)[receiver.last]
-    index = np.append(_sharer_positions(messages, sharer), 0)[reached]
+    index = np.append(_sharer_positions(messages, sharer), 0)[_filled(receiver.coordinates)]
     return TokenAlignment(
-        receiver.ids, sharer.ids, np.maximum.accumulate(index).astype(np.int32), message
+        receiver.ids, sharer.ids, _rising(index[receiver.last]).astype(np.int32), message
     )
+
+
+def _filled(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of those below zero each one becomes what stands before it; -1 where nothing does.
+
+    Not their maximum so far: some templates move the system prompt into the last user message.
+    """
+    return values[np.maximum.accumulate(np.where(values >= 0, np.arange(len(values)), 0))]
+
+
+def _rising(index: Ints) -> Ints:
+    """An index that never decreases, and has as many as possible of the same positions.
+
+    Where only one of two templates moves a message, either that one gives way or those passed over.
+    """
+    up, down = np.maximum.accumulate(index), np.minimum.accumulate(index[::-1])[::-1]
+    return up if (up != index).sum() <= (down != index).sum() else down
 
 
 _Section: TypeAlias = tuple[list[int], list[int]]  # template text, then a message; ids
 
 
-def _sections(ids: list[int], message: npt.NDArray[np.int32], count: int) -> list[_Section]:
-    """The prompt cut before and after each message; the last section has none."""
+def _order(message: npt.NDArray[np.int32], count: int) -> list[int]:
+    """The messages as a prompt has them; one without text comes after the one before it."""
+    at = 0
+    first = [at := next(iter(np.flatnonzero(message == n)), at) for n in range(count)]
+    return sorted(range(count), key=first.__getitem__)
+
+
+def _sections(
+    ids: list[int], message: npt.NDArray[np.int32], order: Sequence[int]
+) -> list[_Section]:
+    """The prompt cut before and after each message; the last section has none.
+
+    Raises:
+        Refused: The messages are not in this order.
+    """
     sections, at = [], 0
-    for number in range(count):
+    for number in order:
         own = np.flatnonzero(message == number)
         start, stop = (int(own[0]), int(own[-1]) + 1) if len(own) else (at, at)
+        if start < at:
+            raise Refused(
+                "the two chat templates bring the messages into different orders, as with a "
+                "system prompt that one of them moves into the last question: leave it out, or "
+                "take a fuser whose alignment is span"
+            )
         sections.append((ids[at:start], ids[start:stop]))
         at = stop
     return [*sections, (ids[at:], [])]
 
 
 def _by_sections(
-    sections: Sequence[tuple[_Section, _Section]],
+    sections: Sequence[tuple[int, _Section, _Section]],
     receiver: Tokenizer,
     sharer: Tokenizer,
     strategy: Literal["first", "longest"],
@@ -137,10 +183,9 @@ def _by_sections(
     read: list[int] = []
     index: list[int] = []
     message: list[int] = []
-    for number, ((own, text), (other, _)) in enumerate(sections):
+    for number, (own, text), (other, _) in sections:
         length = max(len(own), len(other)) if padding else 0
-        is_last = number == len(sections) - 1
-        template = own if is_last else own + pads[:1] * (length - len(own))
+        template = own if number < 0 else own + pads[:1] * (length - len(own))
         start = len(read)
         read += other + pads[1:] * (length - len(other))
         ids += template
@@ -167,7 +212,7 @@ def message_groups(message: npt.NDArray[np.int32], positions: str) -> npt.NDArra
     """
     if positions == "messages":
         return message
-    filled = np.maximum.accumulate(message)
+    filled = _filled(message)
     return np.maximum(filled, 0) if positions == "all" else filled
 
 
@@ -199,10 +244,10 @@ def _sharer_positions(messages: Sequence[Message], sharer: _Prompt) -> Ints:
     Text that the sharer's template dropped takes the token before it, or the first of all.
     """
     covered = np.flatnonzero(sharer.coordinates >= 0)
-    tokens = np.zeros(bases(messages)[-1], dtype=np.int64)
+    tokens = np.full(bases(messages)[-1], -1, dtype=np.int64)
     # Of several byte pieces of a character, this is the one that has read it all.
     tokens[sharer.coordinates[covered]] = np.searchsorted(sharer.first, covered, side="right") - 1
-    return np.maximum.accumulate(tokens)
+    return np.maximum(_filled(tokens), 0)
 
 
 def _message_of(messages: Sequence[Message], coordinates: Ints) -> npt.NDArray[np.int32]:

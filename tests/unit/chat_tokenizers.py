@@ -52,11 +52,18 @@ STRICT = (
     "{{ raise_exception('Roles must\n alternate') }}{% endif %}"
     "{{ '<' + m['role'] + '>' + m['content'] | trim + '\n' }}{% endfor %}"
 )
+# As Mistral's do: the system prompt stands in the last question, wherever that is by then.
+MOVE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last and "
+    "messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] }}"
+    "{% endif %}{% endfor %}"
+)
 REWRITE = (
     "{% for m in messages %}{{ m['content'] | tojson }};{{ m['content'] | upper }}{% endfor %}"
 )
 DROP = "{% for m in messages %}{{ m['role'] }}.{% endfor %}"
-TEMPLATES = [CHATML, PLAIN, TRIM, THINK, REWRITE, DROP]
+TEMPLATES = [CHATML, PLAIN, TRIM, THINK, MOVE, REWRITE, DROP]
 
 
 def byte_level(n_tokens, sentences, trim_offsets):

@@ -8,6 +8,7 @@ from chat_tokenizers import (
     CHATML,
     DROP,
     KINDS,
+    MOVE,
     PLAIN,
     SENTENCES,
     STRICT,
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.text.alignment import align_chat
+from c2c_mlx.text.alignment import align_chat, message_groups
 from c2c_mlx.text.rendering import render
 from c2c_mlx.text.tokens import encode
 
@@ -225,6 +226,46 @@ def test_a_message_without_text_has_no_span():
     aligned = align_chat([{"role": "tool", "content": None}, user("a")], tokenizer, tokenizer)
     assert said(aligned, tokenizer, 1) == "a"
     assert set(aligned.message) == {-1, 1}
+
+
+# --- templates that move the system prompt ---
+
+MOVED = [
+    {"role": "system", "content": "be terse"},
+    *turns(["the dog", "a cat", "and the fox"]),
+]
+
+
+@pytest.mark.parametrize("strategy", ["span", "first", "longest", "same"])
+def test_a_system_prompt_that_both_move(strategy):
+    receiver, sharer = wrapped("bytes", MOVE), wrapped("trimmed", MOVE)
+    aligned = align_chat(MOVED, receiver, sharer, strategy=strategy)
+    assert receiver.decode(aligned.receiver_ids) == render(MOVED, receiver)
+    for number, message in enumerate(MOVED):
+        assert said(aligned, receiver, number).strip() == message["content"]
+        if strategy == "span":
+            last = aligned.index[aligned.message == number][-1]
+            fed = sharer.decode(aligned.sharer_ids[: last + 1])
+            assert fed.endswith(message["content"])
+    order = [n for n in dict.fromkeys(aligned.message.tolist()) if n >= 0]
+    assert order == [1, 2, 0, 3]
+    groups = message_groups(aligned.message, "from_first_message")
+    assert [n for n in dict.fromkeys(groups.tolist()) if n >= 0] == order
+
+
+@pytest.mark.parametrize("moved", ["receiver", "sharer"])
+def test_a_system_prompt_that_one_moves_alone_gives_way(moved):
+    templates = (MOVE, CHATML) if moved == "receiver" else (CHATML, MOVE)
+    receiver, sharer = map(wrapped, ("bytes", "trimmed"), templates)
+    aligned = align_chat(MOVED, receiver, sharer)
+    assert np.all(np.diff(aligned.index) >= 0)
+    for number in (1, 2, 3):
+        last = aligned.index[aligned.message == number][-1]
+        fed = sharer.decode(aligned.sharer_ids[: last + 1])
+        assert fed.endswith(MOVED[number]["content"])
+    for strategy in ("first", "longest"):
+        with pytest.raises(C2CError, match="different orders.*alignment is span"):
+            align_chat(MOVED, receiver, sharer, strategy=strategy)
 
 
 # --- templates that refuse ---
