@@ -12,7 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, TextStateMachine
 
 from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError, NoFuserError
@@ -22,7 +22,7 @@ from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
-from c2c_mlx.talk import relay
+from c2c_mlx.talk import decode, relay
 from c2c_mlx.talk.crossed import Silent, silenced
 from c2c_mlx.talk.links import align_to_each, link
 from c2c_mlx.text import thoughts
@@ -188,7 +188,7 @@ def write(
         return []
     lm = readings[0].lm
     stops = lm.stop_strings if stop_strings is None else stop_strings
-    stop_tokens, think_end = set(lm.tokenizer.eos_token_ids), lm.tokenizer.think_end
+    stop_tokens, parts = set(lm.tokenizer.eos_token_ids), decode.parts_of(lm.tokenizer, stops)
     generator = BatchGenerator(
         lm.model,
         stop_tokens=[[token] for token in stop_tokens],
@@ -196,15 +196,18 @@ def write(
         prefill_batch_size=len(readings),
     )
     room = [lm.context_length - r.prompt_tokens for r in readings]
-    wanted = [max_tokens + (thoughts.BUDGET if r.is_thinking else 0) for r in readings]
+    most = max_tokens + (thoughts.BUDGET if thoughts.marks(lm.tokenizer) else 0)
     uids = generator.insert(
         [[r.last] for r in readings],
-        [min(pair) for pair in zip(wanted, room, strict=True)],
+        [min(most, left) for left in room],
         [kv.mergeable(r.cache) for r in readings],
     )
     written = {uid: Written() for uid in uids}
     texts = {uid: lm.tokenizer.detokenizer for uid in uids}
-    thinking = {uid for uid, r in zip(uids, readings, strict=True) if r.is_thinking}
+    states = {
+        uid: parts.make_state("thoughts" if r.is_thinking else "normal")
+        for uid, r in zip(uids, readings, strict=True)
+    }
     try:
         while responses := generator.next_generated():
             now = time.perf_counter()
@@ -212,7 +215,8 @@ def write(
                 w, text = written[response.uid], texts[response.uid]
                 w.ids.append(response.token)
                 w.last = now
-                if response.uid in thinking and think_end not in text.text:
+                state = states[response.uid]
+                if state[0] == "thoughts":
                     w.thoughts += 1
                 else:
                     w.first = w.first or now
@@ -221,13 +225,13 @@ def write(
                     text.add_token(response.token)
                 if response.finish_reason or is_cut:
                     text.finalize()
-                w.text = text.text
-                if response.uid in thinking:
-                    w.text = w.text.partition(think_end)[2]
-                stop = min((at for s in stops if (at := w.text.find(s)) >= 0), default=-1)
-                if stop >= 0:
-                    w.text = w.text[:stop]
-                if (stop >= 0 or is_cut) and not response.finish_reason:
+                state, segments = TextStateMachine.split(state, text.last_segment)
+                w.text += "".join(part for name, part in segments if name == "normal")
+                if (response.finish_reason or is_cut) and state[0] == "normal":
+                    state, rest, _ = TextStateMachine.flush(state)
+                    w.text += rest
+                states[response.uid] = state
+                if (state[0] is None or is_cut) and not response.finish_reason:
                     generator.remove([response.uid])
     finally:
         generator.close()

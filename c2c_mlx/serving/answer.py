@@ -22,6 +22,7 @@ from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.serving.job import Piece, Token
 from c2c_mlx.talk.crossed import Decoded
+from c2c_mlx.talk.decode import parts_of
 
 _BYTES: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 _LEAST_LOGPROB = -9999.0  # stands for -inf, which JSON has not
@@ -58,17 +59,19 @@ class Answer:
         self.error: Exception | None = None  # why there is no end
         self.reader: Reader | None = None  # what has read the prompt and the answer
         self.decoded = decoded
-        self.is_thinking = is_thinking
         self._left = limit
         self._top = top_logprobs
         self._tokenizer = lm.tokenizer
         self._detokenizer = lm.tokenizer.detokenizer
-        edges = [(text, None) for text in stop]
-        self._stops = TextStateMachine({"normal": edges} if edges else None).make_state()
-        ends = [(lm.tokenizer.think_end, "normal")] if is_thinking else []
-        self._thoughts = TextStateMachine({"thoughts": ends, "normal": []}).make_state("thoughts")
+        parts = parts_of(lm.tokenizer, stop)
+        self._state = parts.make_state("thoughts" if is_thinking else "normal")
         self._written = 0  # characters, those included that might become a stop string
         self._untold: deque[tuple[int, Token]] = deque()  # where the token's text begins
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether it is within thoughts."""
+        return bool(self._state[0] == "thoughts")
 
     def add(self, token: int, logprobs: mx.array, finish: Reason | None) -> Piece:
         """Takes the next token.
@@ -96,26 +99,27 @@ class Answer:
         if finish:
             self._detokenizer.finalize()
         segment = self._detokenizer.last_segment
-        if is_thought:
-            self._thoughts, parts = TextStateMachine.split(self._thoughts, segment)
-            segment = "".join(part for state, part in parts if state == "normal")
-            self.is_thinking = self._thoughts[0] == "thoughts"
-        self._written += len(segment)
-        self._stops, segments = TextStateMachine.split(self._stops, segment)
-        text = "".join(part for _, part in segments)
-        if self._stops[0] is None:
+        self._state, segments = TextStateMachine.split(self._state, segment)
+        text = "".join(part for state, part in segments if state == "normal")
+        if self._state[0] is None:
             self.reason = "stop"
         elif finish:
-            self._stops, rest, _ = TextStateMachine.flush(self._stops)
-            text, self.reason = text + rest, finish
+            self._state, rest, state = TextStateMachine.flush(self._state)
+            text, self.reason = text + (rest if state == "normal" else ""), finish
         self.text += text
+        if self.is_thinking:
+            while self._untold and self._untold[-1][0] >= len(self.text):
+                self._untold.pop()  # the mark that has opened the thoughts
+            self._written = len(self.text)
+        else:
+            self._written = len(self.text) + len(self._state[3])  # what is held back
         if self.decoded:
             self.decoded.add(token, text, logprobs[token], is_thought)
         return Piece(self.choice, text, tuple(self._told()))
 
     def _told(self) -> list[Token]:
         """The tokens whose text has begun to be certain, each once."""
-        is_whole = self.reason is not None and self._stops[0] is not None
+        is_whole = self.reason is not None and self._state[0] is not None
         told = []
         while self._untold and (is_whole or self._untold[0][0] < len(self.text)):
             told.append(self._untold.popleft()[1])

@@ -57,13 +57,8 @@ def decode(
         "stop" if the answer ended by itself or at a stop string, "length" if it was cut.
     """
     mx.random.seed(sampling.seed)
-    # Thoughts end in the answer, and so does whatever a stop string ends.
-    ends = [(text, None) for text in stop_strings]
-    state = TextStateMachine(
-        {"normal": ends, "thoughts": [(tokenizer.think_end, "normal")] if thinking else []}
-    ).make_state("thoughts" if thinking else "normal")
-
-    answered, most = 0, sampling.max_tokens + (thoughts.BUDGET if thinking else 0)
+    state = parts_of(tokenizer, stop_strings).make_state("thoughts" if thinking else "normal")
+    answered, most = 0, sampling.max_tokens + (thoughts.BUDGET if thoughts.marks(tokenizer) else 0)
     for response in stream_generate(
         in_float32(model),
         tokenizer,
@@ -73,8 +68,9 @@ def decode(
         prompt_cache=cache,
         prefill_step_size=device.prefill_chunk(),
     ):
-        is_thought = state[0] == "thoughts"
+        before = state[0]
         state, segments = TextStateMachine.split(state, response.text)
+        is_thought = "thoughts" in (before, state[0])  # a mark is no part of the answer
         text = "".join(part for name, part in segments if name == "normal")
         is_stopped = state[0] is None
         answered += not is_thought
@@ -97,3 +93,16 @@ def in_float32(model: Any) -> Callable[..., mx.array]:
         return cast(mx.array, model(ids, cache=cache)).astype(mx.float32)
 
     return logits
+
+
+def parts_of(tokenizer: Any, stop_strings: Sequence[str]) -> TextStateMachine:
+    """Tells an answer ("normal") from "thoughts", and both from what a stop string ends (None).
+
+    A model may open its thoughts by itself, and they end in the answer.
+    """
+    normal: list[tuple[str, str | None]] = [(text, None) for text in stop_strings]
+    within = []
+    if marks := thoughts.marks(tokenizer):
+        normal.append((marks[0], "thoughts"))
+        within.append((marks[1], "normal"))
+    return TextStateMachine({"normal": normal, "thoughts": within})

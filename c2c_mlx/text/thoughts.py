@@ -7,11 +7,24 @@ from typing import Any
 
 BUDGET = 2048  # tokens of them, beside those of an answer
 
+# GPT-OSS writes in channels, of which the last one is the answer; mlx-lm sees no thoughts there.
+_CHANNELS = {"<|start|>", "<|channel|>", "<|message|>"}
+_FIRST_CHANNEL, _LAST_CHANNEL = "<|start|>assistant", "<|channel|>final<|message|>"
+
+
+def marks(tokenizer: Any) -> tuple[str, str] | None:
+    """What begins and what ends a model's thoughts; None if it has none."""
+    if getattr(tokenizer, "has_thinking", False):
+        return tokenizer.think_start, tokenizer.think_end
+    if tokenizer.get_added_vocab().keys() >= _CHANNELS:
+        return _FIRST_CHANNEL, _LAST_CHANNEL
+    return None
+
 
 def begins_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
     """Whether a prompt ends within thoughts: the model was made to think, asked to or not."""
-    if not getattr(tokenizer, "has_thinking", False):
+    if not (own := marks(tokenizer)):
         return False
     # Below zero is padding, which no tokenizer knows.
-    text = tokenizer.decode([token for token in prompt_ids if token >= 0][-16:])
-    return bool(text.rfind(tokenizer.think_start) > text.rfind(tokenizer.think_end))
+    text: str = tokenizer.decode([token for token in prompt_ids if token >= 0][-16:])
+    return text.rstrip().endswith(own[0])  # anywhere else it may be what the user wrote

@@ -171,7 +171,9 @@ def _begun(model: nn.Module, prompts: list[list[int]]) -> tuple[list[kv.Cache], 
 
 def _behind_thoughts(ids: list[int], tokenizer: Any, most: int) -> Answer | None:
     """What was written behind thoughts, of `most` tokens at most; None if they did not end."""
-    end = tokenizer.think_end
+    marks = thoughts.marks(tokenizer)
+    assert marks  # its prompt ends with the first one
+    end = marks[1]
     n = bisect_left(range(len(ids) + 1), True, key=lambda n: end in tokenizer.decode(ids[:n]))
     if n > len(ids):
         return None

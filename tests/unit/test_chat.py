@@ -390,7 +390,9 @@ def test_an_answer_that_is_all_thoughts_has_figures(
 def test_thoughts_are_counted_but_have_no_speed(make: MakeSession) -> None:
     whole = ask(make(sampling=replace(SAMPLING, max_tokens=20)), "Who wrote it?", "receiver")[1]
     end, session = whole.text[5:8], make()
-    session.receiver = replace(session.receiver, tokenizer=thinker(session.receiver, "ass", end))
+    session.receiver = replace(
+        session.receiver, tokenizer=thinker(session.receiver, "assistant", end)
+    )
     events, finished = ask(session, "Who wrote it?", "receiver")
     f = finished.figures
     assert finished.text and finished.text in whole.text.partition(end)[2]

@@ -118,7 +118,9 @@ def test_one_figure_per_token_and_their_texts_are_the_answer(
 def test_thoughts_owe_nothing(make: MakeSession, fuse_response: bool) -> None:
     whole = make(fuse_response=fuse_response, sampling=replace(SAMPLING, max_tokens=20))
     end, session = ask(whole, "Who wrote it?").text[5:8], make(fuse_response=fuse_response)
-    session.receiver = replace(session.receiver, tokenizer=thinker(session.receiver, "ass", end))
+    session.receiver = replace(
+        session.receiver, tokenizer=thinker(session.receiver, "assistant", end)
+    )
     finished, found = ask(session, "Who wrote it?"), told(session, over_receiver=True)
     assert finished.text and "".join(found.tokens).strip() == finished.text
     thoughts = finished.figures.generated_tokens - len(found.nats)

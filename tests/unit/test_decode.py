@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Sequence
+from pathlib import Path
 
 import c2c_mlx.blas  # noqa: F401
 
+import mlx.core as mx
 import pytest
 from chat_sessions import thinker
+from mlx_lm.utils import load_tokenizer
 from prompts import (
     assert_same,
 )
@@ -127,10 +131,47 @@ def test_thoughts_are_no_part_of_an_answer_nor_of_its_budget(receiver: LanguageM
 
 
 def test_a_prompt_that_ends_within_thoughts(receiver: LanguageModel) -> None:
-    ids = receiver.tokenizer.encode("ab cd ef", add_special_tokens=False)
-    assert begins_thinking(thinker(receiver, "cd", "xx"), ids)
-    assert not begins_thinking(thinker(receiver, "ab", "cd"), ids)
+    ids = receiver.tokenizer.encode("ab cd ef\n", add_special_tokens=False)
+    assert begins_thinking(thinker(receiver, "ef", "xx"), ids)
+    assert not begins_thinking(thinker(receiver, "cd", "xx"), ids)  # what a user may write
+    assert not begins_thinking(thinker(receiver, "cd", "ef"), ids)
     assert not begins_thinking(thinker(receiver, "xx", "yy"), ids)
     assert not begins_thinking(receiver.tokenizer, ids)
     padded = [i for token in ids for i in (token, *[~0] * 16)]
-    assert begins_thinking(thinker(receiver, "cd", "xx"), padded)
+    assert begins_thinking(thinker(receiver, "ef", "xx"), padded)
+
+
+def test_thoughts_that_a_model_opens_by_itself(receiver: LanguageModel) -> None:
+    text = "".join(written(receiver))
+    start, end = text[2:5], text[9:12]
+    tokenizer, reader = thinker(receiver, start, end), Reader(receiver.model)
+    reader.extend([10, 11, 12])
+    sampling = SamplingConfig(max_tokens=6, temp=1.5, seed=4)
+    pieces = list(decode(receiver.model, tokenizer, reader.cache, [13], sampling))
+    answer = "".join(piece.text for piece in pieces)
+    before, _, rest = text.partition(start)
+    thoughts, _, after = rest.partition(end)
+    assert thoughts and len(answer) > len(before) and (before + after).startswith(answer)
+    assert sum(not piece.is_thought for piece in pieces) == 6
+
+
+def test_the_channels_of_gpt_oss(receiver: LanguageModel, tmp_path: Path) -> None:
+    inner = copy.deepcopy(receiver.tokenizer._tokenizer)
+    marks = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
+    inner.add_special_tokens({"additional_special_tokens": marks})
+    inner.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    prompt = tokenizer.encode("ab<|end|><|start|>assistant", add_special_tokens=False)
+    assert begins_thinking(tokenizer, prompt)
+    said = tokenizer.encode(
+        "<|channel|>analysis<|message|>cd<|end|><|start|>assistant<|channel|>final<|message|>ef",
+        add_special_tokens=False,
+    )
+    upcoming, end = iter(said), tokenizer.eos_token_id
+
+    def model(ids: mx.array, cache: kv.Cache) -> mx.array:
+        return 100.0 * (mx.arange(len(tokenizer)) == next(upcoming, end))[None, None]
+
+    sampling = SamplingConfig(max_tokens=len(said))
+    pieces = list(decode(model, tokenizer, [], prompt[-1:], sampling, thinking=True))
+    assert "".join(piece.text for piece in pieces) == "ef"

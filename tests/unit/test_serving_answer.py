@@ -82,6 +82,17 @@ def test_thoughts_are_no_text_no_tokens_and_no_part_of_the_limit(receiver: Langu
     assert sum(len(piece.tokens) for piece in pieces) == 5
 
 
+def test_thoughts_that_a_model_opens_by_itself_are_no_text(receiver: LanguageModel) -> None:
+    ids = receiver.tokenizer.encode("ab<think>cd</think>ef", add_special_tokens=False)
+    lm = replace(receiver, tokenizer=thinker(receiver, "<think>", "</think>"))
+    answer = Answer(lm, top_logprobs=0)
+    pieces = [answer.add(token, FLAT, None) for token in ids]
+    pieces.append(answer.add(receiver.tokenizer.eos_token_id, FLAT, "stop"))
+    assert answer.text == "".join(piece.text for piece in pieces) == "abef"
+    told = b"".join(bytes(token.bytes) for piece in pieces for token in piece.tokens)
+    assert told == b"abef"
+
+
 def test_the_likeliest_come_first(receiver: LanguageModel) -> None:
     logprobs = mx.full((512,), -20.0)
     logprobs[mx.array([300, 301, 302])] = mx.array([-1.0, -0.5, -3.0])
