@@ -15,10 +15,13 @@ import c2c_mlx.blas  # noqa: F401
 import pytest
 from hub_server import Hub
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch_files import write_checkpoint
 
 from c2c_mlx import Fuser
 from c2c_mlx.commands import chat, weights
+from c2c_mlx.models.hub import is_hub_id
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -201,3 +204,19 @@ def test_pushing_without_leave(hub: Hub, call: Call) -> None:
     push = ("weights", "push", SHIPPED, "me/mine")
     refused(call(*push), "hf auth login")
     refused(call(*push, offline=True), "needs the hub: unset HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("me/fuser", "a-b/c_d.e", "o/n", "a1/_b", "m/x.gitt", "runs/long--2", "org/model-"),
+        *("a/b..c", "me/foo.git", "o-/n", ".o/n", "o/.n", "o/n.", "a--b/c", "o/" + "n" * 97),
+    ],
+)
+def test_a_hub_id_is_what_the_hub_takes(name: str) -> None:
+    try:
+        validate_repo_id(name)
+        is_taken = True
+    except HFValidationError:
+        is_taken = False
+    assert is_hub_id(name) == is_taken
