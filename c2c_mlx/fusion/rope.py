@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
+from mlx_lm.models.smollm3 import NoPE
 
 from c2c_mlx.errors import C2CError
 
@@ -19,13 +20,26 @@ from c2c_mlx.errors import C2CError
 def rope_of(model: nn.Module, layer: int, name: str) -> Any:
     """The rotary embedding of one layer: a callable (x [B, H, N, D], offset) -> rotated x.
 
+    Of a layer that is known to rotate nothing, as every fourth one of some models, it gives back x.
+
     Raises:
         C2CError: if the layer has none that can be found.
     """
-    for path, module in model.layers[layer].named_modules():
+    modules = model.layers[layer].named_modules()
+    if any(_rotates_nothing(module) for _, module in modules):
+        return NoPE()
+    for path, module in modules:
         if path.rsplit(".", 1)[-1] in ("rope", "rotary_emb"):
             return module
     raise C2CError(f"{name}: layer {layer} has no rotary embedding; train with rotated_keys: true")
+
+
+def _rotates_nothing(module: nn.Module) -> bool:
+    """Whether this is attention whose keys know no positions, in the words of mlx-lm's models."""
+    says = vars(module)
+    # Cohere 2 has a rotary embedding there as well, and leaves it alone.
+    is_told = says.get("use_rope", True) and says.get("use_sliding_window", True)
+    return not is_told or says.get("rope", module) is None
 
 
 class Rotation:

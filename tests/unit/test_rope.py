@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -12,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import cohere2, exaone4, granitemoehybrid
+from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 from prompts import ANSWER, FIRST, SECOND, MakeC2C, aligned, assert_same, prompt, scratch
 
@@ -74,6 +77,29 @@ def test_every_variant_of_rope_is_undone(variant: dict[str, Any] | None, start: 
     bare = mx.random.normal((1, 2, 7, 16))
     keys = embedding(bare, offset=start)
     assert mx.abs(rope.unrotate(embedding, keys, start) - bare).max().item() < 2e-4
+
+
+@pytest.mark.parametrize("name", ["cohere2", "exaone4", "granite"])
+def test_a_layer_that_rotates_nothing_is_left_alone(name: str) -> None:
+    """One id has the same key everywhere; Cohere's layers have a rotary embedding all the same."""
+    args = SimpleNamespace(
+        **{"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+        **{"attention_bias": False, "attention_multiplier": 0.25, "rms_norm_eps": 1e-5},
+        **{"rope_theta": 1e4, "sliding_window_pattern": 1, "position_embedding_type": "nope"},
+    )
+    attention = {
+        "cohere2": lambda: cohere2.Attention(args, 0),
+        "exaone4": lambda: exaone4.Attention(args, is_local=False),
+        "granite": lambda: granitemoehybrid.GraniteMoeHybridAttention(args),
+    }[name]()
+    model, cache = nn.Module(), KVCache()
+    model.layers = [attention]
+    attention(mx.ones((1, 9, 32)), None, cache)
+    keys = cache.keys_and_values()[0]
+    assert error(keys, mx.broadcast_to(keys[..., :1, :], keys.shape)) < 1e-6
+    rotation = rope.Rotation(model, [0], name)
+    for turn in (rotation.take_off, rotation.put_on):
+        assert mx.array_equal(turn(keys[None], 5), keys[None])
 
 
 def test_dynamic_rope_beyond_its_trained_length_is_refused(receiver: LanguageModel) -> None:
