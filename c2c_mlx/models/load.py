@@ -42,6 +42,7 @@ _CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
     *("max_sequence_length", "seq_length", "max_context_length"),
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _UNBOUNDED = 1 << 20  # tokens; for models that state no limit, such as those without attention
 
 
@@ -277,7 +278,9 @@ def _missing_weights(folder: Path) -> str | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / "config.json").exists() and _missing_weights(folder) is None
+    """Whether a cached folder has all that a model needs; other programs fetch what they like."""
+    has_tokenizer = any((folder / name).exists() for name in _TOKENIZERS)
+    return has_tokenizer and (folder / "config.json").exists() and not _missing_weights(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
