@@ -200,13 +200,13 @@ def _push(args: argparse.Namespace) -> None:
     import tempfile
     from dataclasses import replace
 
-    from c2c_mlx.fusers import disk
+    from c2c_mlx.fusers import card, disk
     from c2c_mlx.models import hub
 
     if not hub.is_hub_id(args.hub_id):
         raise C2CError(f"'{args.hub_id}' is no name on the hub: give ORG/NAME")
     folder = _find(args.fuser)
-    config, provenance = disk.read_description(folder)
+    config, provenance = card.public(*disk.read_description(folder))
     licence = args.licence or provenance.licence
     if not licence:
         raise C2CError(f"{args.fuser} names no licence: give one, e.g. --licence cc-by-4.0")
@@ -218,8 +218,8 @@ def _push(args: argparse.Namespace) -> None:
         for name in hub.FUSER_FILES:
             _print(f"{_size((Path(staging) / name).stat().st_size):>8}  {name}")
         if args.dry_run:
-            card = (Path(staging) / disk.CARD).read_text(encoding="utf-8")
-            print("", *map(one_line, card.splitlines()), sep="\n")
+            shown = (Path(staging) / disk.CARD).read_text(encoding="utf-8")
+            print("", *map(one_line, shown.splitlines()), sep="\n")
             print(f"{PROGRAM}: nothing was uploaded (--dry-run)", file=sys.stderr)
         else:
             _print(url)

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from c2c_mlx.config import FuserConfig, ModelShape, Provenance
 from c2c_mlx.models import registry
 from c2c_mlx.models.hub import is_hub_id
+
+_WORD = re.compile(r"'[^']*'|[^\s'=]+")  # of a command, as the shell quotes
+
+
+def public(config: FuserConfig, provenance: Provenance) -> tuple[FuserConfig, Provenance]:
+    """Both without what only says where things lie on the machine, or in the network, of somebody.
+
+    Of a folder the last name stays, of an address that it was one.
+    """
+    receiver, sharer = (
+        replace(model, name=_public(model.name)) for model in (config.receiver, config.sharer)
+    )
+    data, source = tuple(map(_public, provenance.data)), provenance.source
+    if not source.startswith("converted from"):  # then it is a command, as it was typed
+        source = _WORD.sub(lambda word: _public(word[0]), source)
+    return (
+        replace(config, receiver=receiver, sharer=sharer),
+        replace(provenance, data=data, source=source),
+    )
+
+
+def _public(name: str) -> str:
+    bare = name.strip("'")
+    if "://" in bare:
+        return "ADDRESS"
+    # `org/name` is of the hub, or looks like it.
+    is_path = bare.startswith(("/", "~", ".")) or bare.count("/") > 1
+    return bare.rstrip("/").rpartition("/")[2] if is_path else name
 
 
 def render(config: FuserConfig, provenance: Provenance) -> str:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import c2c_mlx.blas  # noqa: F401
@@ -21,7 +22,9 @@ from torch_files import write_checkpoint
 
 from c2c_mlx import Fuser
 from c2c_mlx.commands import chat, weights
-from c2c_mlx.models.hub import is_hub_id
+from c2c_mlx.fusers import disk, store
+from c2c_mlx.models.hub import fetch, is_hub_id
+from c2c_mlx.models.load import find_folder
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -150,6 +153,38 @@ def test_push_and_pull_again(hub: Hub, home: Path, call: Call) -> None:
     pulled = home / "c2c/fusers/me--mine/fuser.safetensors"
     assert pulled.read_bytes() == hub.repositories["me/mine"]["fuser.safetensors"]
     assert "all finite" in call("weights", "verify", "me/mine", offline=True)[1]
+
+
+def test_what_is_pushed_does_not_tell_where_things_lie(
+    hub: Hub, tmp_path: Path, call: Call
+) -> None:
+    disk.copy(store.find_folder(SHIPPED), tmp_path)
+    config, provenance = disk.read_description(tmp_path)
+    config = replace(config, receiver=replace(config.receiver, name="/home/alice/models/mine/"))
+    command = (
+        "c2c-train --receiver /home/alice/models/mine/ --sharer http://alice.lan:8009 "
+        "--data '~/my chats/alice/short' --out=../alice/run --fuser org/start --lr 1e-3"
+    )
+    data = ("~/my chats/alice/short", "org/chats@main", "package:reading/trivia", "a/alice/long")
+    provenance = replace(provenance, source=command, data=data)
+    disk.write_description(tmp_path, config, provenance)
+    assert call("weights", "push", str(tmp_path), "me/mine")[0] == 0
+    for name in ("README.md", "config.json"):
+        text = hub.repositories["me/mine"][name].decode()
+        assert "alice" not in text and "receiver mine --sharer ADDRESS --data short" in text
+        assert "--out=run --fuser org/start --lr 1e-3" in text
+        for kept in ("org/chats@main", "package:reading/trivia", "long"):
+            assert kept in text
+    assert disk.read_description(tmp_path)[1].source == command  # here it stays
+
+
+def test_a_model_without_its_tokenizer_is_fetched_anew(hub: Hub, home: Path, call: Call) -> None:
+    hub.add("me/model", GOLDEN / "receiver")
+    fetch("me/model", ("config.json", "model*.safetensors"))  # as another program may have done
+    assert (find_folder("me/model") / "tokenizer.json").exists()
+    hub.requests.clear()
+    find_folder("me/model")
+    assert hub.requests == []
 
 
 def test_what_is_not_there(hub: Hub, home: Path, call: Call) -> None:
