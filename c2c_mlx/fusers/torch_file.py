@@ -148,10 +148,9 @@ class _refusing:  # noqa: N801 - reads as a verb in the with statement
 
 def _check_directory(file: BinaryIO) -> None:
     """Looks at the archive's last record before its directory is read into memory."""
-    file.seek(-min(1 << 16, os.fstat(file.fileno()).st_size), os.SEEK_END)
-    tail = file.read()
-    at = tail.rfind(b"PK\5\6")
-    if at >= 0 and int.from_bytes(tail[at + 12 : at + 16], "little") > _MAX_DIRECTORY:
+    # The very one that zipfile will go by, behind a comment or in ZIP64's form as well.
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end and end[zipfile._ECD_SIZE] > _MAX_DIRECTORY:  # type: ignore[attr-defined]
         raise _Refused("its table of contents is larger than any real one")
 
 

@@ -237,6 +237,14 @@ def patch_end(data: bytes, offset: int, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+def zip64(data: bytes, size: int) -> bytes:
+    """With a record that says how large the directory is in the last one's stead."""
+    at = data.rindex(b"PK\5\6")
+    n, _, start = struct.unpack_from("<HII", data, at + 10)
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, n, n, size, start)
+    return data[:at] + record + struct.pack("<4sIQI", b"PK\6\7", 0, at, 1) + data[at:]
+
+
 def patch_directory(data: bytes, offset: int, value: bytes) -> bytes:
     """Changes a field of the last entry in the archive's directory."""
     at = data.rindex(b"PK\1\2") + offset
@@ -261,6 +269,11 @@ archive("cut-by-a-byte", lambda data: data[:-1])
 archive("without-its-beginning", lambda data: data[1000:])
 archive("a-flipped-bit", lambda data: data[:4000] + bytes([data[4000] ^ 1]) + data[4001:])
 archive("directory-of-4-gb", lambda data: patch_end(data, 12, b"\xf0\xff\xff\xff"))
+archive("zip64-directory-of-4-gb", lambda data: zip64(data, 1 << 32))
+archive(
+    "directory-of-4-gb-behind-a-comment",
+    lambda data: patch_end(data, 12, b"\xf0\xff\xff\xff\0\0\0\0\xff\xff") + b" " * 65_535,
+)
 archive("directory-elsewhere", lambda data: patch_end(data, 16, b"\xf0\xff\xff\x7f"))
 archive("65535-entries-claimed", lambda data: patch_end(data, 12, b"\xff\xff\xff\x00"))
 archive(

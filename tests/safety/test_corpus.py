@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from pathlib import Path
 import c2c_mlx.blas  # noqa: F401
 
 import pytest
-from corpus import CHECKPOINTS, FUSERS, SYSTEM, Damage, touch
+from corpus import CHECKPOINTS, FUSERS, PT, SYSTEM, Damage, touch, zip64
 from torch_files import Call, dumps, write_checkpoint
 
 from c2c_mlx.commands import weights
+from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers.published import convert
+from c2c_mlx.fusers.torch_file import TorchFile
 
 CPU_SECONDS = 2.0
 IN_A_PROCESS = ["os.system", "number-of-2-gb", "pipe-projector_0.pt", "endless-device", "zip-bomb"]
@@ -81,6 +84,21 @@ def test_checkpoint(
     assert listing(tmp_path) == before
     assert weights.main(["verify", str(folder)]) == 2
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if "directory-of-4-gb" in name])
+def test_a_directory_that_is_too_large_is_not_read(name: str, sound: Path, tmp_path: Path) -> None:
+    folder, _ = damaged(sound, tmp_path, "checkpoint", CHECKPOINTS[name])
+    with pytest.raises(C2CError, match="table of contents is larger"):
+        TorchFile(folder / PT)
+
+
+def test_zip64_itself_is_no_harm(sound: Path, tmp_path: Path) -> None:
+    plain = sound / "checkpoint" / PT
+    data = plain.read_bytes()
+    (size,) = struct.unpack_from("<I", data, data.rindex(b"PK\5\6") + 12)
+    (tmp_path / "x.pt").write_bytes(zip64(data, size))
+    assert TorchFile(tmp_path / "x.pt").tensors == TorchFile(plain).tensors
 
 
 @pytest.mark.parametrize("name", FUSERS)
