@@ -1,8 +1,10 @@
 # make setup | chat | doctor | test | rehearse | check | bench. Everything lives in .venv; nothing else is touched.
 
+# Under Rosetta a Mac's Python is one for Intel, which MLX has no wheel for.
+PROBE := import platform, sys; is_intel = (sys.platform, platform.machine()) == ("darwin", "x86_64"); \
+	sys.exit(is_intel or sys.version_info < (3, 11))
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	&& echo $$p && break; done)
+	$$p -c '$(PROBE)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # A file's tests stay in one process; two BLAS threads in each of several processes would be slower.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -27,9 +29,9 @@ help:
 setup: $(BIN)/.installed blas
 
 $(BIN)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "c2c-mlx needs Python 3.11 or newer on the PATH"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "c2c-mlx needs Python 3.11 or newer on the PATH; on a Mac, native (arm64)"; exit 2; }
 	@echo "installing into .venv (a few minutes the first time)"
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -c 'import pip; $(PROBE)' >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	@$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@

@@ -68,3 +68,24 @@ def test_the_registry_is_found_in_an_installed_package(installed: Path) -> None:
     file, *aliases = run(sys.executable, "-c", code, PYTHONPATH=str(installed)).split()
     assert Path(file) == installed / "c2c_mlx" / "__init__.py"
     assert "smollm2-135m" in aliases
+
+
+def test_an_intel_python_on_a_mac_is_refused(tmp_path: Path) -> None:
+    """As under Rosetta, where pip would find no MLX, and leave half of a .venv."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    lie = "import platform, sys; sys.platform = 'darwin'; platform.machine = lambda: 'x86_64'"
+    for name in ("python3.13", "python3.12", "python3.11", "python3"):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{lie}; exec(sys.argv[1])" "$2"\n')
+        program.chmod(0o755)
+    (tmp_path / "pyproject.toml").touch()
+    done = subprocess.run(
+        ["make", "-f", str(ROOT / "Makefile"), "setup"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2 and "native (arm64)" in done.stdout
+    assert not (tmp_path / ".venv").exists()
