@@ -17,20 +17,13 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models.cache import (
-    KVCache,
-    QuantizedKVCache,
-    RotatingKVCache,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from c2c_mlx.config import ModelShape
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion.padded import PaddedCache
 
 Cache = list[Any]  # an mlx-lm prompt cache: one cache object per layer
-
-_ATTENTION = (KVCache, RotatingKVCache, QuantizedKVCache)
 
 
 class StackedKV(NamedTuple):
@@ -59,7 +52,7 @@ def make_cache(model: nn.Module) -> Cache:
 
 def attention_layers(cache: Cache) -> list[int]:
     """The layers that hold keys and values."""
-    return [i for i, c in enumerate(cache) if isinstance(c, _ATTENTION)]
+    return [i for i, c in enumerate(cache) if isinstance(c, KVCache)]
 
 
 def model_shape(model: nn.Module, name: str, tokenizer: str = "") -> ModelShape:
@@ -119,7 +112,7 @@ def first(cache: Cache, n: int) -> Cache:
     other = copy.deepcopy(cache)
     trim(other, n)
     for layer in _pick(other, attention_layers(other)):
-        if isinstance(layer, KVCache) and layer.keys is not None:
+        if layer.keys is not None:
             layer.keys, layer.values = (
                 layer.keys_and_values()
             )  # no room that others made for theirs
@@ -139,14 +132,15 @@ def position_nbytes(model: nn.Module) -> int:
 
 
 def read(cache: Cache, layers: Sequence[int], start: int, stop: int) -> StackedKV:
-    """Keys and values of `layers` (repeats allowed) at positions [start, stop), dequantised."""
-    pairs = {i: _positions(cache[i], start, stop) for i in set(layers)}
+    """Keys and values of `layers` (repeats allowed) at positions [start, stop)."""
+    pairs = {i: read_layer(cache, i, start, stop) for i in set(layers)}
     return StackedKV(*(mx.stack([pairs[i][kind] for i in layers]) for kind in (0, 1)))
 
 
 def read_layer(cache: Cache, layer: int, start: int, stop: int) -> tuple[mx.array, mx.array]:
-    """Keys and values of one layer at positions [start, stop), [B, H, N, D], dequantised."""
-    return _positions(cache[layer], start, stop)
+    """Keys and values of one layer at positions [start, stop), [B, H, N, D]."""
+    keys, values = cache[layer].keys_and_values()
+    return keys[..., start:stop, :], values[..., start:stop, :]
 
 
 def append(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
@@ -157,7 +151,7 @@ def append(cache: Cache, layer: int, keys: mx.array, values: mx.array) -> None:
 def copy_state(source: Cache, target: Cache) -> None:
     """Hands the state of layers without keys and values over; the arrays are shared."""
     for s, t in zip(source, target, strict=True):
-        if not isinstance(s, _ATTENTION):
+        if not isinstance(s, KVCache):
             t.state = tree_map(lambda x: x, s.state)  # never the list that the source writes into
 
 
@@ -225,20 +219,3 @@ def _one_position(model: nn.Module) -> Cache:
 
 def _pick(cache: Cache, layers: Sequence[int]) -> list[Any]:
     return [cache[i] for i in layers]
-
-
-def _positions(c: Any, start: int, stop: int) -> tuple[mx.array, mx.array]:
-    if isinstance(c, RotatingKVCache):
-        if c.offset > c.max_size:
-            raise C2CError("a sliding-window cache has dropped positions; use kv.make_cache")
-        keys, values = (c._temporal_order(x)[..., : c.offset, :] for x in (c.keys, c.values))
-    else:
-        keys, values = c.keys_and_values()
-    if isinstance(c, QuantizedKVCache):
-        part = [[x[..., start:stop, :] for x in kv] for kv in (keys, values)]
-        k, v = (
-            mx.dequantize(w, scales, biases, group_size=c.group_size, bits=c.bits)
-            for w, scales, biases in part
-        )
-        return k, v
-    return keys[..., start:stop, :], values[..., start:stop, :]

@@ -28,7 +28,6 @@ from c2c_mlx.events import (
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import Fuser
-from c2c_mlx.fusion.gates import GateStats
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.talk import gate_report, links, relay
@@ -158,12 +157,8 @@ class ChatSession:
         """The mode's conversation so far, the system prompt first if there is one."""
         return [*self._opening(), *self.history.get(mode, [])]
 
-    def gate_stats(self, sharer: int = 0) -> GateStats | None:
-        """How the latest C2C turn changed the receiver's cache; computed when asked for."""
-        return self._fused.stats(sharer) if self._fused else None
-
     def gate_reports(self, *, of_last_token: bool = False) -> list[GateReport]:
-        """The same for people to look at: means over heads, and tokens by their text.
+        """How the latest C2C turn changed the receiver's cache; computed when asked for.
 
         Args:
             of_last_token: leaves out everything before it, for a look while an answer is fused.

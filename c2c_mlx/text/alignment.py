@@ -143,7 +143,7 @@ _Section: TypeAlias = tuple[list[int], list[int]]  # template text, then a messa
 def _order(message: npt.NDArray[np.int32], count: int) -> list[int]:
     """The messages as a prompt has them; one without text comes after the one before it."""
     at = 0
-    first = [at := next(iter(np.flatnonzero(message == n)), at) for n in range(count)]
+    first = [at := int(np.append(np.flatnonzero(message == n), at)[0]) for n in range(count)]
     return sorted(range(count), key=first.__getitem__)
 
 
