@@ -164,7 +164,10 @@ def test_the_embedded_base_model_has_something_to_relay() -> None:
     session = ChatSession(receiver, sharer, sampling=SamplingConfig(max_tokens=1))
     for question in ("How do I boil an egg?", "Qui a peint la Joconde ?"):
         session.reset()
-        assert ask(session, question, "relay")[1].relayed_text
+        turn = session.ask(question, "relay")
+        event = next(turn)
+        assert isinstance(event, RelayedText) and event.text.strip()
+        turn.close()
 
 
 @modes
