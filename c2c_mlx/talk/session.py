@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -110,7 +111,7 @@ class ChatSession:
 
     def undo(self, mode: Mode) -> None:
         """Forgets the mode's last turn; its caches are rolled back when they are next used."""
-        del self.history.get(mode, [])[-_messages_per_turn(mode) :]
+        del self.history.get(mode, [])[-(4 if mode == "relay" else 2) :]
         if mode == "relay":
             del self._background[-2:]
         if mode == "c2c" and self._fused and self._fused.last:
@@ -169,7 +170,8 @@ class ChatSession:
         if self._fused is None or self._fused.last is None:
             return []
         texts, since = self._fused.texts, self._fused.last.stop - 1 if of_last_token else 0
-        found = ((at, self._fused.stats(at, since)) for at in range(len(texts)))
+        with self._whole_caches():
+            found = [(at, self._fused.stats(at, since)) for at in range(len(texts))]
         return [
             gate_report.report(
                 stats, texts[at], self.receiver.tokenizer, self.sharers[at].tokenizer, at
@@ -190,7 +192,8 @@ class ChatSession:
         if self._fused is None or self._fused.last is None or not self._decoded.has_answer:
             return None
         self._crossing = self._crossing or Crossing(self._fused)
-        return self._crossing.of(self._decoded, self.receiver.tokenizer, over_receiver)
+        with self._whole_caches():
+            return self._crossing.of(self._decoded, self.receiver.tokenizer, over_receiver)
 
     def stop(self) -> None:
         """Ends the turn after the next token, or the next chunk of a prompt; from any thread."""
@@ -218,16 +221,17 @@ class ChatSession:
         turn = [{"role": "user", "content": question}]
         background = list(self._background)
         try:
-            if mode == "relay":
-                for piece in self._relay(question, cost):
-                    relayed += piece.text
-                    yield piece
-                if self._stopping:
-                    raise _Stopped
-                turn = relay.with_background(question, relayed.strip())
-            for text in self._answer([*self.messages(mode), *turn], mode, cost):
-                said += text.text
-                yield text
+            with self._whole_caches():
+                if mode == "relay":
+                    for piece in self._relay(question, cost):
+                        relayed += piece.text
+                        yield piece
+                    if self._stopping:
+                        raise _Stopped
+                    turn = relay.with_background(question, relayed.strip())
+                for text in self._answer([*self.messages(mode), *turn], mode, cost):
+                    said += text.text
+                    yield text
         except _Stopped:
             pass
         finally:
@@ -237,13 +241,20 @@ class ChatSession:
             else:
                 self._background = background
         n_open = sum(int(link.fuser.gates.sum()) for link in self.links) if mode == "c2c" else 0
-        yield Finished(
-            mode,
-            said.strip(),
-            relayed.strip(),
-            "stopped" if self._stopping else cost.reason,
-            cost.figures(n_open),
-        )
+        reason = "stopped" if self._stopping else cost.reason
+        yield Finished(mode, said.strip(), relayed.strip(), reason, cost.figures(n_open))
+
+    @contextmanager
+    def _whole_caches(self) -> Iterator[None]:
+        """Gives up all caches where the device fails, those of other modes as well."""
+        try:
+            yield
+        except (RuntimeError, MemoryError):
+            # On a GPU what failed counts as computed, and is told of late: no cache can be trusted.
+            self._readers, self._crossing, self._decoded = {}, None, Decoded([])
+            if self._fused:
+                self._fused = FusedCache(*self.links, order=self._fused.order)
+            raise
 
     def _relay(self, question: str, cost: Cost) -> Iterator[RelayedText]:
         """The sharer's part of a relay."""
@@ -386,7 +397,3 @@ class ChatSession:
                 raise _Stopped
 
         return report
-
-
-def _messages_per_turn(mode: Mode) -> int:
-    return 4 if mode == "relay" else 2

@@ -7,6 +7,7 @@ from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from chat_sessions import SAMPLING, WORDY, MakeSession, ask, open_fuser, thinker, with_template
@@ -15,6 +16,7 @@ from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
+from c2c_mlx.fusion import reader as reading
 from c2c_mlx.models import registry
 from c2c_mlx.models.embedded import install
 from c2c_mlx.talk import relay
@@ -196,6 +198,55 @@ def test_a_turn_closed_before_its_answer_leaves_no_trace(make: MakeSession, mode
     answers = [ask(s, "Who wrote it?", mode)[1] for s in (session, untouched)]
     assert answers[0].text == answers[1].text
     assert answers[0].relayed_text == answers[1].relayed_text
+
+
+@pytest.mark.parametrize(
+    ("mode", "call"), [("receiver", 1), ("c2c", 1), ("c2c", 2), ("relay", 1), ("relay", 2)]
+)
+def test_caches_that_a_gpu_failed_to_write_are_read_anew(
+    make: MakeSession, monkeypatch: pytest.MonkeyPatch, mode: Mode, call: int
+) -> None:
+    greedy = SamplingConfig(max_tokens=7)
+    session = make(sampling=greedy)
+    ask(session, "Who wrote it?", mode)
+    caches = [reader.cache for reader in session._readers.values()]
+    if session._fused:
+        caches += [session._fused.cache, session._fused.own.cache, session._fused.sharers[0].cache]
+
+    class Metal:
+        """MLX where a command buffer fails: what it did not write counts as evaluated."""
+
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(mx, name)
+
+        def eval(self, *arrays: Any) -> None:
+            mx.eval(*arrays)
+            self.calls += 1
+            if self.calls == call:
+                for layer in (layer for cache in caches for layer in cache if not layer.empty()):
+                    layer.keys, layer.values = (
+                        mx.zeros_like(x) for x in (layer.keys, layer.values)
+                    )
+                raise RuntimeError(
+                    "[METAL] Command buffer execution failed: Insufficient Memory "
+                    "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+                )
+
+    before = list(session.history[mode])
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "mx", Metal())
+        with pytest.raises(RuntimeError, match="Insufficient Memory"):
+            ask(session, "And when?", mode)
+    assert session.history[mode] == before
+    assert session.crossed() is None and session.gate_reports() == []
+
+    fresh = make(sampling=greedy)
+    fresh.history[mode], fresh._background = list(before), list(session._background)
+    assert ask(session, "And when?", mode)[1].text == ask(fresh, "And when?", mode)[1].text
+    if mode == "c2c":
+        assert session.crossed() == fresh.crossed()
 
 
 @modes
