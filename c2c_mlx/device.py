@@ -29,6 +29,12 @@ REHEARSE = "C2C_MLX_REHEARSE"
 LOGITS = 1 << 27  # bytes of them, as float32, that training has at once
 _SMALL_BUFFERS = 1 << 28  # bytes that MLX may always keep for reuse
 _MOST_BUFFERS = 1 << 31
+# Of what people do where macOS keeps interrupting the GPU, the first always helped, the second some
+# of them (github.com/ml-explore/mlx/issues/3267); smaller batches did not.
+UNDISTURBED = (
+    "where it happens again, let the display sleep, or try AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the "
+    "environment"
+)
 
 
 def kind() -> Kind:
@@ -184,3 +190,12 @@ def is_out_of_memory(error: Exception) -> bool:
     signs = ("alloc", "insufficient memory", "out of memory")  # [metal::malloc], std::bad_alloc
     is_said = isinstance(error, RuntimeError) and any(sign in text for sign in signs)
     return is_said or isinstance(error, MemoryError)
+
+
+def is_interrupted(error: Exception) -> bool:
+    """Whether this is what MLX raises when macOS ended the GPU's work before it was done.
+
+    It does so where work keeps the screen waiting or takes too long, and to bystanders of that.
+    """
+    is_said = "command buffer execution failed" in str(error).lower()
+    return isinstance(error, RuntimeError) and is_said and not is_out_of_memory(error)

@@ -30,7 +30,8 @@ def run(body: Callable[[], int | None], program: str) -> int:
         program: the command's name, which begins the line on stderr.
 
     Returns:
-        0, 2 for the user's mistake or a full memory, 130 for Ctrl-C. A bug keeps its traceback.
+        0, 2 for the user's mistake, a full memory or a GPU that macOS interrupted, 130 for Ctrl-C.
+        A bug keeps its traceback.
     """
     try:
         code = body() or 0
@@ -43,10 +44,14 @@ def run(body: Callable[[], int | None], program: str) -> int:
     except (RuntimeError, MemoryError) as e:
         from c2c_mlx import device
 
-        if not device.is_out_of_memory(e):
+        if device.is_interrupted(e):
+            text = f"macOS interrupted the GPU ({e}): start again; {device.UNDISTURBED}"
+        elif device.is_out_of_memory(e):
+            text = f"out of memory ({str(e) or type(e).__name__}): end other programs, or take "
+            text += "smaller models, batches or chats"
+        else:
             raise
-        text = f"out of memory ({str(e) or type(e).__name__}): end other programs, or take smaller"
-        print(f"{program}: {one_line(text)} models, batches or chats", file=sys.stderr)
+        print(f"{program}: {one_line(text)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -282,7 +282,8 @@ def _converse(session: ChatSession, modes: list[Mode], weigh: bool) -> None:
         except KeyboardInterrupt:
             print("\n(stopped)")
         except Exception as e:
-            if not isinstance(e, C2CError) and not device.is_out_of_memory(e):
+            is_told = device.is_out_of_memory(e) or device.is_interrupted(e)
+            if not isinstance(e, C2CError) and not is_told:
                 raise
             print(explain(e))
 

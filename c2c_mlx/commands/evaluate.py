@@ -177,6 +177,9 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
             print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
         raise
     except Exception as e:
+        if device.is_interrupted(e):
+            again = "the same command continues" if log.path else "start again"
+            raise C2CError(f"macOS interrupted the GPU: {again}; {device.UNDISTURBED}") from None
         if not device.is_out_of_memory(e):
             raise
         raise C2CError(_too_much(str(e), args.batch_size, bool(log.path))) from None

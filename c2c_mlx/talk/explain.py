@@ -14,4 +14,6 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if device.is_out_of_memory(error):
         return f"out of memory ({text}): start a new conversation, or take smaller models"
+    if device.is_interrupted(error):
+        return f"macOS interrupted the GPU ({text}): ask again; {device.UNDISTURBED}"
     return f"{type(error).__name__}: {text}; this is a bug, and asking again may work"

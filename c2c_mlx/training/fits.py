@@ -12,6 +12,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 
+from c2c_mlx import device
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.models.memory import Need
 from c2c_mlx.models.paths import size
@@ -129,6 +130,30 @@ def flags(config: TrainConfig, other: TrainConfig) -> str:
     if other.max_tokens != config.max_tokens:
         found.append(f"--max-tokens {other.max_tokens}")
     return " ".join(found)
+
+
+def too_large(where: str, config: TrainConfig, less: TrainConfig | None, is_kept: bool) -> str:
+    """What to do about a run that did not fit.
+
+    Args:
+        where: it was.
+        config: the run's.
+        less: the next smaller one, if there is one.
+        is_kept: whether a checkpoint goes on with that.
+    """
+    what = f"{where} did not fit into the memory"
+    if less is None:
+        return f"{what}: start again in another --out with a smaller --max-tokens or --preset"
+    wanted = flags(config, less)
+    if is_kept:
+        return f"{what}: --resume goes on there with {wanted}, from the same chats a step"
+    return f"{what}: {wanted} needs less, and learns from the same chats"
+
+
+def interrupted(where: str, is_kept: bool) -> str:
+    """What to do about a run that macOS interrupted; as `too_large`."""
+    goes_on = "--resume goes on there" if is_kept else "start it again"
+    return f"macOS interrupted the GPU at {where}: {goes_on}; {device.UNDISTURBED}"
 
 
 def told(config: TrainConfig) -> str:

@@ -164,6 +164,7 @@ class Trainer:
         self._whole = False
         self.optimizer.update(fuser, gradient)
         mx.eval(fuser.parameters(), self.optimizer.state)
+        mx.synchronize()  # else a GPU may tell of a failure only in the next step
         self._whole = True
         self.step += 1
         self.tokens += tokens
@@ -202,7 +203,8 @@ class Trainer:
             stopped: asked before each step; then a checkpoint and the fuser are saved.
 
         Raises:
-            C2CError: if the memory does not suffice, the disk is full, or the loss is not finite.
+            C2CError: if the memory does not suffice, the disk is full, the loss is not finite, or
+                macOS interrupted the GPU.
         """
         for made in self.steps(stopped):
             if isinstance(made, float):
@@ -308,7 +310,7 @@ class Trainer:
         """Keeps to the memory that was planned; where there is less, names the next smaller plan.
 
         Args:
-            keep: whether a checkpoint is written that goes on with it.
+            keep: whether a checkpoint is written that goes on with it, or after an interruption.
         """
         planned = device.at_most(self.fitted.need.in_use) if self.fitted else nullcontext()
         try:
@@ -316,23 +318,20 @@ class Trainer:
                 yield
             return
         except (RuntimeError, MemoryError) as e:
-            if not device.is_out_of_memory(e):
+            is_full = device.is_out_of_memory(e)
+            if not is_full and not device.is_interrupted(e):
                 raise
             traceback.clear_frames(e.__traceback__)  # they hold what did not fit
         mx.clear_cache()
-        what = "the verdict" if self.finished else f"step {self.step + 1}"
-        what += " did not fit into the memory"
-        if (less := fits.smaller(self.config)) is None:
-            raise C2CError(
-                f"{what}: start again in another --out with a smaller --max-tokens or --preset"
-            )
-        wanted = fits.flags(self.config, less)
-        if not (keep and self._whole):
-            raise C2CError(f"{what}: {wanted} needs less, and learns from the same chats")
-        if self.group.rank() == 0:
+        where = "the verdict" if self.finished else f"step {self.step + 1}"
+        less = fits.smaller(self.config) if is_full else self.config
+        keep = keep and self._whole and less is not None
+        if keep and self.group.rank() == 0:
             self.settings |= {name: getattr(less, name) for name in fits.CHOSEN}
             self.save()
-        raise C2CError(f"{what}: --resume goes on there with {wanted}, from the same chats a step")
+        if not is_full:
+            raise C2CError(fits.interrupted(where, keep))
+        raise C2CError(fits.too_large(where, self.config, less, keep))
 
     # --- files --------------------------------------------------------------------------------
 

@@ -152,22 +152,29 @@ def test_an_argument_that_is_no_utf_8_is_one_line(call, flag):
     assert code == 2 and "is not UTF-8 text" in err and err.count("\n") == 1 and out == ""
 
 
-def test_a_full_memory_is_told_and_the_conversation_goes_on(call, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("[malloc] Unable to allocate 7 bytes.", "out of memory ([malloc]"),
+        ("[METAL] Command buffer execution failed: Internal Error", "macOS interrupted the GPU ("),
+    ],
+)
+def test_a_failing_device_is_told_and_the_conversation_goes_on(call, monkeypatch, error, words):
     class Full:
-        """A machine that has no memory for the first answer."""
+        """A machine that fails at the first answer, as if it had no memory for it."""
 
         answers, is_full = decode.stream_generate, True
 
         def __call__(self, *args, **options):
             if self.is_full:
                 self.is_full = False
-                raise RuntimeError("[malloc] Unable to allocate 7 bytes.")
+                raise RuntimeError(error)
             return type(self).answers(*args, **options)
 
     monkeypatch.setattr(decode, "stream_generate", Full())
     pair = [*PAIR, "--mode", "receiver", "--max-tokens", "2"]
     code, out, _ = call("--plain", *pair, stdin="Who wrote it?\nAnd when?")
-    assert code == 0 and out.startswith("> out of memory ([malloc]")
+    assert code == 0 and out.startswith(f"> {words}")
     assert out.count("s to the first token") == 1
 
 

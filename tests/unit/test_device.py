@@ -149,6 +149,22 @@ def test_memory_is_taken_as_it_is_needed() -> None:
 )
 def test_what_mlx_raises_when_the_memory_is_full(error: Exception, full: bool) -> None:
     assert device.is_out_of_memory(error) == full
+    assert not device.is_interrupted(error)
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+        "Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+        "Discarded (victim of GPU error/recovery) "
+        "(00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim)",
+        "Internal Error (0000000e:Internal Error)",
+    ],
+)
+def test_what_mlx_raises_when_macos_interrupts_the_gpu(why: str) -> None:
+    error = RuntimeError(f"[METAL] Command buffer execution failed: {why}.")
+    assert device.is_interrupted(error) and not device.is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(

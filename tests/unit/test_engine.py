@@ -287,6 +287,8 @@ def test_an_interpreter_ends_cleanly_behind_it(tiny_pair: Pair) -> None:
 def test_every_error_becomes_one_line() -> None:
     assert explain(C2CError("do this")) == "do this"
     assert explain(RuntimeError("[malloc] Unable to allocate\n3 bytes")).startswith("out of memory")
+    stopped = "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002)"
+    assert explain(RuntimeError(stopped)).startswith("macOS interrupted the GPU ([METAL]")
     assert "\n" not in explain(ValueError("a\nb"))
 
 

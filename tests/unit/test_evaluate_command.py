@@ -274,6 +274,19 @@ def test_want_of_memory_is_one_line_that_says_what_to_do(
     assert code == 2 and "try smaller models" in err and err.count("\n") == 1
 
 
+def test_an_interruption_is_one_line_and_the_same_command_continues(
+    call: Call, task: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (e)")
+
+    monkeypatch.setattr(runner, "write", interrupted)
+    base = [*PAIR, "--task", task("chat"), "--mode", "receiver", "--json", str(tmp_path / "o")]
+    code, out, err = call(*base)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "macOS interrupted the GPU: the same command continues" in err
+
+
 def test_where_everything_fails_there_is_no_result(call: Call, tmp_path: Path) -> None:
     row = {"question": "so " * 4000, "choices": ["a", "b"], "answer": 0}
     (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")

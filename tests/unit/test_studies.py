@@ -382,7 +382,7 @@ def test_a_mistake_is_one_line(
     assert words in err and err.startswith("c2c-study: ") and err.count("\n") == 1
 
 
-def test_a_full_memory_is_one_line(
+def test_a_full_memory_and_an_interrupted_gpu_are_one_line(
     call: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def full(*given: Any) -> None:
@@ -393,6 +393,10 @@ def test_a_full_memory_is_one_line(
     assert call("gates") == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("c2c-study: out of memory ([metal::malloc]") and "smaller models" in err
+    error = RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (e)")
+    assert call("gates") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("c2c-study: macOS interrupted the GPU ([METAL]") and "display" in err
     error = RuntimeError("[matmul] Last dimension of first input must match")
     with pytest.raises(RuntimeError, match="matmul"):
         call("gates")

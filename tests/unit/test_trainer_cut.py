@@ -188,14 +188,19 @@ def test_a_damaged_checkpoint_is_named(make: Make, tmp_path: Path) -> None:
 
 FULL = RuntimeError("[metal::malloc] Unable to allocate 17179869184 bytes.")  # MLX's own words
 
+STOPPED = RuntimeError(
+    "[METAL] Command buffer execution failed: Impacting Interactivity "
+    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+)
 
-def full_at(trainer: Trainer, step: int) -> None:
-    """The memory is full as soon as so many steps are done."""
+
+def full_at(trainer: Trainer, step: int, error: RuntimeError = FULL) -> None:
+    """The memory is full, or what else the error says, as soon as so many steps are done."""
     loss_and_grad = trainer._loss_and_grad
 
     def full(*given: Any) -> Any:
         if trainer.step == step:
-            raise FULL
+            raise error
         return loss_and_grad(*given)
 
     trainer._loss_and_grad = full
@@ -226,6 +231,25 @@ def test_a_run_that_did_not_fit_goes_on_with_less_and_learns_the_same(
     if not options:
         for key, value in weights(whole).items():
             np.testing.assert_allclose(weights(smaller)[key], value, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_that_macos_interrupted_goes_on_exactly(
+    make: Make, tmp_path: Path, step: int
+) -> None:
+    whole, cut = (make(tmp_path / name, **NOISY) for name in ("whole", "cut"))
+    run(whole)
+    full_at(cut, step, STOPPED)
+    with pytest.raises(C2CError) as e:
+        run(cut)
+    start = f"macOS interrupted the GPU at step {step + 1}: --resume goes on there; where"
+    assert str(e.value).startswith(start) and "\n" not in str(e.value)
+    latest = all_of(tmp_path / "cut")[-1]
+    assert latest.name == f"{step:07d}" and settings_in(latest) == whole.settings
+    resumed = make(tmp_path / "cut", **NOISY)
+    resumed.resume(latest)
+    run(resumed)
+    assert same(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("kept", ["", "kept"])  # then the answers alone compute anything
