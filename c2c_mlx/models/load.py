@@ -234,7 +234,8 @@ def _cast(model: nn.Module) -> None:
         # Float32 beside packed weights (the embedded pair's) would only make the caches twice as
         # large: what it multiplies has 4 to 8 bits.
         stored = mx.bfloat16 if is_packed and p.dtype == mx.float32 else p.dtype
-        return p.astype(device.dtype_of(stored))
+        # Where it is read: a GPU would wait for the disk, and macOS ends work that waits for long.
+        return p.astype(device.dtype_of(stored), stream=mx.cpu)
 
     model.update(tree_map_with_path(held, model.parameters()))
 

@@ -300,7 +300,9 @@ def _key(e: Example) -> str:
 
 def _read(path: Path) -> Kept | None:
     try:
-        return mx.load(str(path))  # type: ignore[return-value]
+        kept: Kept = mx.load(str(path))  # type: ignore[assignment]
+        mx.eval(kept)  # a GPU's step would wait for the disk, and macOS ends what waits for long
+        return kept
     except (OSError, RuntimeError):  # not there, or torn by a loss of power
         return None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import c2c_mlx.blas  # noqa: F401
 
+import mlx.core as mx
 import pytest
 from trainers import POSITIONS, Make, loss_of
 
@@ -13,6 +14,7 @@ from c2c_mlx import LanguageModel
 from c2c_mlx.models.paths import size
 from c2c_mlx.training.batch import collate
 from c2c_mlx.training.dataset import Example
+from c2c_mlx.training.prefills import _read
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -47,6 +49,14 @@ def test_prefills_are_kept_up_to_the_limit(
     assert [loss_of(make(tmp_path, **options), batch) for batch in batches] == first
     files[0].write_bytes(b"torn")
     assert loss_of(make(tmp_path, **options), batches[0]) == pytest.approx(first[0], rel=1e-5)
+
+
+def test_a_kept_prefill_is_read_before_anything_is_computed_from_it(tmp_path: Path) -> None:
+    path = tmp_path / "kept.safetensors"
+    mx.save_safetensors(str(path), {"own_keys": mx.arange(5)})
+    kept = _read(path)
+    path.write_bytes(b"")  # a step that read it now would fail
+    assert kept is not None and kept["own_keys"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_what_other_runs_keep_takes_room(
