@@ -264,7 +264,9 @@ def _training(
     fused = rows * (prompt + answer) * receiver.per_position
     # The gradient needs nothing of layers below the first fused one.
     layers = receiver.layers - fuser.layer_map[0][0]
-    inside = 2 * receiver.outputs + 4 * receiver.hidden + 2 * receiver.scores(prompt + answer)
+    # Attention that a gradient goes through writes its scores down on every device.
+    scores = receiver.heads * (prompt + answer)
+    inside = 2 * receiver.outputs + 4 * receiver.hidden + 2 * scores
     inside *= 1 if config.grad_checkpoint else layers
     kept = receiver.itemsize * rows * answer * (inside + layers * receiver.hidden)
     # As they are, shifted, their exponentials and their gradient.

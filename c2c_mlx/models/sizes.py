@@ -82,7 +82,7 @@ class ModelSize:
         return self.itemsize * new * (self.scores(positions) + 8 * self.widest)
 
     def scores(self, positions: int) -> int:
-        """Numbers of one position's attention to all of them, where these are written down."""
+        """Numbers of one position's attention to all of them, where a pass writes these down."""
         on_gpu = mx.default_device().type == mx.gpu
         return 0 if on_gpu and self.head_dim in _UNWRITTEN else self.heads * positions
 

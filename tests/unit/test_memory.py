@@ -200,6 +200,18 @@ def test_the_estimate_is_near_what_the_embedded_pair_takes() -> None:
     assert in_use / 1e9 == pytest.approx(max(loading, figures.peak_memory_gb), rel=0.15)
 
 
+def test_a_gradient_has_scores_written_down_on_a_gpu_as_well(
+    receiver: LanguageModel, sharer: LanguageModel, fuser: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = disk.read_description(fuser)
+    own = dataclasses.replace(ModelSize.read(receiver.path), head_dim=64)
+    sizes = own, ModelSize.read(sharer.path)
+    on_cpu = memory.training(*sizes, config, TrainConfig())
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert own.scores(1) == 0, "a mere pass writes none"
+    assert memory.training(*sizes, config, TrainConfig()).working >= on_cpu.working
+
+
 def test_training_counts_the_optimiser(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path
 ) -> None:
