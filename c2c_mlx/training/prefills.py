@@ -203,6 +203,7 @@ class Prefiller:
             for row, e in enumerate(examples):
                 found[row]["state"] = state[row, : len(e.response_ids)]  # [R, D]
         mx.eval(found)
+        mx.synchronize()  # else a GPU may tell of a failure only when all of it is on the disk
         mx.clear_cache()  # the next rows have other lengths
         return found
 
