@@ -34,7 +34,7 @@ from c2c_mlx.models import remote
 
 TINY = Path(__file__).parents[1] / "tests" / "golden" / "data" / "e2e" / "qwen3_llama"
 SERVE = "import sys; from c2c_mlx.commands.serve import main; sys.exit(main())"
-PATIENCE_S = 3.0  # instead of 30
+PATIENCE_S = 3.0  # instead of 30, and of 600
 SAMPLING = SamplingConfig(max_tokens=4)
 
 
@@ -65,7 +65,7 @@ def ask(session: ChatSession, number: int, mode: str = "c2c") -> str:
 def main() -> None:
     given = [int(x) for x in sys.argv[1:]]
     kills, stalls, seed = [*given, *(100, 100, 0)[len(given) :]]
-    remote.PATIENCE_S = PATIENCE_S
+    remote.PATIENCE_S = remote.TURN_S = PATIENCE_S
     receiver, sharer = (load_model(TINY / name) for name in ("receiver", "sharer"))
     mx.random.seed(1)
     layers = tuple((i, i + 2) for i in range(4))

@@ -37,6 +37,7 @@ from c2c_mlx.progress import Report, silent
 
 API_KEY = "C2C_API_KEY"
 PATIENCE_S = 30.0  # without a byte
+TURN_S = 600.0  # before the first one of a cache: others may be there first
 FILES = (  # what decides which tokens a model reads, and what its layers are
     *("config.json", "tokenizer.json", "tokenizer_config.json"),
     *("chat_template.jinja", "special_tokens_map.json"),
@@ -108,7 +109,10 @@ class Remote:
             connection = kind(parts.hostname or "", parts.port, timeout=PATIENCE_S)
             try:
                 connection.request(method, path, data, headers)
+                sock = connection.sock  # which the response may take along
+                sock.settimeout(TURN_S if data else PATIENCE_S)
                 response = connection.getresponse()
+                sock.settimeout(PATIENCE_S)
                 if connection.sock:  # whoever answers may keep it open; the response has its own
                     connection.sock.close()
             except Exception:
@@ -347,14 +351,15 @@ class _Fetch(threading.Thread):
                 raise self.remote.error("it sends too much")
             pair = load(_exactly(response, size))
             keys, values = pair["keys"], pair["values"]
+            if not keys.size:
+                continue  # it says that it is still at work
             heads, dim = self.shape
             at += keys.shape[2]
             if keys.shape != (len(self.layers), heads, keys.shape[2], dim) or at > len(self.ids):
                 raise self.remote.error("it sends keys and values of other shapes")
             if values.shape != keys.shape or {keys.dtype, values.dtype} != {np.dtype(kind)}:
                 raise self.remote.error("it sends keys and values of other shapes")
-            if keys.shape[2]:  # else it says that it is still reading
-                self._came.put((keys, values))
+            self._came.put((keys, values))
         if at != len(self.ids):
             raise self.remote.error("it ended too early")
 
@@ -375,7 +380,7 @@ def _exactly(response: http.client.HTTPResponse, size: int) -> bytes:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
-        return f"it says nothing for {PATIENCE_S:.0f} s"
+        return "it says nothing for too long"
     if isinstance(error, http.client.IncompleteRead):
         return "it ended too early"
     if isinstance(error, SafetensorError | KeyError | IndexError):

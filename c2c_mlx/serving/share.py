@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import save
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -18,6 +21,10 @@ from c2c_mlx.models.remote import FILES
 from c2c_mlx.serving.exchange import Events, Stream, or_gone, read_body
 from c2c_mlx.serving.job import CacheJob, Done, Event, Failed, Served, Slice
 from c2c_mlx.serving.refusal import Refusal, mistake
+
+SIGN_S = 10.0  # after which one of life is sent, if there is nothing else
+_NOTHING = np.empty((0, 0, 0, 0), np.uint16)
+_SIGN = Slice(save({"keys": _NOTHING, "values": _NOTHING}))
 
 
 class CacheRequest(BaseModel):
@@ -53,7 +60,8 @@ async def caches(request: Request) -> Response:
     """POST /v1/caches.
 
     The answer is a row of slices, each behind its length in four bytes, the last one empty: keys
-    and values [layers, heads, positions, head_dim], as safetensors. Some hold no positions.
+    and values [layers, heads, positions, head_dim], as safetensors. Some hold nothing: while others
+    have their turn, they are signs of life.
     """
     served: Served = request.app.state.served
     try:
@@ -85,13 +93,19 @@ ROUTES = [
 ]
 
 
-async def _frames(job: CacheJob, events: AsyncIterable[Event]) -> AsyncIterator[bytes]:
+async def _frames(job: CacheJob, events: Events) -> AsyncIterator[bytes]:
     """An error in the midst of it ends the row too early, which the other side sees."""
-    async for event in events:
+    event: Event | None = None
+    while not isinstance(event, Done | Failed):
+        try:
+            async with asyncio.timeout(SIGN_S):
+                event = await events.get()
+        except TimeoutError:
+            event = _SIGN
         match event:
             case Slice():
                 yield len(event.data).to_bytes(4) + event.data
-                job.sent += 1
+                job.sent += event is not _SIGN
             case Done():
                 yield bytes(4)
 

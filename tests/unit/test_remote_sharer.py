@@ -28,8 +28,9 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.models import memory, remote
 from c2c_mlx.models.load import find_folder
+from c2c_mlx.serving import share as share_dialect
 from c2c_mlx.serving.caches import Caches
-from c2c_mlx.serving.job import CacheJob, Done, Slice
+from c2c_mlx.serving.job import Accepted, CacheJob, Done, Job, Slice
 from c2c_mlx.serving.refusal import Refusal
 from c2c_mlx.serving.sharing import UNSENT, check, share
 
@@ -152,6 +153,53 @@ def test_slices_wait_for_a_slow_network_and_nobody_else_does(engine, monkeypatch
             positions += load(event.data)["keys"].shape[2]
             job.sent += 1
     assert positions == 300
+
+
+def test_who_waits_for_another_ones_turn_is_told_that_it_is_alive(engine, url, monkeypatch) -> None:
+    monkeypatch.setattr(device, "prefill_slice", lambda: 8)
+    monkeypatch.setattr(share_dialect, "SIGN_S", 0.01)
+    model = load_model(url).model
+    first, second = model.make_reader([1]), model.make_reader([1])
+    told, extend, parse = threading.Event(), Reader.extend, remote.load
+
+    def extend_slowly(reader: Reader, ids: Any, progress: Any = None) -> None:
+        extend(reader, ids, progress)
+        if type(reader) is Reader and reader.ids[0] == 10:
+            while engine.status() == {"waiting": 0, "working": 1} and not told.is_set():
+                pass  # the second one is on its way
+            assert engine.status()["working"] == 1 or told.wait(timeout=20)
+
+    def noted(data: bytes) -> Any:
+        pair = parse(data)
+        if threading.current_thread() is second._fetch and not pair["keys"].size:
+            told.set()
+        return pair
+
+    monkeypatch.setattr(Reader, "extend", extend_slowly)
+    monkeypatch.setattr(remote, "load", noted)
+    first.extend(list(range(10, 310)))
+    second.extend(list(range(100, 410)))  # longer, so it does not overtake
+    assert len(first.ids) == 300 and len(second.ids) == 310
+    assert told.is_set()
+
+
+def test_a_turn_may_be_long_in_coming(url, engine, monkeypatch) -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(event: Any) -> None:
+        if isinstance(event, Accepted):
+            held.set()
+            go_on.wait(timeout=60)
+
+    reader = load_model(url).model.make_reader([1])
+    engine.submit(Job("receiver", asked("x"), hold))
+    assert held.wait(timeout=60)
+    with monkeypatch.context() as patched:
+        patched.setattr(remote, "PATIENCE_S", 0.5)
+        reader.extend([5, 6, 7])
+        assert not reader.wait(1.0)
+    go_on.set()
+    assert reader.ids == [5, 6, 7]
 
 
 def test_what_was_dropped_is_read_again_slice_by_slice(sharer, monkeypatch) -> None:
@@ -349,7 +397,8 @@ def test_who_fails_in_mid_turn_costs_one_line(
     with impostor(behave) as elsewhere:
         there.url = elsewhere
         with monkeypatch.context() as patched:
-            patched.setattr(remote, "PATIENCE_S", 0.2 if "stall" in what else remote.PATIENCE_S)
+            for name in ("PATIENCE_S", "TURN_S") if "stall" in what else ():
+                patched.setattr(remote, name, 0.2)
             with pytest.raises(C2CError, match=f"sharer {elsewhere}: ") as failed:
                 answer(chat, QUESTIONS[1])
         release.set()
