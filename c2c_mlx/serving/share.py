@@ -22,6 +22,7 @@ from c2c_mlx.serving.exchange import Events, Stream, or_gone, read_body
 from c2c_mlx.serving.job import CacheJob, Done, Event, Failed, Served, Slice
 from c2c_mlx.serving.refusal import Refusal, mistake
 
+PIECE_BYTES = 1 << 18  # that a slow network carries in the time that a client has to read them
 SIGN_S = 10.0  # after which one of life is sent, if there is nothing else
 _NOTHING = np.empty((0, 0, 0, 0), np.uint16)
 _SIGN = Slice(save({"keys": _NOTHING, "values": _NOTHING}))
@@ -104,7 +105,9 @@ async def _frames(job: CacheJob, events: Events) -> AsyncIterator[bytes]:
             event = _SIGN
         match event:
             case Slice():
-                yield len(event.data).to_bytes(4) + event.data
+                frame = len(event.data).to_bytes(4) + event.data
+                for at in range(0, len(frame), PIECE_BYTES):
+                    yield frame[at : at + PIECE_BYTES]
                 job.sent += event is not _SIGN
             case Done():
                 yield bytes(4)

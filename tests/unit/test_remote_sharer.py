@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
@@ -30,7 +31,8 @@ from c2c_mlx.models import memory, remote
 from c2c_mlx.models.load import find_folder
 from c2c_mlx.serving import share as share_dialect
 from c2c_mlx.serving.caches import Caches
-from c2c_mlx.serving.job import Accepted, CacheJob, Done, Job, Slice
+from c2c_mlx.serving.exchange import Events
+from c2c_mlx.serving.job import Accepted, CacheJob, Done, Failed, Job, Slice
 from c2c_mlx.serving.refusal import Refusal
 from c2c_mlx.serving.sharing import UNSENT, check, share
 
@@ -200,6 +202,23 @@ def test_a_turn_may_be_long_in_coming(url, engine, monkeypatch) -> None:
         assert not reader.wait(1.0)
     go_on.set()
     assert reader.ids == [5, 6, 7]
+
+
+def test_a_large_slice_goes_in_pieces_that_a_slow_network_carries() -> None:
+    data = bytes(3 * share_dialect.PIECE_BYTES)
+
+    async def sent() -> list[bytes]:
+        events = Events()
+        job = CacheJob("receiver", [], events.put)
+        job.tell(Slice(data))
+        job.tell(Failed(C2CError("no more")))
+        pieces = [piece async for piece in share_dialect._frames(job, events) if not job.sent]
+        assert job.sent == 1
+        return pieces
+
+    pieces = asyncio.run(sent())
+    assert b"".join(pieces) == len(data).to_bytes(4) + data
+    assert max(map(len, pieces)) <= share_dialect.PIECE_BYTES
 
 
 def test_what_was_dropped_is_read_again_slice_by_slice(sharer, monkeypatch) -> None:
