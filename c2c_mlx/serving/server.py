@@ -32,7 +32,8 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             full = Refusal(503, f"{CONNECTIONS} connections are open already: try again", wait_s=1)
-            self.app = full.response()
+            self.app = response = full.response()
+            response.headers["Connection"] = "close"  # the next one may have room
         self._wait()
 
     def data_received(self, data: bytes) -> None:

@@ -283,8 +283,14 @@ def test_what_the_server_itself_refuses_is_an_object_too(port, monkeypatch) -> N
         nonsense.sendall(b"nonsense\r\n\r\n")
         assert refused(nonsense) == (400, "invalid_request_error")
     assert send(port, None, "GET", "/health")[0] == 200
-    monkeypatch.setattr(server, "CONNECTIONS", 0)
-    status, told, headers = send(port, None, "GET", "/health")
-    assert status == 503 and told["error"]["type"] == "server_error"
-    assert "connections are open already" in told["error"]["message"]
-    assert headers["retry-after"] == "1"
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        with monkeypatch.context() as patched:
+            patched.setattr(server, "CONNECTIONS", 0)
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            error = json.loads(answer.read())["error"]
+            assert answer.status == 503 and error["type"] == "server_error"
+            assert "connections are open already" in error["message"]
+            assert answer.headers["retry-after"] == "1"
+        connection.request("GET", "/health")  # there is room by now
+        assert connection.getresponse().status == 200
