@@ -83,7 +83,7 @@ def _serve(args: argparse.Namespace) -> None:
             raise C2CError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.cache_gb is not None and not args.cache_gb > 0:
         raise C2CError(f"--cache-gb {args.cache_gb}: must be above 0")
-    api_key = args.api_key or os.environ.get(API_KEY)
+    api_key = args.api_key or os.environ.get(API_KEY) or None
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "pydantic"))):
         raise C2CError("c2c-serve needs its extra: pip install 'c2c-mlx[serve]'")
 

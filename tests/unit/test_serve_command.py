@@ -173,7 +173,8 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
     assert "take another --port" in capsys.readouterr().err
 
 
-def test_a_pair_without_a_fuser_serves_the_other_modes(tiny_pair: Pair) -> None:
+def test_a_pair_without_a_fuser_serves_the_other_modes(tiny_pair: Pair, monkeypatch) -> None:
+    monkeypatch.setenv(serve.API_KEY, "")  # which is none, whatever a client brings
     arguments = ["--receiver", tiny_pair.receiver, "--sharer", tiny_pair.sharers[0]]
     with (
         started(*arguments) as (_, address),
