@@ -333,4 +333,5 @@ def _token(token: Token) -> dict[str, Any]:
 
 
 def _sse(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    # In ASCII: some clients take U+2028 and the like for ends of lines.
+    return f"data: {json.dumps(body)}\n\n"

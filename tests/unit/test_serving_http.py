@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -13,9 +14,11 @@ import openai
 import pytest
 from serving_jobs import QUESTION, SAMPLING, Heard, asked, chat, running, send, serving
 
+from c2c_mlx.errors import C2CError
 from c2c_mlx.serving import exchange, server
 from c2c_mlx.serving.engine import Limits
-from c2c_mlx.serving.job import Accepted, Job
+from c2c_mlx.serving.job import Accepted, Failed, Job, Piece
+from c2c_mlx.serving.openai import ChatRequest, Reply
 
 # --- what clients do ----------------------------------------------------------------------------
 
@@ -51,6 +54,21 @@ def test_a_stream_is_the_completion_in_pieces(client) -> None:
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert all(said[0] == "assistant" and not any(said[1:]) for said in roles)
     assert last and last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_no_character_of_an_answer_ends_a_line_of_a_stream() -> None:
+    text = "a\u2028b\u2029c\x85d"
+
+    async def told() -> list[str]:
+        events = exchange.Events()
+        events.put(Piece(0, text))
+        events.put(Failed(C2CError(text)))
+        reply = Reply(ChatRequest.model_validate(chat()))
+        return [chunk async for chunk in reply.chunks(events)]
+
+    lines = "".join(asyncio.run(told())).splitlines()  # as httpx does, among others
+    first, second = (json.loads(line.removeprefix("data: ")) for line in lines if line)
+    assert first["choices"][0]["delta"]["content"] == second["error"]["message"] == text
 
 
 @pytest.mark.parametrize("options", [{}, {"stream_options": {}}])
