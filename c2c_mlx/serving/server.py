@@ -19,17 +19,20 @@ CONNECTIONS = 256
 HEADER_BYTES = 1 << 14
 HEADER_S = 10.0  # from the first byte of a request, or the connection, to its last header
 IDLE_S = 30  # between two requests
+SEND_S = 60.0  # that a client may take to read what waits for it
 DRAIN_S = 120  # for answers that are being written when the server is told to end
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which alone would wait for headers for ever, and refuse in plain text."""
+    """uvicorn's, which alone would wait for ever for headers and readers, and refuse in text."""
 
     _patience: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """The clock begins to run, and one connection too many is told so, whatever it asks."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # else the last of an answer would wait unnoticed
         if len(self.connections) > CONNECTIONS:
             full = Refusal(503, f"{CONNECTIONS} connections are open already: try again", wait_s=1)
             self.app = response = full.response()
@@ -58,10 +61,22 @@ class Protocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    def pause_writing(self) -> None:
+        """Something waits for the client, and so would a close: who does not read is cut off."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(SEND_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """All of it has been read."""
+        super().resume_writing()
+        if self._unread:
+            self._unread.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing to wait for."""
-        if self._patience:
-            self._patience.cancel()
+        for timer in (self._patience, self._unread):
+            if timer:
+                timer.cancel()
         super().connection_lost(exc)
 
     def _wait(self) -> None:

@@ -11,6 +11,8 @@ from http.client import HTTPConnection
 from queue import SimpleQueue
 from typing import Any
 
+from starlette.applications import Starlette
+
 from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.fusers import disk
 from c2c_mlx.models.load import load_model
@@ -129,8 +131,15 @@ def started(engine: Engine) -> Iterator[Engine]:
 @contextmanager
 def serving(engine: Engine, **options: Any) -> Iterator[int]:
     """The engine behind a socket of this machine; gives the port."""
+    with listening(make_app(engine, engine.served.result(), **options)) as port:
+        yield port
+
+
+@contextmanager
+def listening(app: Starlette) -> Iterator[int]:
+    """An app behind a socket of this machine, until the block ends; gives the port."""
     bound = bind("127.0.0.1", 0)
-    server = make_server(make_app(engine, engine.served.result(), **options))
+    server = make_server(app)
     bound.listen()  # whoever comes before the server does waits
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()

@@ -6,13 +6,18 @@ import asyncio
 import contextlib
 import json
 import socket
+from collections.abc import AsyncIterator
 from http.client import HTTPConnection, HTTPResponse
 from threading import Event
 from typing import Any
 
 import openai
 import pytest
-from serving_jobs import QUESTION, SAMPLING, Heard, asked, chat, running, send, serving
+from serving_jobs import QUESTION, SAMPLING, Heard, asked, chat, listening, running, send, serving
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.serving import exchange, server
@@ -284,6 +289,29 @@ def test_bodies_and_patience_have_bounds(port, monkeypatch) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=60) as long:
         long.sendall(head + b"X: " + b"x" * (2 * server.HEADER_BYTES))
         assert refused(long) == (400, "invalid_request_error")
+
+
+def test_who_does_not_read_is_hung_up_on(monkeypatch) -> None:
+    monkeypatch.setattr(server, "SEND_S", 0.05)
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(1 << 8):
+            yield bytes(1 << 16)
+
+    def whole(request: Request) -> Response:
+        return Response(bytes(1 << 24))
+
+    def stream(request: Request) -> Response:
+        return StreamingResponse(parts())
+
+    app = Starlette(routes=[Route("/whole", whole), Route("/stream", stream)])
+    with contextlib.ExitStack() as clients, listening(app) as port:
+        for path in ("whole", "stream"):
+            client = socket.create_connection(("127.0.0.1", port), timeout=60)
+            clients.enter_context(client)
+            client.sendall(f"GET /{path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.recv(1) == b"H"
+    # It has ended, though both of them were still there.
 
 
 def refused(connection: socket.socket) -> tuple[int, str]:
