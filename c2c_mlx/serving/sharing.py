@@ -61,8 +61,11 @@ def share(job: CacheJob, prompt: Prompt, caches: Caches) -> Generator[Wait, None
                     yield "others"
             told = max(told, stop)
             yield "read"
-    finally:  # who asks again, after giving up, finds what has been read
+    except GeneratorExit:  # who asks again, after giving up, finds what has been read
         caches.put(key, reader, len(reader.ids))
+        raise
+    # Not after an error: where a GPU fails, what was right before may be lost, too.
+    caches.put(key, reader, len(reader.ids))
 
 
 def _bytes(x: mx.array) -> np.ndarray:

@@ -241,6 +241,34 @@ def test_what_was_dropped_is_read_again_slice_by_slice(sharer, monkeypatch) -> N
     assert told == [0, 0, 0, 2, 8, 8, 2]
 
 
+def test_what_a_failure_of_the_gpu_leaves_is_not_kept(sharer, monkeypatch) -> None:
+    monkeypatch.setattr(device, "prefill_slice", lambda: 8)
+    caches, came = Caches(), []
+    job = CacheJob("receiver", [], lambda event: came.append(event))
+    job.ids, job.layers, job.sent = list(range(10, 60)), [1], 1000
+    given_up = share(job, check(sharer, job), caches)
+    assert [next(given_up), next(given_up)] == ["read"] * 2
+    given_up.close()
+    (kept,) = caches._kept
+
+    def fail(*arrays: Any) -> None:
+        """As Metal does, whose arrays then count as computed."""
+        for layer in kept.state.cache:
+            layer.keys, layer.values = mx.zeros_like(layer.keys), mx.zeros_like(layer.values)
+        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mx, "eval", fail)
+        with pytest.raises(RuntimeError):
+            [*share(job, check(sharer, job), caches)]
+    came.clear()
+    assert len([*share(job, check(sharer, job), caches)]) == 7
+    told = np.concatenate([load(event.data)["keys"] for event in came], axis=2)
+    own = Reader(sharer.model)
+    own.extend(job.ids)
+    assert np.allclose(told, np.array(kv.read(own.cache, [1], 0, 50).keys[:, 0]), atol=1e-5)
+
+
 def test_a_conversation_goes_on_when_the_other_side_has_dropped_its_cache(
     receiver, sharer, tiny_pair, monkeypatch
 ) -> None:
