@@ -9,6 +9,7 @@ from textual.widgets import Footer, Markdown
 
 from c2c_mlx.tui import keys
 from c2c_mlx.tui.votes import Choice
+from c2c_mlx.tui.widgets import wording
 from c2c_mlx.tui.widgets.harmless import harmless
 
 
@@ -37,7 +38,9 @@ class Ballot(ModalScreen[Choice | None]):
                 for name, (_, text) in zip("AB", self.candidates, strict=True):
                     with VerticalScroll(classes="candidate") as candidate:
                         candidate.border_title = name
-                        yield Markdown(harmless(text), open_links=False)
+                        yield Markdown(
+                            harmless(text), parser_factory=wording.parser, open_links=False
+                        )
         yield Footer()
 
     def action_vote(self, which: int) -> None:

@@ -13,6 +13,7 @@ from c2c_mlx.events import Crossed, Mode
 from c2c_mlx.talk import relay
 from c2c_mlx.tui import owed, race
 from c2c_mlx.tui.conversation import NAMES, Answer, Turn
+from c2c_mlx.tui.widgets import wording
 from c2c_mlx.tui.widgets.harmless import harmless
 from c2c_mlx.tui.widgets.training import TrainingView
 
@@ -26,7 +27,7 @@ class AnswerText(Markdown):
     """
 
     def __init__(self, classes: str) -> None:
-        super().__init__(classes=classes, open_links=False)
+        super().__init__(classes=classes, parser_factory=wording.parser, open_links=False)
 
     async def write(self, text: str) -> None:
         """Adds a piece, and returns when it is drawn: one piece at a time; none, if it is gone."""
