@@ -6,6 +6,7 @@ them; every event carries its mode. `engine.InferenceThread` adds what stands ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -151,6 +152,15 @@ class Loaded:
     def gates(self) -> tuple[Gates, ...]:
         """Of each link's fuser, as they were when it was loaded."""
         return tuple(link.gates for link in self.links)
+
+
+def fitting(gates: Sequence[Gates], own: tuple[Gates, ...]) -> tuple[Gates, ...]:
+    """These gates; the fusers' own, if these are of other fusers."""
+
+    def shapes(of: Sequence[Gates]) -> list[tuple[int, int]]:
+        return [(len(keys), len(values)) for keys, values in of]
+
+    return tuple(gates) if shapes(gates) == shapes(own) else own
 
 
 @dataclass(frozen=True)

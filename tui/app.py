@@ -106,6 +106,7 @@ class ChatApp(App[None]):
             )
         if self.state.conversation.turns:
             await self.main.show_conversation(self.state.conversation)
+            self._tell_backend()
         self.backend.start()
         self.run_worker(self.follower.follow())
 
@@ -254,15 +255,15 @@ class ChatApp(App[None]):
         self.follower.show_context()
         if talk.pair != before:
             self.main.show_pair(talk.pair)
-            self.state.loaded = None
+            self.state.loaded, self.state.gates = None, ()
             self.backend.reload(talk.pair)
         self._tell_backend()
 
     def _tell_backend(self) -> None:
         talk = self.state.conversation
         self.backend.configure(talk.sampling, talk.system)
-        self.backend.restore({mode: talk.history(mode) for mode in MODES})
         self.follower.restore_gates()
+        self.backend.restore({mode: talk.history(mode) for mode in MODES}, self.state.gates)
 
     def action_sessions(self) -> None:
         """Saved conversations to choose from."""

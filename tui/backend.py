@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from c2c_mlx.config import Pair, SamplingConfig
 from c2c_mlx.events import EngineEvent, Gates, Mode
-from c2c_mlx.talk.engine import ANSWERED_TURN
+from c2c_mlx.talk.engine import HISTORIES
 
 
 class Backend(Protocol):
@@ -21,7 +21,7 @@ class Backend(Protocol):
     def weigh(self) -> None: ...  # noqa: D102
     def stop(self) -> None: ...  # noqa: D102
     def undo(self, modes: Sequence[Mode]) -> None: ...  # noqa: D102
-    def restore(self, histories: Mapping[Mode, Sequence[ANSWERED_TURN]]) -> None: ...  # noqa: D102
+    def restore(self, histories: HISTORIES, gates: Sequence[Gates]) -> None: ...  # noqa: D102
     def set_gates(self, gates: Sequence[Gates]) -> None: ...  # noqa: D102
     def configure(self, sampling: SamplingConfig, system: str | None) -> None: ...  # noqa: D102
     def reload(self, pair: Pair) -> None: ...  # noqa: D102

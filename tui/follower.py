@@ -128,24 +128,19 @@ class Follower:
         state.loaded, state.memory_gb = loaded, loaded.memory_gb
         self.screen.end_progress()
         self.screen.gate_panel.view.show_loaded(loaded)
-        self.show_gates(loaded.gates)
+        self.show_gates(events.fitting(state.gates, loaded.gates))
         self.screen.show_missing(loaded)
         self.screen.say("" if state.is_busy else _ready(loaded))
         self.show_context()
-        if state.is_busy and turn and not turn.latest.gates:
-            turn.latest.gates = loaded.gates  # asked before anybody knew them
-        self.restore_gates()
+        if state.is_busy and turn:
+            turn.latest.gates = state.gates  # asked before anybody knew them, or whether they fit
 
     def restore_gates(self) -> None:
-        """Cuts the fusers as they were in the conversation's last turn, once they are loaded."""
-        state = self.state
-        if state.loaded is None or state.turn is None:
-            return
-        wanted = state.turn.latest.gates
-        if _shapes(wanted) != _shapes(state.loaded.gates):
-            wanted = state.loaded.gates  # they are of another fuser
-        if wanted != state.gates:
-            self.set_gates(wanted)
+        """Takes over the gates of the conversation's last turn; once it is known, if they fit."""
+        gates, loaded = self.state.gates, self.state.loaded
+        if self.state.turn:
+            gates = self.state.turn.latest.gates
+        self.show_gates(events.fitting(gates, loaded.gates) if loaded else gates)
 
     def set_gates(self, gates: tuple[Gates, ...]) -> None:
         """Opens and closes gates; what is asked from now on is answered with these."""
@@ -153,10 +148,10 @@ class Follower:
         self.backend.set_gates(gates)
 
     def show_gates(self, gates: tuple[Gates, ...]) -> None:
-        """Takes over the gates that the fusers have."""
+        """Takes over the gates that the fusers have, or will have when they are loaded."""
         self.state.gates = gates
-        self.screen.gate_panel.view.show_gates(gates)
         if self.state.loaded is not None:
+            self.screen.gate_panel.view.show_gates(gates)
             self.screen.show_fuser(self.state.loaded, gates, self.state.memory_gb)
 
     def show_context(self) -> None:
@@ -210,7 +205,3 @@ def _ready(loaded: Loaded) -> str:
     if loaded.unfinished:
         return f"ready · its training stopped at {loaded.unfinished}: Ctrl+S goes on"
     return f"ready · {loaded.needs}".rstrip(" ·")
-
-
-def _shapes(gates: Sequence[Gates]) -> list[tuple[int, int]]:
-    return [(len(keys), len(values)) for keys, values in gates]

@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from c2c_mlx import atomic, events, progress
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.events import EngineEvent, Gates, Mode
 from c2c_mlx.models import registry
-from c2c_mlx.talk.engine import ANSWERED_TURN, InferenceThread
+from c2c_mlx.talk.engine import HISTORIES, InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 
@@ -139,7 +139,7 @@ class Replay:
     def undo(self, modes: Sequence[Mode]) -> None:
         """Nothing is remembered here."""
 
-    def restore(self, histories: Mapping[Mode, Sequence[ANSWERED_TURN]]) -> None:
+    def restore(self, histories: HISTORIES, gates: Sequence[Gates]) -> None:
         """Nothing is remembered here."""
 
     def configure(self, sampling: SamplingConfig, system: str | None) -> None:

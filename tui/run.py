@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
-from c2c_mlx.events import MODES, Mode
+from c2c_mlx.events import Mode
 from c2c_mlx.talk.engine import InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import RIVALS, Conversation
@@ -40,8 +40,6 @@ def run(
     talk, file = opened(pair, given, system, resume)
     answered = talk.turns[-1].answers if talk.turns else ()
     engine = InferenceThread(talk.pair, talk.sampling, talk.system)
-    if talk.turns:
-        engine.restore({mode: talk.history(mode) for mode in MODES})
     app = ChatApp(engine, talk, modes or tuple(answered) or RIVALS, file)
     app.driver_class = Terminal
     with asyncio.Runner() as runner:

@@ -128,5 +128,5 @@ class Training:
             return
         if turn.answers.get("c2c", Answer()).is_kept:
             self.backend.undo(["c2c"])
-        turn.takes.append(state.conversation.take(["c2c"], (), state.attempt))
+        turn.takes.append(state.conversation.take(["c2c"], state.gates, state.attempt))
         await self._ask(turn, ["c2c"])

@@ -28,6 +28,7 @@ from c2c_mlx.events import (
     Text,
     TrainingOver,
     TurnOver,
+    fitting,
 )
 from c2c_mlx.progress import Progress
 from c2c_mlx.talk.explain import explain as explain
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from c2c_mlx.models.memory import Need
     from c2c_mlx.talk.session import ChatSession
 
-ANSWERED_TURN = tuple[str, str, str]  # question, relayed text, answer
+HISTORIES = Mapping[Mode, Sequence[tuple[str, str, str]]]  # question, relayed text, answer
 
 
 class _Closing(Exception):
@@ -63,6 +64,7 @@ class InferenceThread(threading.Thread):
         self.events: SimpleQueue[EngineEvent] = SimpleQueue()
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._session: ChatSession | None = None
+        self._own_gates: tuple[Gates, ...] = ()  # each fuser's, as it was loaded
         self._asked = self._called_off = 0  # turns are numbered; these are the last ones
         self._turn = 0
         self._question = ""  # the latest
@@ -148,15 +150,15 @@ class InferenceThread(threading.Thread):
 
         self._jobs.put(job)
 
-    def restore(self, histories: Mapping[Mode, Sequence[ANSWERED_TURN]]) -> None:
-        """Forgets the conversations and takes up these."""
+    def restore(self, histories: HISTORIES, gates: Sequence[Gates]) -> None:
+        """Forgets the conversations, takes up these, and cuts the fusers, if the gates fit them."""
 
         def job() -> None:
             self._ready.reset()
             for mode, turns in histories.items():
                 self._ready.restore(mode, turns)
-            latest = [turns[-1][0] for turns in histories.values() if turns]
-            self._question = latest[0] if latest else ""
+            self._ready.set_gates(fitting(gates, self._own_gates))
+            self._question = next((turns[-1][0] for turns in histories.values() if turns), "")
 
         self._jobs.put(job)
 
@@ -284,6 +286,7 @@ class InferenceThread(threading.Thread):
         except C2CError as e:
             missing, fusers = str(e), []
             self._session = session()
+        self._own_gates = self._session.gates
         self._warm_up(session(*fusers))
         self.events.put(self._loaded(self._session, need, missing))
 

@@ -34,7 +34,7 @@ class Stage(Replay):
         super().__init__(RECORDED, float("inf"))
         self.asked: list[tuple[str, tuple[str, ...], int]] = []
         self.undone: list[list[str]] = []
-        self.cut: list[Any] = []
+        self.restored: list[Any] = []  # gates
         self.is_silent = False
 
     def ask(self, question: str, modes: Any, attempt: int = 0) -> None:
@@ -45,9 +45,8 @@ class Stage(Replay):
     def undo(self, modes: Any) -> None:
         self.undone.append(list(modes))
 
-    def set_gates(self, gates: Any) -> None:
-        self.cut.append(tuple(gates))
-        super().set_gates(gates)
+    def restore(self, histories: Any, gates: Any) -> None:
+        self.restored.append(gates)
 
     def say(self, *said: events.EngineEvent) -> None:
         self._play([(0.0, event) for event in said])
@@ -296,7 +295,35 @@ async def test_a_session_comes_back_with_its_gates(file: SessionFile) -> None:
         await pilot.press("f6", "down", "enter")
         await until(lambda: file.name == name)
         await until(lambda: chat.state.gates == cut)
-        assert stage.cut[-1] == cut != chat.state.loaded.gates
+        assert stage.restored[-1] == cut != chat.state.loaded.gates
+
+
+@pytest.mark.parametrize("keys", [(*"Who?", "enter"), ("ctrl+r",)])
+@pytest.mark.parametrize("fits", [True, False])
+async def test_gates_come_back_to_who_asks_before_the_models_are_loaded(
+    keys: tuple[str, ...], fits: bool
+) -> None:
+    class Loading(Stage):
+        def start(self) -> None:
+            """Loads when the test says so."""
+
+    stage = Loading()
+    stage.is_silent = True
+    loaded = RECORDED.start[-1][1]
+    assert isinstance(loaded, events.Loaded)
+    cut = (((False,) * (15 if fits else 7),) * 2,)
+    talk = Conversation(stage.pair)
+    talk.begin(QUESTIONS[0], BOTH, cut)
+    for _, event in RECORDED.turns[QUESTIONS[0]]:
+        talk.record(event)
+    chat = ChatApp(stage, talk, BOTH)
+    async with chat.run_test(size=SIZE) as pilot:
+        await pilot.press(*keys)
+        await until(lambda: stage.asked)
+        assert stage.restored == [cut] and set(stage.asked[0][1]) == set(BOTH)
+        stage.say(loaded)
+        await until(lambda: chat.state.loaded is not None)
+        assert chat.state.turn.latest.gates == chat.state.gates == (cut if fits else loaded.gates)
 
 
 def test_a_resumed_session_takes_the_flags_that_were_given(file: SessionFile, home: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from c2c_mlx import events
 from c2c_mlx.config import Pair
 from c2c_mlx.events import TrainingBegun, TrainingOver, TrainingStep, Trial
+from c2c_mlx.talk.engine import HISTORIES
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import Conversation
 from c2c_mlx.tui.preview import RECORDING, Recording, Replay, until
@@ -50,7 +51,7 @@ class Stage(Replay):
         self.told.append(pair)
         self.say(*self.ends, self.known)
 
-    def restore(self, histories: Mapping[events.Mode, Sequence[tuple[str, str, str]]]) -> None:
+    def restore(self, histories: HISTORIES, gates: Sequence[events.Gates]) -> None:
         self.restored.append({mode: [q for q, *_ in turns] for mode, turns in histories.items()})
 
     def say(self, *said: events.EngineEvent) -> None:

@@ -191,12 +191,22 @@ def test_a_restored_conversation_goes_on_as_the_first_would_have(open_engine: Op
     first, second = open_engine(), open_engine()
     first.ask("Who wrote it?", ALL)
     said = answers(until(first, TurnOver))
-    second.restore({m: [("Who wrote it?", a.relayed_text, a.text)] for m, a in said.items()})
+    second.restore({m: [("Who wrote it?", a.relayed_text, a.text)] for m, a in said.items()}, ())
     after = []
     for engine in (first, second):
         engine.ask("And when?", ALL)
         after.append([a.text for a in answers(until(engine, TurnOver)).values()])
     assert after[0] == after[1]
+
+
+def test_a_conversation_is_restored_with_its_gates_before_it_is_asked(open_engine: Open) -> None:
+    engine = open_engine()
+    found = []
+    for gates in ([((False,) * 4, (False,) * 4)], [((False,) * 5, (False,) * 5)]):
+        engine.restore({}, gates)
+        engine.ask("Who wrote it?", ["c2c"])
+        found.append(answers(until(engine, TurnOver))["c2c"].figures.gates_open)
+    assert found == [0, 8]  # those of another fuser leave this one as it was loaded
 
 
 def test_a_stop_ends_the_answer_and_skips_the_others(open_engine: Open) -> None:
