@@ -1,9 +1,10 @@
-"""The app is ended from without: by `kill`, and by a terminal that is closed."""
+"""What comes from without: `kill`, a terminal that is closed, bytes that are no text."""
 
 from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ class Terminal:
     def shows(self, text: str) -> None:
         seen = b""
         while text.encode() not in seen:
+            assert select.select([self.screen], [], [], 120)[0], f"{text} never came: {seen!r}"
             seen += os.read(self.screen, 1 << 16)
 
     def type(self, text: str) -> None:
@@ -87,6 +89,16 @@ def test_what_was_said_is_kept(
     (turn,) = session_file.read(name).turns
     answer = turn.answers["receiver"]
     assert answer.reason == "stopped" and answer.figures
+
+
+def test_a_byte_that_is_no_text_is_replaced(terminal: Terminal) -> None:
+    terminal.shows("ready")
+    os.write(terminal.screen, b"\xff")
+    terminal.type("Who?\r")
+    terminal.shows("answers; one after the other")
+    terminal.kill()
+    (name,) = session_file.names()
+    assert [turn.question for turn in session_file.read(name).turns] == ["\ufffdWho?"]
 
 
 def test_a_terminal_that_is_gone_can_still_be_written_to() -> None:
