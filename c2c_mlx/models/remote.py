@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -233,6 +234,7 @@ class RemoteReader(Reader):
     def __init__(self, model: nn.Module, remote: Remote, layers: Sequence[int]) -> None:
         self._remote, self._layers = remote, list(layers)
         self._fetch: _Fetch | None = None
+        self._say: Callable[[], None] | None = None  # how far it is
         super().__init__(model)
 
     @property
@@ -266,15 +268,19 @@ class RemoteReader(Reader):
         progress: Progress | None = None,
         model: Callable[..., mx.array] | None = None,
     ) -> Iterator[list[Any]]:
-        """Asks for what is new in `ids`, and does not wait for it: nothing is to be evaluated."""
+        """Asks for what is new in `ids`, and does not wait for it: nothing is to be evaluated.
+
+        Whoever waits calls `progress` again, as long as nothing comes.
+        """
         keep = common_prefix(self.ids, ids)
         self._read = list(ids[:keep])
         kv.trim(self._held, keep)
         if keep < len(ids):
             self._fetch = _Fetch(self._remote, self._shape(), list(ids), keep, self._layers)
             self._fetch.start()
-        if progress:
-            progress(len(ids) - keep, len(ids) - keep)
+        self._say = partial(progress, len(ids) - keep, len(ids) - keep) if progress else None
+        if self._say:
+            self._say()
         yield []
 
     def wait(self, seconds: float) -> bool:
@@ -293,6 +299,9 @@ class RemoteReader(Reader):
 
     def _arrive(self) -> None:
         """Takes what has been asked for; what came before an error stays."""
+        while not self.wait(0.2):
+            if self._say:
+                self._say()  # whoever wants no answer any more raises; it is still to come then
         fetch, self._fetch = self._fetch, None
         for pair in fetch.slices() if fetch else ():
             keys, values = (_array(x, self._remote.dtype) for x in pair)

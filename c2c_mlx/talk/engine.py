@@ -297,7 +297,7 @@ class InferenceThread(threading.Thread):
             session: one of its own, so that nobody finds half of a prompt in its caches.
         """
         self._report(Progress("warming up", 0, 0))
-        session.on_prefill = lambda event: None
+        session.on_prefill = lambda event: self._report(Progress("warming up", 0, 0))
         # Not the relay, which writes at length: it is the sharer and the receiver.
         modes: list[Mode] = ["receiver"]
         modes += ["sharer"] if session.sharers else []

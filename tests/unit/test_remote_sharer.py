@@ -22,7 +22,7 @@ from chat_sessions import WORDY, with_template
 from safetensors.numpy import load, save
 from serving_jobs import SAMPLING, Heard, asked, running, serving, sharing
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel, device, load_model
+from c2c_mlx import ChatSession, Fuser, LanguageModel, device, events, load_model
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
@@ -35,6 +35,7 @@ from c2c_mlx.serving.exchange import Events
 from c2c_mlx.serving.job import Accepted, CacheJob, Done, Failed, Job, Slice
 from c2c_mlx.serving.refusal import Refusal
 from c2c_mlx.serving.sharing import UNSENT, check, share
+from c2c_mlx.talk.engine import InferenceThread
 
 QUESTIONS = ("Who wrote it?", "And what else could be said about the sea?", "x")
 
@@ -458,6 +459,34 @@ def test_who_fails_in_mid_turn_costs_one_line(
     here = session(receiver, sharer, tiny_pair)
     assert answer(here, QUESTIONS[0]).text == first
     assert answer(chat, QUESTIONS[1]).text == answer(here, QUESTIONS[1]).text
+
+
+def test_a_stop_is_heard_while_the_other_side_says_nothing(tiny_pair, url, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_S", 600.0)
+    release = threading.Event()
+    engine = InferenceThread(replace(tiny_pair, sharers=(url,)), SAMPLING)
+
+    def until(is_it: Callable[[Any], bool]) -> Any:
+        while not is_it(event := engine.events.get(timeout=60)):
+            pass
+        return event
+
+    engine.start()
+    with impostor(lambda connection: release.wait(300)) as elsewhere:
+        try:
+            until(lambda event: isinstance(event, events.Loaded))
+            engine._session._fused.sharers[0]._remote.url = elsewhere
+            engine.ask(QUESTIONS[0], ["c2c"])
+            until(lambda e: isinstance(e, events.Prefilling) and 0 < e.done == e.total)
+            until(lambda e: isinstance(e, events.Prefilling))  # it waits for the other side
+            engine.stop()
+            assert until(lambda e: isinstance(e, events.Finished)).reason == "stopped"
+        finally:
+            engine.close()
+            engine.join(timeout=60)
+            is_over = not engine.is_alive()
+            release.set()
+    assert is_over
 
 
 ABOUT = {"name": "x", "dtype": "float32", "weights": "00", "files": {"config.json": "00" * 32}}
