@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,7 @@ from c2c_mlx.models.paths import cache_home
 
 def pair_name(receiver: str, sharer: str) -> str:
     """What a pair of model arguments is called: receiver+sharer, by alias where there is one."""
-    return "+".join(
-        registry.alias_of(model) or re.sub(r"[^\w.-]+", "-", Path(model).name)
-        for model in (receiver, sharer)
-    )
+    return "+".join(registry.alias_of(model) or _called(model) for model in (receiver, sharer))
 
 
 def runs(receiver: str, sharer: str) -> list[Path]:
@@ -48,6 +47,14 @@ def every() -> Iterator[tuple[str, Path]]:
 def find(name: str) -> Path | None:
     """The folder of a fuser by its name; None if none is called so."""
     return dict(every()).get(name)
+
+
+def _called(model: str) -> str:
+    """A hub id, whole; or a folder's name and a digest of its place, for many are called alike."""
+    if (folder := Path(model).expanduser()).is_dir():
+        place = folder.resolve()
+        model = f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:6]}"
+    return re.sub(r"[^\w.-]+", "-", model.replace("/", "--"))
 
 
 def _home() -> Path:

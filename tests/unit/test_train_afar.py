@@ -15,6 +15,7 @@ from serving_jobs import serving, sharing
 from c2c_mlx import C2C, LanguageModel, load_model
 from c2c_mlx.commands import train
 from c2c_mlx.config import Pair
+from c2c_mlx.fusers import trained
 from c2c_mlx.fusion import kv
 from c2c_mlx.models import remote
 from c2c_mlx.training import sharer as sharers
@@ -86,7 +87,7 @@ def test_a_run_learns_the_same(
     pair = ["--receiver", tiny_pair.receiver, "--sharer", url, "--data", str(chats)]
     assert train.main([*pair, *STEPS]) == 0
     (run,) = (cache_folder / "trained").iterdir()
-    assert run.name == "receiver+sharer"
+    assert run.name == trained.pair_name(tiny_pair.receiver, tiny_pair.sharers[0])
     capsys.readouterr()
     (chats / "train.jsonl").write_text('{"prompt": "say it"}\n' * 9)
     assert train.main([*pair, *STEPS, "--answer-with", "sharer"]) == 2

@@ -29,9 +29,25 @@ def put(fuser: Path, receiver: str, sharer: str) -> Path:
     return run
 
 
-def test_a_pair_is_called_by_aliases_where_there_are_any() -> None:
+def test_a_pair_is_called_by_aliases_where_there_are_any(tmp_path: Path) -> None:
     assert trained.pair_name("mlx-community/Llama-3.2-1B-Instruct-4bit", "qwen") == "llama+qwen"
-    assert trained.pair_name("~/models/My Model", "qwen") == "My-Model+qwen"
+    assert trained.pair_name("org/m", "qwen") == "org--m+qwen"
+    (folder := tmp_path / "My Model").mkdir()
+    assert re.fullmatch(r"My-Model-[0-9a-f]{6}\+qwen", trained.pair_name(str(folder), "qwen"))
+
+
+def test_models_that_are_called_alike_have_fusers_of_their_own(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "m")
+    own = put(Path(tiny_pair.fusers[0]), ".", "gemma3-270m")
+    monkeypatch.chdir(tmp_path)
+    assert store.find_for_pair("a/m", "gemma3-270m", None) == own
+    with pytest.raises(NoFuserError):
+        store.find_for_pair("b/m", "gemma3-270m", None)
+    assert trained.pair_name("org1/m", "qwen") != trained.pair_name("org2/m", "qwen")
 
 
 def test_the_latest_is_the_pairs_own(tiny_pair: Pair) -> None:
@@ -42,7 +58,7 @@ def test_the_latest_is_the_pairs_own(tiny_pair: Pair) -> None:
     (unfinished := trained.next_run(*pair)).mkdir()
     assert trained.runs(*pair) == [first, second, unfinished]
     assert store.find_for_pair(*pair, None) == second
-    assert store.find_for_pair(*pair, "receiver+sharer/1") == first
+    assert store.find_for_pair(*pair, f"{trained.pair_name(*pair)}/1") == first
     with pytest.raises(NoFuserError):
         store.find_for_pair(*pair[::-1], None)  # the reverse has none of it
 
@@ -89,7 +105,8 @@ def test_train_without_a_place_then_list_and_remove(
     arguments = ["--sharer", sharer, "--receiver", receiver, "--data", str(tmp_path)]
     assert train.main([*arguments, "--iters", "2", "--batch-size", "2", "--preset", "tiny"]) == 0
     said = capsys.readouterr().err
-    assert "--fuser receiver+sharer/1" in re.sub(r"\s+", " ", said)
+    name = f"{trained.pair_name(receiver, sharer)}/1"
+    assert f"--fuser {name}" in re.sub(r"\s+", " ", said)
     folder = store.find_for_pair(receiver, sharer, None)
     assert disk.read_description(folder)[1].steps == 2
     assert train.main([*arguments, "--preset", "small", "--resume"]) == 2
@@ -100,6 +117,7 @@ def test_train_without_a_place_then_list_and_remove(
     assert disk.read_description(folder)[1].steps == 3
     capsys.readouterr()
     assert weights.main(["list"]) == 0
-    assert re.search(r"\* receiver\+sharer/1 +\S+ \wB +trained here", capsys.readouterr().out)
-    assert weights.main(["remove", "receiver+sharer/1"]) == 0
+    listed = capsys.readouterr().out
+    assert re.search(rf"\* {re.escape(name)} +\S+ \wB +trained here", listed)
+    assert weights.main(["remove", name]) == 0
     assert trained.latest(receiver, sharer) is None
