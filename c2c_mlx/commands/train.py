@@ -237,6 +237,9 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
 
     A run that is resumed was described before; without --out it is one of the pair's in the cache,
     without --data a recipe's.
+
+    Raises:
+        C2CError: for a recipe that can't be read, or what is missing.
     """
     given: dict[str, Any] = {}
     for name in args.recipe or ():
@@ -249,6 +252,8 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
         if given.get(name) is None:
             raise C2CError(f"--{name} is missing; c2c-train --help has examples")
     if given.get("out") is None:
+        if given.get("zero_sharer"):
+            raise C2CError("--zero-sharer: a control is no fuser of its pair; name its --out")
         from c2c_mlx.fusers import trained
         from c2c_mlx.models import remote
         from c2c_mlx.training import checkpoints

@@ -145,6 +145,7 @@ def test_a_mistake_in_the_file_is_one_line(
         ([*PAIR, "--data", "org/name", "--out", "o"], "pip install 'c2c-mlx[datasets]'"),
         ([*PAIR, "--data", ".=0", "--out", "o"], "the weight must be above zero"),
         (["--config", "missing.yaml"], "cannot read missing.yaml"),
+        ([*PAIR, "--data", ".", "--zero-sharer"], "name its --out"),
         (["--plot", "nowhere"], "no metrics.jsonl there"),
         ([*PAIR, "--data", ".", "--out", "o", "--track", "wandb"], "pip install 'c2c-mlx[wandb]'"),
         (
