@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from c2c_mlx.errors import C2CError
+from c2c_mlx.text import thoughts
 from c2c_mlx.text.rendering import Ints, Message, Tokenizer, fast_tokenizer, name_of, render
 
 Strategy: TypeAlias = Literal["span", "first", "longest", "same"]
@@ -95,12 +96,18 @@ def text_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
 
 
 def _rest(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, bool]:
-    """What follows the prompt `messages[:-1]`; the text alone if the template rewrites that."""
+    """What follows the prompt `messages[:-1]`; the text alone if the template rewrites that.
+
+    Where the prompt ends within thoughts, their end comes first: an answer stands behind it.
+    """
     prompt = render(messages[:-1], tokenizer)
     full = render(messages, tokenizer, add_generation_prompt=False)
     if full.startswith(prompt):
         return full[len(prompt) :], False
-    return str(messages[-1].get("content") or ""), True
+    text, marks = str(messages[-1].get("content") or ""), thoughts.marks(tokenizer)
+    if marks and prompt.rstrip().endswith(marks[0]):
+        text = f"\n{marks[1]}\n\n{text}"
+    return text, True
 
 
 def encode(text: str, tokenizer: Tokenizer) -> tuple[list[int], Ints, Ints]:

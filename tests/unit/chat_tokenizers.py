@@ -5,6 +5,7 @@ import json
 from itertools import takewhile
 
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -44,6 +45,12 @@ THINK = (
     "{% set c = '(tool) ' + c %}{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + c }}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# As R1 does: the prompt opens thoughts, of which nothing is left behind the answer.
+REASON = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 # As Gemma does.
 STRICT = (
@@ -117,6 +124,17 @@ def wrapped(kind, template):
         else {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     )
     return PreTrainedTokenizerFast(tokenizer_object=built, chat_template=template, **special)
+
+
+def reasoner():
+    """The mlx-lm tokenizer of a model that thinks whether it is asked to or not."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(300, SENTENCES, False),
+        chat_template=REASON,
+        eos_token="<|im_end|>",
+    )
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return TokenizerWrapper(tokenizer)
 
 
 KINDS = ["bytes", "trimmed", "fallback"]

@@ -11,6 +11,8 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import pytest
 from chat_sessions import thinker
+from chat_tokenizers import reasoner, user
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from prompts import (
     assert_same,
@@ -21,7 +23,9 @@ from c2c_mlx.config import SamplingConfig
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.talk.decode import Piece, decode
+from c2c_mlx.text.rendering import render
 from c2c_mlx.text.thoughts import begins_thinking
+from c2c_mlx.text.tokens import response_ids, text_ids, tokenize
 
 
 def pieces_of(
@@ -167,11 +171,27 @@ def test_the_channels_of_gpt_oss(receiver: LanguageModel, tmp_path: Path) -> Non
         "<|channel|>analysis<|message|>cd<|end|><|start|>assistant<|channel|>final<|message|>ef",
         add_special_tokens=False,
     )
+    assert read_out(said, tokenizer, prompt) == "ef"
+
+
+def test_what_is_taught_behind_open_thoughts_is_an_answer() -> None:
+    tokenizer = reasoner()
+    chat = [user("the dog"), {"role": "assistant", "content": "a fox"}]
+    prompt = tokenize(render(chat[:1], tokenizer), tokenizer)
+    assert begins_thinking(tokenizer, prompt)
+    ids = response_ids(chat, tokenizer)
+    assert tokenizer.decode(ids) == "\n</think>\n\na fox<|im_end|>"
+    assert text_ids(chat, tokenizer) == ids[:-1]
+    assert read_out(ids, tokenizer, prompt).strip() == "a fox"
+
+
+def read_out(said: Sequence[int], tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
+    """The answer of a model that says just that behind a prompt that ends within thoughts."""
     upcoming, end = iter(said), tokenizer.eos_token_id
 
     def model(ids: mx.array, cache: kv.Cache) -> mx.array:
         return 100.0 * (mx.arange(len(tokenizer)) == next(upcoming, end))[None, None]
 
     sampling = SamplingConfig(max_tokens=len(said))
-    pieces = list(decode(model, tokenizer, [], prompt[-1:], sampling, thinking=True))
-    assert "".join(piece.text for piece in pieces) == "ef"
+    pieces = decode(model, tokenizer, [], prompt[-1:], sampling, thinking=True)
+    return "".join(piece.text for piece in pieces)
