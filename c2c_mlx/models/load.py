@@ -120,6 +120,10 @@ def load_model(
     if not is_elsewhere:
         mx.eval(model.parameters())
         mx.clear_cache()  # what converting left behind is of no use to a conversation
+    apart = folder / "chat_template.json"  # a processor's file, which tokenizers do not read
+    if not tokenizer.has_chat_template and apart.exists():
+        tokenizer.chat_template = _read_json(apart).get("chat_template")
+        tokenizer.has_chat_template = bool(tokenizer.chat_template)
     own_template = tokenizer.has_chat_template
     if not own_template:
         tokenizer.chat_template = PLAIN_TEMPLATE

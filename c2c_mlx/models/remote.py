@@ -41,7 +41,7 @@ PATIENCE_S = 30.0  # without a byte
 TURN_S = 600.0  # before the first one of a cache: others may be there first
 FILES = (  # what decides which tokens a model reads, and what its layers are
     *("config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("chat_template.jinja", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "special_tokens_map.json"),
 )
 MOST_BYTES = 1 << 29  # of a file, or of a slice's keys and values
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -170,6 +170,19 @@ def test_a_base_model_gets_the_plain_template(base_model: LanguageModel) -> None
     assert text == "Be brief.\n\nQuestion: 2+2?\nAnswer: 4\nQuestion: 3+3?\nAnswer:"
 
 
+def test_a_template_may_lie_in_a_file_of_its_own(folder: Path, tiny: LanguageModel) -> None:
+    template = folder / "chat_template.jinja"
+    apart = {"chat_template": template.read_text(encoding="utf-8")}
+    (folder / "chat_template.json").write_text(json.dumps(apart), encoding="utf-8")
+    template.unlink()
+    model = load_model(folder)
+    assert model.has_own_template and not model.stop_strings
+    ours, theirs = (
+        lm.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True) for lm in (model, tiny)
+    )
+    assert ours == theirs
+
+
 def test_the_plain_template_begins_with_bos(base_model: LanguageModel) -> None:
     base_model.tokenizer.bos_token = "<|im_start|>"
     ids = base_model.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
