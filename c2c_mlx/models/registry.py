@@ -1,4 +1,7 @@
-"""The names that commands accept: `weights/registry.toml`, read and typed."""
+"""The names that commands accept: `weights/registry.toml`, read and typed.
+
+Whoever adds a table of their own may forget a key: everything here raises C2CError for that.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from c2c_mlx.config import from_dict
+from c2c_mlx.errors import C2CError
+
 WEIGHTS = Path(__file__).parents[1] / "weights"
+_FILE = WEIGHTS / "registry.toml"
+_OF_ALL = ("description", "licence", "base")
+_OF_EMBEDDED = ("format", "sha256", "parts", "notices")
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,10 @@ class FuserEntry:
 
 @cache
 def _document() -> dict[str, Any]:
-    return tomllib.loads((WEIGHTS / "registry.toml").read_text(encoding="utf-8"))
+    try:
+        return tomllib.loads(_FILE.read_text(encoding="utf-8"))
+    except ValueError as e:  # not TOML, not UTF-8
+        raise C2CError(f"{_FILE}: not TOML ({e})") from None
 
 
 def aliases() -> tuple[str, ...]:
@@ -75,8 +87,12 @@ def find_model(alias: str) -> ModelEntry | None:
     table = _document()["models"].get(alias)
     if table is None:
         return None
-    embedded = _embedded(table) if table.get("source") == "embedded" else None
-    description, licence, base = (table[key] for key in ("description", "licence", "base"))
+    is_embedded = table.get("source") == "embedded"
+    needed = (*_OF_ALL, *(_OF_EMBEDDED if is_embedded else ("hub",)))
+    if missing := [key for key in needed if key not in table]:
+        raise C2CError(f"{_FILE}, [models.{alias}]: key '{missing[0]}' is missing")
+    embedded = _embedded(table) if is_embedded else None
+    description, licence, base = (table[key] for key in _OF_ALL)
     return ModelEntry(alias, description, licence, base, table.get("hub"), embedded)
 
 
@@ -123,12 +139,23 @@ def default_pair() -> tuple[str, str]:
 
 def fusers() -> tuple[FuserEntry, ...]:
     """Every fuser that can be had: the shipped ones whose folder is there, and all on the hub."""
-    tables = _document()["fusers"].items()
-    entries = (FuserEntry(name=name, **table) for name, table in tables)
+    entries = (
+        from_dict(FuserEntry, {"name": name, **table}, f"{_FILE}, [fusers.{name}]")
+        for name, table in _document()["fusers"].items()
+    )
     return tuple(entry for entry in entries if entry.hub or entry.shipped)
 
 
 def find_fuser(receiver: str, sharer: str) -> str | None:
-    """The name of the fuser between two model arguments; None if none is known."""
-    pair = alias_of(receiver), alias_of(sharer)
-    return next((e.name for e in fusers() if (e.receiver, e.sharer) == pair), None)
+    """The name of the fuser between two model arguments; None if none is known.
+
+    One that names just these comes before one for other copies of them.
+    """
+    exact = (e.name for e in fusers() if (e.receiver, e.sharer) == (receiver, sharer))
+    pair = _called(receiver), _called(sharer)
+    copies = (e.name for e in fusers() if (_called(e.receiver), _called(e.sharer)) == pair)
+    return next(exact, None) or next(copies, None)
+
+
+def _called(model: str) -> str:
+    return alias_of(model) or model

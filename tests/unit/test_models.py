@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,8 @@ CHAT = [
     {"role": "assistant", "content": "4"},
     {"role": "user", "content": "3+3?"},
 ]
+
+Extend = Callable[[str], None]
 
 
 @pytest.fixture
@@ -256,6 +258,51 @@ def test_the_published_fusers() -> None:
 
 def test_an_alias_is_installed_or_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "install", lambda alias, source, report: Path("installed", alias))
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Extend]:
+    """Adds tables to the registry."""
+    file = tmp_path / "registry.toml"
+    text = registry._FILE.read_text(encoding="utf-8")
+
+    def add(tables: str) -> None:
+        file.write_text(text + tables, encoding="utf-8")
+        registry._document.cache_clear()
+
+    monkeypatch.setattr(registry, "_FILE", file)
+    yield add
+    registry._document.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ("[models.mine]\nhub = 'org/mine'\nbase = 'org/mine'\ndescription = ''", "'licence'"),
+        ("[models.mine]\nbase = 'org/m'\ndescription = ''\nlicence = ''", "'hub' is missing"),
+        ("[fusers.mine]\nreceiver = 'qwen'\nsharer = 'llama'", "[fusers.mine]: key 'folder'"),
+        ("[fusers.mine]\nfoldre = 'mine'", "unknown key 'foldre'"),
+        ("[models", "not TOML"),
+    ],
+)
+def test_a_mistake_in_the_registry_names_its_table(
+    own_registry: Extend, tables: str, words: str
+) -> None:
+    own_registry(tables)
+    with pytest.raises(C2CError) as e:
+        registry.find_fuser("qwen", "llama-8bit")
+    assert words in str(e.value) and "registry.toml" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_fuser_may_name_any_copy(own_registry: Extend) -> None:
+    table = "folder = 'mine'\nhub = 'org/mine'\nreceiver = '{}'\nsharer = '{}'\n"
+    one, other = table.format("qwen-bf16", "org/base"), table.format("qwen-bf16", "llama-bf16")
+    own_registry(f"[fusers.one]\n{one}[fusers.other]\n{other}")
+    assert registry.find_fuser("qwen-bf16", "org/base") == "one"
+    assert registry.find_fuser("qwen", "org/base") == "one"
+    assert registry.find_fuser("qwen", "org/another") is None
+    assert registry.find_fuser("qwen-bf16", "llama-bf16") == "other"
+    assert registry.find_fuser("qwen", "llama") == "qwen+llama"
+
+
     monkeypatch.setattr(hub, "fetch", lambda hub_id, *a, **k: Path("fetched", hub_id))
     assert load.find_folder("gemma3-270m") == Path("installed/gemma3-270m")
     assert load.find_folder("qwen") == Path("fetched/mlx-community/Qwen3-0.6B-4bit")
