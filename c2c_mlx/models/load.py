@@ -147,7 +147,7 @@ def find_folder(name: str, report: Report = silent) -> Path:
             return install(entry.alias, entry.embedded, report)
         assert entry.hub is not None
         return hub.fetch(entry.hub, hub.MODEL_FILES, is_whole=_is_whole, report=report)
-    if (folder := Path(name).expanduser()).is_dir():
+    if folder := _folder(name):
         return folder
     if hub.is_hub_id(name):
         return hub.fetch(name, hub.MODEL_FILES, is_whole=_is_whole, report=report)
@@ -165,11 +165,18 @@ def check_name(name: str) -> None:
         return
     entry = registry.find_model(name)
     hub_id = entry.hub if entry else name
-    if (entry and entry.embedded) or (not entry and Path(name).expanduser().is_dir()):
+    if (entry and entry.embedded) or (not entry and _folder(name)):
         return
     if hub_id is None or not hub.is_hub_id(hub_id):
         raise _unknown(name)
     hub.fetch(hub_id, ("config.json",))
+
+
+def _folder(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise C2CError(f"{name} is a file (GGUF?): give a folder in mlx-lm's layout, or a hub id")
+    return path if path.is_dir() else None
 
 
 def _unknown(name: str) -> C2CError:

@@ -142,6 +142,8 @@ def _objects(name: str, limit: int | None) -> tuple[Rows, Rows]:
     folder = Path(name)
     if name.startswith(PACKAGE):
         folder = RECIPES / name.removeprefix(PACKAGE)
+    elif folder.is_file():
+        raise C2CError(f"--data {name}: a file; give the folder that holds it as {TRAIN}")
     elif not folder.is_dir() and hub.is_hub_id(name.partition("@")[0]):
         return read_hub(name, limit)
     train, valid = (

@@ -206,6 +206,17 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     refused("./no/such/folder", "unknown model './no/such/folder'")
 
 
+def test_a_file_is_not_looked_for_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "qwen.gguf").touch()
+    refused("models/qwen.gguf", "models/qwen.gguf is a file")
+    with pytest.raises(C2CError, match="is a file"):
+        load.check_name("models/qwen.gguf")
+
+
 def test_every_alias_leads_somewhere() -> None:
     for alias in registry.aliases():
         entry = registry.find_model(alias)
@@ -247,17 +258,6 @@ def test_a_fuser_fits_every_copy_of_its_models(receiver: str, sharer: str, name:
     assert registry.find_fuser(receiver, sharer) == name
 
 
-def test_the_published_fusers() -> None:
-    entries = [entry for entry in registry.fusers() if entry.hub]
-    assert {entry.hub for entry in entries} == {"nics-efc/C2C_Fuser"}
-    assert len({entry.folder for entry in entries}) == 7
-    for entry in entries:
-        assert entry.name == f"{entry.receiver}+{entry.sharer}"
-        assert registry.find_model(entry.receiver) and registry.find_model(entry.sharer)
-
-
-def test_an_alias_is_installed_or_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "install", lambda alias, source, report: Path("installed", alias))
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Extend]:
     """Adds tables to the registry."""
@@ -303,6 +303,17 @@ def test_a_fuser_may_name_any_copy(own_registry: Extend) -> None:
     assert registry.find_fuser("qwen", "llama") == "qwen+llama"
 
 
+def test_the_published_fusers() -> None:
+    entries = [entry for entry in registry.fusers() if entry.hub]
+    assert {entry.hub for entry in entries} == {"nics-efc/C2C_Fuser"}
+    assert len({entry.folder for entry in entries}) == 7
+    for entry in entries:
+        assert entry.name == f"{entry.receiver}+{entry.sharer}"
+        assert registry.find_model(entry.receiver) and registry.find_model(entry.sharer)
+
+
+def test_an_alias_is_installed_or_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "install", lambda alias, source, report: Path("installed", alias))
     monkeypatch.setattr(hub, "fetch", lambda hub_id, *a, **k: Path("fetched", hub_id))
     assert load.find_folder("gemma3-270m") == Path("installed/gemma3-270m")
     assert load.find_folder("qwen") == Path("fetched/mlx-community/Qwen3-0.6B-4bit")

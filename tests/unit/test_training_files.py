@@ -191,6 +191,16 @@ def test_a_file_that_cannot_be_read_or_is_empty(tmp_path: Path) -> None:
         read_rows(write(tmp_path / "empty.jsonl", ""))
 
 
+def test_a_file_is_not_looked_for_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(C2CError, match=r"--data data/train\.jsonl: a file; give the folder"):
+        read_source("data/train.jsonl")
+
+
 def test_a_row_with_prompt_and_messages_is_read_as_mlx_lm_reads_it(tmp_path: Path) -> None:
     chat = [user("q"), assistant("a")]
     path = write(
