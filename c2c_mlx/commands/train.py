@@ -247,7 +247,7 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
     flags = {name: getattr(args, name, None) for name in (*ARGUMENTS, *BESIDE)}
     given = _over(given, {name: value for name, value in flags.items() if value is not None})
     if args.resume and given.get("out") is not None:
-        given = _over(_told(Path(str(given["out"]))), given)
+        given = _over(_told(Path(str(given["out"])).expanduser()), given)
     for name in ("sharer", "receiver"):
         if given.get(name) is None:
             raise C2CError(f"--{name} is missing; c2c-train --help has examples")
@@ -327,7 +327,7 @@ def _train(
     from c2c_mlx.training.dataset import refusals
     from c2c_mlx.training.display import Display, tracker
 
-    is_first, out = mx.distributed.init().rank() == 0, Path(config.out)
+    is_first, out = mx.distributed.init().rank() == 0, config.folder
     fixed = set(told)
     if resume and deadline:
         config = plan.as_planned(config, fixed)

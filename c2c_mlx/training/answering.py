@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from c2c_mlx.models.load import LanguageModel
@@ -63,7 +62,7 @@ def answered(
         return Answered(parts, valid)
     own = run.answer_with == "receiver"
     lm = models[0] if own else models[1]
-    path = Path(run.out) / f"answers-{run.answer_with}.jsonl"
+    path = run.folder / f"answers-{run.answer_with}.jsonl"
     no_more = resume and path.exists()
     longest = run.train.max_tokens
 

@@ -75,7 +75,7 @@ def assemble(
         C2CError: if something named is not there or does not fit, a run is in `run.out` already, or
             there is none to resume, or one with other settings.
     """
-    out = Path(run.out)
+    out = run.folder
     _claim(out, resume, make=False)
     if resume:
         run = _as_it_was(run, out)

@@ -139,7 +139,7 @@ def _objects(name: str, limit: int | None) -> tuple[Rows, Rows]:
     """A source's rows to train and to validate on, as they are."""
     if name == SESSIONS:
         return list(islice(own_chats.rows(), limit)), []
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if name.startswith(PACKAGE):
         folder = RECIPES / name.removeprefix(PACKAGE)
     elif folder.is_file():

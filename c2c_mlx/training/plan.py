@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
-from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -230,7 +229,7 @@ def as_planned(run: RunConfig, fixed: set[str]) -> RunConfig:
     Raises:
         C2CError: if its checkpoint is damaged.
     """
-    there = checkpoints.all_of(Path(run.out))
+    there = checkpoints.all_of(run.folder)
     if not there:
         return run
     settings = checkpoints.settings_in(there[-1])

@@ -6,6 +6,7 @@ No MLX here: `--help` and the app's forms need this alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from c2c_mlx.config import TrainConfig, from_dict
@@ -91,6 +92,11 @@ class RunConfig:
             )
         if self.shrink and (self.twin or self.train.zero_sharer or self.train.gates != "open"):
             raise ValueError("shrink: a small fuser has the big one's gates, and no control")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies: `out`, without a `~`."""
+        return Path(self.out).expanduser()
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:

@@ -169,6 +169,16 @@ def test_a_mistake_is_one_line(
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
 
 
+def test_a_run_may_lie_at_home(
+    call: Call, chats: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    code, err = call(*PAIR, "--data", "~/chats", "--out", "~/run")
+    assert code == 2 and f"--out {tmp_path / 'run'}: a run or fuser is there" in err
+
+
 def test_a_run_is_never_overwritten(call: Call, chats: Path, tmp_path: Path) -> None:
     run = [*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run"]
     assert call(*run, "--iters", "2")[0] == 0

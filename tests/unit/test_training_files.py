@@ -201,6 +201,12 @@ def test_a_file_is_not_looked_for_on_the_hub(
         read_source("data/train.jsonl")
 
 
+def test_a_folder_may_lie_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "train.jsonl", {"prompt": "a", "completion": "b"})
+    assert len(read_source("~")[0]) == 1
+
+
 def test_a_row_with_prompt_and_messages_is_read_as_mlx_lm_reads_it(tmp_path: Path) -> None:
     chat = [user("q"), assistant("a")]
     path = write(
