@@ -274,3 +274,8 @@ class Provenance:
         for name, value in self.metrics.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"metrics: {name!r} must be a number")
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the authors trained the fuser, on models that are not quantised."""
+        return self.source.startswith("converted from")

@@ -62,12 +62,13 @@ def shrink(args: argparse.Namespace, find: Callable[[str], object], program: str
     from c2c_mlx.models import registry
     from c2c_mlx.training.shrink import smaller
 
-    config, _ = disk.read_description(str(find(args.fuser)))
+    config, provenance = disk.read_description(str(find(args.fuser)))
     wanted = smaller(config, args.to)  # refused before anything is loaded
     for name in ("sharer", "receiver"):
         if getattr(args, name) is None:
             trained_on = getattr(config, name).name
-            setattr(args, name, registry.unquantised(trained_on) or trained_on)
+            published = registry.unquantised(trained_on) if provenance.is_converted else None
+            setattr(args, name, published or trained_on)
     values = {k: v for k, v in train.values_of(args).items() if k not in _FRESH}
     for name, value in _USUAL.items():
         if not (name == "iters" and "time" in values):

@@ -160,7 +160,7 @@ def _trained_on(config: FuserConfig, provenance: Provenance) -> str:
     from c2c_mlx.models import registry
 
     names = [registry.unquantised(m.name) for m in (config.receiver, config.sharer)]
-    if not provenance.source.startswith("converted from") or None in names:
+    if not provenance.is_converted or None in names:
         return ""
     return f"on models that are not quantised, --receiver {names[0]} --sharer {names[1]}"
 

@@ -21,7 +21,7 @@ def public(config: FuserConfig, provenance: Provenance) -> tuple[FuserConfig, Pr
         replace(model, name=_public(model.name)) for model in (config.receiver, config.sharer)
     )
     data, source = tuple(map(_public, provenance.data)), provenance.source
-    if not source.startswith("converted from"):  # then it is a command, as it was typed
+    if not provenance.is_converted:  # then it is a command, as it was typed
         source = _WORD.sub(lambda word: _public(word[0]), source)
     return (
         replace(config, receiver=receiver, sharer=sharer),

@@ -15,11 +15,12 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import pytest
+from huggingface_hub import constants
 from trainers import RECIPE, run
 
 from c2c_mlx import C2C, Fuser, LanguageModel
 from c2c_mlx.commands import weights
-from c2c_mlx.config import FuserConfig, TrainConfig
+from c2c_mlx.config import FuserConfig, Provenance, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion.fuser import count
 from c2c_mlx.training import shrink
@@ -262,6 +263,33 @@ def test_a_mistake_is_one_line(
     code, said, err = call(big, "--out", tmp_path / "small", *arguments)
     assert (code, said) == (2, "")
     assert words in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("source", "hub_id"),
+    [
+        ("c2c-train --receiver qwen", "mlx-community/Qwen3-0.6B-4bit"),
+        ("converted from org/fuser", "Qwen/Qwen3-0.6B"),
+    ],
+)
+def test_the_models_are_those_that_the_fuser_was_trained_on(
+    config: FuserConfig,
+    tiny: Path,
+    chats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    hub_id: str,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    fuser = new_fuser(replace(config, receiver=replace(config.receiver, name="qwen")), "open", 3)
+    fuser.provenance = Provenance(source=source)
+    fuser.save(tmp_path / "big")
+    given = ["--sharer", str(tiny / "sharer"), "--data", str(chats), "--out", str(tmp_path / "o")]
+    assert weights.main(["shrink", str(tmp_path / "big"), "--to", "30%", *given]) == 2
+    assert f"could not fetch {hub_id}: " in capsys.readouterr().err
 
 
 def test_a_fuser_that_does_nothing_has_nothing_to_imitate(
