@@ -274,10 +274,10 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """What two say of a run; a length that `above` gives takes the place of any other.
 
-    So does a fuser to start from, of what describes a new one.
+    So does a fuser to start from, of what describes a new one, and data, of the licence of other.
     """
-    lengths = {"iters", "time"}
-    for given, gone in ((lengths, lengths), ({"fuser"}, {"fuser_config"})):
+    lengths, fuser, data = {"iters", "time"}, {"fuser"}, {"data"}
+    for given, gone in ((lengths, lengths), (fuser, {"fuser_config"}), (data, {"licence"})):
         if given & above.keys():
             below = {name: value for name, value in below.items() if name not in gone}
     return below | above

@@ -139,11 +139,14 @@ def assemble(
     train = Dataset(sources, *tokenizers, alignment, config.max_tokens, heard)
     examples = [e for e in map(train.example, valid) if e is not None]
     left_out = len(valid) - len(examples) - len(train.refused)
-    names = tuple(name for name, _ in run.sources)
-    provenance = Provenance(source=source, data=names, data_licence=run.licence)
-    if teacher:
-        of_both = (*dict.fromkeys((*teacher.provenance.data, *names)),)
-        provenance = replace(provenance, data=of_both, licence=teacher.provenance.licence)
+    before = (teacher or fuser).provenance  # of what it begins with; a new one has none
+    names, licences = (name for name, _ in run.sources), (before.data_licence, run.licence)
+    provenance = Provenance(
+        source=source,
+        data=tuple(dict.fromkeys((*before.data, *names))),
+        licence=before.licence,
+        data_licence="; ".join(dict.fromkeys(filter(None, licences))),
+    )
     parts = (c2c, train, examples, config, out, provenance, watcher.say, receiver.stop_strings)
     trainer = Distiller(*parts, teacher=teacher) if teacher else Trainer(*parts)
     trainer.fitted, trainer.answering = fitted, found.seconds

@@ -178,6 +178,7 @@ def test_later_recipes_override_earlier_ones_and_flags_override_all(
     assert code == 0 and "5 chats, 5 for validation" in err
     found = Fuser.load(tmp_path / "run").provenance
     assert (found.data, found.steps) == (("package:reading/trivia",), 2)
+    assert found.data_licence == ""  # that of reading is another data's
 
 
 def test_a_fuser_to_start_from_takes_the_place_of_the_one_that_a_recipe_describes(
@@ -185,16 +186,19 @@ def test_a_fuser_to_start_from_takes_the_place_of_the_one_that_a_recipe_describe
 ) -> None:
     pair = ["--sharer", TINY / "sharer", "--receiver", TINY / "receiver", *SHORT, "--answers", "0"]
     (tmp_path / "r.yaml").write_text(
-        "data: [package:reading/trivia]\nfuser_config: {dropout: 0.25}\n"
+        "data: [package:reading/trivia]\nlicence: one\nfuser_config: {dropout: 0.25}\n"
     )
     given = [*pair, "--recipe", tmp_path / "r.yaml"]
     assert call(*given, "--out", tmp_path / "first")[0] == 0
     (tmp_path / "r.yaml").write_text(
-        "data: [package:reading/trivia]\nfuser_config: {dropout: 0.5}\n"
+        "data: [package:reading/questions]\nlicence: other\nfuser_config: {dropout: 0.5}\n"
     )
     code, _, err = call(*given, "--fuser", tmp_path / "first", "--out", tmp_path / "second")
     assert code == 0, err
-    assert Fuser.load(tmp_path / "second").config.dropout == 0.25
+    found = Fuser.load(tmp_path / "second")
+    assert found.config.dropout == 0.25
+    assert found.provenance.data == ("package:reading/trivia", "package:reading/questions")
+    assert found.provenance.data_licence == "one; other"
 
 
 def test_answers_of_another_receiver_are_not_this_ones() -> None:
