@@ -167,13 +167,13 @@ def training(
     return _checked(need)
 
 
-def shape(model: Path) -> ModelShape:
+def shape(model: Path, name: str) -> ModelShape:
     """What a fuser will depend on, but for the tokenizer.
 
     Raises:
         C2CError: if the layers' keys and values differ in shape.
     """
-    return kv.model_shape(open_model(model)[0], model.name)
+    return kv.model_shape(open_model(model)[0], name)
 
 
 def _fits(need: Need) -> bool:

@@ -19,11 +19,12 @@ from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fit import check_models
 from c2c_mlx.fusion.fuser import Fuser, parameters
 from c2c_mlx.models import memory
-from c2c_mlx.models.load import LanguageModel, find_folder, load_model
+from c2c_mlx.models.load import LanguageModel, find_folder, load_model, open_model
 from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.progress import Progress
 from c2c_mlx.training import checkpoints, distil, fits, prefills, shrink
 from c2c_mlx.training.answering import answered
+from c2c_mlx.training.caches import check_layers
 from c2c_mlx.training.dataset import Dataset, Source, refusals
 from c2c_mlx.training.distil import Distiller
 from c2c_mlx.training.files import VALID, ChatRow, answers_for, read_source
@@ -271,7 +272,10 @@ def _load(
     folder: Path | None = None
     if run.fuser:
         folder = store.find_folder(run.fuser, watcher.loading, watcher.say)
-    r, s = (find_folder(name, watcher.loading) for name in (run.receiver, run.sharer))
+    names = run.receiver, run.sharer
+    r, s = (find_folder(name, watcher.loading) for name in names)
+    for place, name in zip((r, s), names, strict=True):  # before any weight is read
+        check_layers(open_model(place)[0], name)
     wanted: FuserConfig
     big: FuserConfig | None = None
     if folder:
@@ -280,13 +284,11 @@ def _load(
         if run.shrink:
             big, wanted = wanted, shrink.smaller(wanted, run.shrink)
     else:
-        wanted = fuser_config(run, memory.shape(r), memory.shape(s))
+        wanted = fuser_config(run, memory.shape(r, run.receiver), memory.shape(s, run.sharer))
     sizes = ModelSize.read(r), ModelSize.read(s)
     need = partial(memory.training, *sizes, wanted, teacher=big)
     need(run.train)  # refuses what can't be loaded
-    receiver, sharer = models or (
-        load_model(name, progress=watcher.loading) for name in (run.receiver, run.sharer)
-    )
+    receiver, sharer = models or (load_model(name, progress=watcher.loading) for name in names)
     if folder is None:
         wanted = fuser_config(run, receiver.shape, sharer.shape)
         return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed), None, need

@@ -89,6 +89,19 @@ class TrainingCache:
         return self.keys, self.values
 
 
+def check_layers(model: nn.Module, name: str) -> None:
+    """Refuses a model that can share and receive, but not be trained.
+
+    Raises:
+        C2CError: if a layer is not attention, or has no keys and values of its own.
+    """
+    if len(kv.attention_layers(kv.make_cache(model))) != len(model.layers):
+        raise C2CError(
+            f"{name}: training needs models whose layers are all attention layers; without a fuser "
+            "such a pair can relay (--mode relay)"
+        )
+
+
 def training_cache(
     model: nn.Module,
     padding: mx.array | None,
@@ -99,10 +112,9 @@ def training_cache(
     """One `TrainingCache` per layer, starting from a `shared` prefix of one row if there is one.
 
     Raises:
-        C2CError: if a layer is not attention; such models can share and receive, not be trained.
+        C2CError: as `check_layers`.
     """
-    if len(kv.attention_layers(kv.make_cache(model))) != len(model.layers):
-        raise C2CError("training needs models whose layers are all attention layers")
+    check_layers(model, "a model")
     cache = [TrainingCache(padding, prefix) for _ in model.layers]
     for c, s in zip(cache, shared or [], strict=False):
         if s.keys is not None:

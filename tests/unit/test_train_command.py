@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from mlx_lm.utils import save_config, save_model
 from rich.console import Console
 
 from c2c_mlx import Fuser
@@ -167,6 +169,18 @@ def test_a_mistake_is_one_line(
     monkeypatch.chdir(chats)
     code, err = call(*arguments)
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_model_that_cannot_be_trained_is_named_before_it_is_loaded(
+    call: Call, chats: Path, lfm2: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hybrid").mkdir()  # without a tokenizer, which loading would miss
+    save_model("hybrid", lfm2)
+    save_config(asdict(lfm2.args), "hybrid/config.json")
+    code, err = call(*PAIR[:2], "--receiver", "hybrid", "--data", chats, "--out", tmp_path / "run")
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("c2c-train: hybrid: training needs models whose layers")
 
 
 def test_a_run_may_lie_at_home(
