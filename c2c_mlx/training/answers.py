@@ -60,8 +60,9 @@ def answer_rows(
         lm: the model that answers; an answer ends at its stop strings, too.
         path: JSON lines of earlier answers; new ones are appended as they come, so an interrupted
             run loses one batch.
-        max_tokens: an answer that is longer is cut there. Thoughts of a model that can't but think
-            are no part of it; what it has not thought through within their budget has no answer.
+        max_tokens: an answer that is longer is cut there. Thoughts of a model that can't but think,
+            or begins to by itself, are no part of it; what it has not thought through within their
+            budget has no answer.
         own: whether `lm` is the receiver.
         progress: called with answers known and wanted.
         until: on the clock of `time.monotonic`; no batch begins after it.
@@ -86,15 +87,14 @@ def answer_rows(
         prompts = _prompts(unknown, on_a_fixed_day(lm.tokenizer), longest, say)
     wanted = (known.keys() & {*keys}) | prompts.keys()
     missing = sorted(prompts, key=lambda key: len(prompts[key]))
+    marks = thoughts.marks(lm.tokenizer)
     thinking = {key for key in missing if thoughts.begins_thinking(lm.tokenizer, prompts[key])}
-    size = _THINKING if thinking else BATCH
-    batches = [missing[at : at + size] for at in range(0, len(missing), size)]
-    unfinished = 0
+    batches = _parted(missing, _THINKING if thinking else BATCH)
     # Not the short ones first: what there is time for is like the rest.
-    for at in np.random.default_rng(0).permutation(len(batches)):
-        if time.monotonic() > until:
-            break
-        some = batches[at]
+    waiting = [batches[at] for at in np.random.default_rng(0).permutation(len(batches))]
+    unfinished = 0
+    while waiting and time.monotonic() <= until:
+        some = waiting.pop(0)
         begun, rest = _begun(lm.model, [prompts[key] for key in some])
         answers = batch_generate(
             lm.model,
@@ -106,14 +106,20 @@ def answer_rows(
         )
         assert answers.token_ids is not None
         fresh: dict[str, Answer] = {}
+        opened = []  # thoughts by the model itself; these are asked again, with room for them
         for key, text, ids in zip(some, answers.texts, answers.token_ids, strict=True):
             written: Answer | None = (text, len(ids) >= max_tokens)
             if key in thinking:
                 written = _behind_thoughts(ids, lm.tokenizer, max_tokens)
+            elif marks and text.lstrip().startswith(marks[0]):
+                opened.append(key)
+                continue
             if written:
                 fresh[key] = ended(*written, lm.stop_strings)
             else:
                 unfinished += 1
+        thinking |= {*opened}
+        waiting = _parted(opened, _THINKING) + waiting
         _keep(path, fresh)
         known |= fresh
         progress(len(known.keys() & wanted), len(wanted))
@@ -156,6 +162,10 @@ def _prompts(
     return found
 
 
+def _parted(keys: list[str], size: int) -> list[list[str]]:
+    return [keys[at : at + size] for at in range(0, len(keys), size)]
+
+
 def _begun(model: nn.Module, prompts: list[list[int]]) -> tuple[list[kv.Cache], list[list[int]]]:
     """A cache per prompt over what all of them begin with, prefilled once, and the prompts' rests.
 
@@ -172,7 +182,7 @@ def _begun(model: nn.Module, prompts: list[list[int]]) -> tuple[list[kv.Cache], 
 def _behind_thoughts(ids: list[int], tokenizer: Any, most: int) -> Answer | None:
     """What was written behind thoughts, of `most` tokens at most; None if they did not end."""
     marks = thoughts.marks(tokenizer)
-    assert marks  # its prompt ends with the first one
+    assert marks  # its prompt ends with the first one, or it began with that
     end = marks[1]
     n = bisect_left(range(len(ids) + 1), True, key=lambda n: end in tokenizer.decode(ids[:n]))
     if n > len(ids):

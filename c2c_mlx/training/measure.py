@@ -13,6 +13,7 @@ import numpy as np
 
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.c2c import C2C
+from c2c_mlx.text import thoughts
 from c2c_mlx.text.rendering import Tokenizer, fast_tokenizer
 from c2c_mlx.text.tokens import end_ids
 from c2c_mlx.training import loss as step_loss
@@ -70,7 +71,8 @@ def answers(
 ) -> Answers:
     """Greedy answers to each chat's prompt, in the ways that `losses` measures, and what is wanted.
 
-    Prompts alone are fused.
+    Prompts alone are fused. There are none where the receiver thinks first, be it made to or by
+    itself: thoughts take many times `most`.
 
     Args:
         c2c: both models and the fuser.
@@ -82,19 +84,24 @@ def answers(
         most: tokens of an answer, at most.
 
     Returns:
-        Texts by name ("wanted", and the names of `losses`), in the order of `by_length`.
+        Texts by name ("wanted", and the names of `losses`), in the order of `by_length`; or
+        nothing.
     """
+    if any(thoughts.begins_thinking(tokenizer, e.receiver_ids) for e in chats):
+        return {}
     ends = end_ids(tokenizer)
     chats = [replace(e, heard=None) for e in chats]
     ids = {"wanted": [[i for i in e.response_ids if i not in ends] for e in by_length(chats)]}
     for name, batch, cache, _ in _ways(c2c, prefiller, chats, batch_size, True, computed=True):
         some = decode(c2c.receiver, cache, batch.inputs[:, 0], ends, most)
         ids.setdefault(name, []).extend(some)
-    fast = fast_tokenizer(tokenizer)
-    return {
+    fast, marks = fast_tokenizer(tokenizer), thoughts.marks(tokenizer)
+    texts = {
         name: [ended(fast.decode(some), False, stop_strings)[0] for some in each]
         for name, each in ids.items()
     }
+    thinks = marks and any(t.startswith(marks[0]) for each in texts.values() for t in each)
+    return {} if thinks else texts
 
 
 def spread(chats: list[Example], n: int) -> list[Example]:

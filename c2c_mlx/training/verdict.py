@@ -40,7 +40,7 @@ def judge(
         seed: of the bootstrap over chats.
         control: whether the fuser learned with nothing to read.
         answers: to some of the chats, and what was wanted; they are scored by chrF, if sacrebleu is
-            there.
+            there. Empty: the receiver thinks first, so there are none.
 
     Returns:
         What `verdict.json` holds: losses and their differences (C2C minus the other) in nats per
@@ -56,8 +56,10 @@ def judge(
         found[f"vs_{name}"] = None
         if name in losses and total:
             found[f"vs_{name}"] = difference(losses["valid"], losses[name], tokens, seed)
-    found["answers"] = _compared(answers, seed) if answers else None
+    found["answers"] = _compared(answers, seed) if answers else answers
     found["verdict"] = _sentence(found, control)
+    if answers == {}:
+        found["verdict"] += " No answers are compared, for the receiver thinks before it answers."
     found["each"] = {"tokens": list(tokens), **{name: list(x) for name, x in losses.items()}}
     return found
 

@@ -129,6 +129,24 @@ def test_thoughts_are_not_taught(
     assert said == ["1 prompts take more than 20 tokens of thought: left out"]
 
 
+def test_thoughts_that_a_model_opens_by_itself_are_not_taught(
+    receiver: LanguageModel, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thoughts, "BUDGET", 20)
+    (whole,) = answer(ChatRow(ask("count")), n=24)
+    text = whole.messages[-1]["content"]
+    (tmp_path / "answers.jsonl").unlink()
+    lm = replace(receiver, tokenizer=thinker(receiver, text[:2], end := text[3:5]))
+    (row,) = answer(ChatRow(ask("count")), lm=lm)
+    content, behind = row.messages[-1]["content"], text.partition(end)[2].strip()
+    assert 0 < len(content) < len(behind) and behind.startswith(content) and row.cut
+    said: list[str] = []
+    lm = replace(receiver, tokenizer=thinker(receiver, text[:2], "<never>"))
+    (tmp_path / "answers.jsonl").unlink()
+    assert answer(ChatRow(ask("count")), lm=lm, say=said.append) == []
+    assert said == ["1 prompts take more than 20 tokens of thought: left out"]
+
+
 def test_another_model_or_limit_answers_anew(
     receiver: LanguageModel, sharer: LanguageModel, answer: Answer, tmp_path: Path
 ) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_sessions import thinker
+from trainers import Make
 
+from c2c_mlx import LanguageModel
 from c2c_mlx.training import verdict
 from c2c_mlx.training.files import ChatRow
 from c2c_mlx.training.holdout import hold_out
@@ -148,6 +151,20 @@ def test_worse_answers_are_not_worth_using_whatever_their_loss() -> None:
     pytest.importorskip("sacrebleu")
     found = said(WRONG, WANTED)["verdict"]
     assert found.startswith("Not worth using") and "but gives worse ones" in found
+
+
+def test_where_the_receiver_thinks_no_answers_are_compared(
+    make: Make, receiver: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tmp_path)
+    texts = trainer.answers(2, 4)
+    begins = texts["receiver"][0][:2]
+    for start, found in (("<never>", texts), ("assistant", {}), (begins, {})):
+        monkeypatch.setattr(trainer.train, "receiver", thinker(receiver, start, "<none>"))
+        assert trainer.answers(2, 4) == found
+    alone = judge(losses(receiver=2, shuffled=1, zeroed=1), [4] * 40, 0, answers={})
+    for each in (alone, verdict.with_twin(alone, [1.0] * 40, 0)):
+        assert "the receiver thinks before it answers" in each["verdict"]
 
 
 def test_a_twin_is_taken_into_a_verdict_afterwards(tmp_path: Path) -> None:
