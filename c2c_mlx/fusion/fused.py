@@ -19,7 +19,7 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fuser import Change, positions_at_once
 from c2c_mlx.fusion.gates import Fusion, GateStats, Trace
 from c2c_mlx.fusion.link import Link
-from c2c_mlx.fusion.reader import Progress, Reader, common_prefix, padding
+from c2c_mlx.fusion.reader import Progress, Reader, common_prefix, padding, part_of
 from c2c_mlx.fusion.states import States
 from c2c_mlx.text.alignment import TokenAlignment, message_groups
 from c2c_mlx.text.answer import AnswerAlignment
@@ -130,9 +130,9 @@ class FusedCache:
         None if the state of one of the models can't go back to where they end.
         """
         other = FusedCache(*self.links, order=self.order)
-        other._fused_from = self._fused_from[:, :n]
+        other._fused_from = self._fused_from[:, : self._whole_messages(n, self._fused_from)]
         length = {self.own: n}
-        for sharer, fed_by in zip(self.sharers, other._fused_from[1::2], strict=True):
+        for sharer, fed_by in zip(self.sharers, self._fused_from[1::2, :n], strict=True):
             length[sharer] = max(length.get(sharer, 0), int(fed_by.max(initial=-1)) + 1)
         forks = {reader: reader.fork(length[reader]) for reader in length}
         own, *sharers = (forks[reader] for reader in (self.own, *self.sharers))
@@ -215,7 +215,7 @@ class FusedCache:
         seconds = []
         for i, (reader, ids) in enumerate(reading.items()):
             tic = time.perf_counter()
-            reader.extend(ids, _part(progress, sum(unread[:i]), sum(unread)))
+            reader.extend(ids, part_of(progress, sum(unread[:i]), sum(unread)))
             seconds.append(time.perf_counter() - tic)
         return seconds
 
@@ -282,12 +282,18 @@ class FusedCache:
         start = int(differs.argmax()) if differs.any() else n
         for text, keep in zip(texts, kept, strict=False):
             start = min(start, int(np.searchsorted(text.index[:start], keep)))
+        return self._whole_messages(start, self._fused_from, sources)
+
+    def _whole_messages(self, start: int, *sources: np.ndarray) -> int:
+        """`start`, or where a message begins that goes on there in any of `sources`.
+
+        A message gate looks at all of its message: one that grew or shrank is fused anew.
+        """
         for number, link in enumerate(self.links):
             if link.fuser.config.message_gate:
-                # A gate looks at all of its message: one that grew or shrank is fused anew.
                 row = 2 + 2 * number
-                beyond = np.append(self._fused_from[row, start:], sources[row, start:])
-                cut = np.flatnonzero(np.isin(sources[row, :start], beyond[beyond >= 0]))
+                beyond = np.concatenate([x[row, start:] for x in sources])
+                cut = np.flatnonzero(np.isin(sources[0][row, :start], beyond[beyond >= 0]))
                 start = int(cut[0]) if len(cut) else start
         return start
 
@@ -381,13 +387,6 @@ def _added(layers: Layers, change: Change, receiver_layers: Sequence[int]) -> La
         keys, values = fused[layer]
         fused[layer] = (keys + delta, values) if kind == 0 else (keys, values + delta)
     return fused
-
-
-def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """The progress of one of several prefills as a part of all of them."""
-    if progress is None:
-        return None
-    return lambda done, _: progress(before + done, total)
 
 
 def _messages(link: Link, text: TokenAlignment) -> np.ndarray:

@@ -25,6 +25,13 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """The progress of one of several prefills as a part of all of them."""
+    if progress is None:
+        return None
+    return lambda done, _: progress(before + done, total)
+
+
 def padding(ids: Sequence[int], start: int = 0) -> list[int]:
     """The positions of those of `ids` that are padding; the first one is at `start`."""
     return [position for position, token in enumerate(ids, start) if token < 0]

@@ -33,7 +33,7 @@ from c2c_mlx.doctor.check import error, tolerance
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.fuser import pass_width
-from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.talk import gate_report
 
 
@@ -107,6 +107,18 @@ def test_an_earlier_message_changes(
     growing = FusedCache(c2c)
     growing.extend([aligned(prompt(FIRST, ANSWER, SECOND))])
     assert_same(growing.extend([aligned(after)]), scratch(c2c, after), 1e-5)
+
+
+def test_another_conversation_begins_as_a_longer_message_does(make_c2c: MakeC2C) -> None:
+    c2c = make_c2c(positions="messages", message_gate=True)
+    open_message_gates(c2c)
+    first, (longer, shorter) = FusedCache(c2c), (prompt([*FIRST, 99, 98]), prompt(FIRST))
+    first.extend([aligned(longer)])
+    n = common_prefix(longer[0], shorter[0])
+    assert n == int(np.flatnonzero(shorter[3] >= 0)[-1]) + 1
+    other = first.fork(n)
+    assert other is not None and other.own.ids == shorter[0][:n]
+    assert_same(other.extend([aligned(shorter)]), scratch(c2c, shorter), 1e-5)
 
 
 def test_the_sharer_alone_changes(make_c2c: MakeC2C) -> None:
