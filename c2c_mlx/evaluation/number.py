@@ -16,7 +16,8 @@ PROMPT = (
 )
 
 _CUE = re.compile(r"(?i:answer(?: is)?)\s*:?|####|\\boxed\{")
-_NUMBER = re.compile(r"[\s*$€£]*(-?[\s$]*[\d,]*\.?\d+)")
+_MARKUP = re.compile(r"\\[()\[\]$]|[*_`]")
+_NUMBER = re.compile(r"[\s$€£]*(-?[\s$]*[\d,]*\.?\d+)")
 
 
 class Number(Task):
@@ -35,7 +36,7 @@ class Number(Task):
 
 def extract(text: str) -> float | None:
     """The number behind the last "Answer:", "answer is", "####" or TeX box; None without one."""
-    found = None
+    found, text = None, _MARKUP.sub("", text)
     for cue in _CUE.finditer(text):
         if number := _NUMBER.match(text, cue.end()):
             found = float(re.sub(r"[\s$,]", "", number[1]))
