@@ -215,17 +215,17 @@ def write(
                 w, text = written[response.uid], texts[response.uid]
                 w.ids.append(response.token)
                 w.last = now
-                state = states[response.uid]
-                if state[0] == "thoughts":
+                if response.token not in stop_tokens:
+                    text.add_token(response.token)
+                if response.finish_reason:
+                    text.finalize()
+                before = states[response.uid]
+                state, segments = TextStateMachine.split(before, text.last_segment)
+                if "thoughts" in (before[0], state[0]):  # a mark is no part of the answer
                     w.thoughts += 1
                 else:
                     w.first = w.first or now
                 is_cut = len(w.ids) - w.thoughts == max_tokens
-                if response.token not in stop_tokens:
-                    text.add_token(response.token)
-                if response.finish_reason or is_cut:
-                    text.finalize()
-                state, segments = TextStateMachine.split(state, text.last_segment)
                 w.text += "".join(part for name, part in segments if name == "normal")
                 if (response.finish_reason or is_cut) and state[0] == "normal":
                     state, rest, _ = TextStateMachine.flush(state)

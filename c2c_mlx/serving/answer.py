@@ -86,13 +86,10 @@ class Answer:
             What is certain now and was not before.
         """
         self.ids.append(token)
-        is_thought = self.is_thinking
-        if self._left is not None and not is_thought:
-            self._left -= 1
-            finish = finish or (None if self._left else "length")
+        was_thinking = self.is_thinking
         if finish != "stop":
             self._detokenizer.add_token(token)
-            if self._top is not None and not is_thought:
+            if self._top is not None and not was_thinking:
                 self._untold.append(
                     (self._written, weigh(self._tokenizer, token, logprobs, self._top))
                 )
@@ -101,6 +98,10 @@ class Answer:
         segment = self._detokenizer.last_segment
         self._state, segments = TextStateMachine.split(self._state, segment)
         text = "".join(part for state, part in segments if state == "normal")
+        is_thought = was_thinking or self.is_thinking  # a mark is no part of the answer
+        if self._left is not None and not is_thought:
+            self._left -= 1
+            finish = finish or (None if self._left else "length")
         if self._state[0] is None:
             self.reason = "stop"
         elif finish:

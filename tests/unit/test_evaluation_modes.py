@@ -24,6 +24,7 @@ from c2c_mlx.events import MODES as CHAT_MODES
 from c2c_mlx.events import Finished, Mode
 from c2c_mlx.fusion import kv
 from c2c_mlx.talk import relay
+from c2c_mlx.talk.decode import decode
 from c2c_mlx.text.tokens import response_ids
 from c2c_mlx.text.words import token_texts
 from c2c_mlx.training import loss as step_loss
@@ -120,6 +121,19 @@ def test_thoughts_are_no_part_of_what_is_written(make: Make, mode: Mode) -> None
                 token_texts(w.ids[w.thoughts :], modes.receiver.tokenizer)
             )
     assert ended or mode != "receiver"
+
+
+def test_thoughts_that_a_model_opens_by_itself(make: Make) -> None:
+    modes = make()
+    (reading,) = readings(modes, "receiver", ITEMS[:1])
+    text = write([reading], 24)[0].text
+    lm = replace(modes.receiver, tokenizer=thinker(modes.receiver, text[:3], text[9:12]))
+    (w,) = write([replace(reading, lm=lm)], TOKENS)
+    sampling, last = SamplingConfig(max_tokens=TOKENS), [reading.last]
+    pieces = list(decode(lm.model, lm.tokenizer, reading.cache, last, sampling))
+    assert w.ids == [piece.token for piece in pieces]
+    assert w.thoughts == sum(piece.is_thought for piece in pieces) > 1
+    assert w.text == "".join(piece.text for piece in pieces).strip() != ""
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,9 @@ def test_thoughts_that_a_model_opens_by_itself_are_no_text(receiver: LanguageMod
     assert answer.text == "".join(piece.text for piece in pieces) == "abef"
     told = b"".join(bytes(token.bytes) for piece in pieces for token in piece.tokens)
     assert told == b"abef"
+    answer = Answer(lm, limit=6)  # "ab", four pieces of a mark that its last one makes it, "ef"
+    write(answer, [*ids, receiver.tokenizer.eos_token_id], "stop")
+    assert (answer.text, answer.reason) == ("abef", "length")
 
 
 def test_the_likeliest_come_first(receiver: LanguageModel) -> None:
