@@ -111,10 +111,12 @@ def preflight(
         sum(_fuser_bytes(config, bits, own.itemsize) for config in fusers),
     )
     models = [own, *read.values()]
+    asked_to_write = [read[s] for s in sharers[:1] if {"sharer", "relay"} & {*modes}]
 
     def need(tokens: int) -> Need:
         caches = sum(_caches(mode, own, read, sharers, fusers, tokens) for mode in modes)
-        caches += 2 * batch * own.cache(tokens)  # as they were read, and side by side
+        # As they were read, and side by side.
+        caches += 2 * batch * max(m.cache(tokens) for m in [own, *asked_to_write])
         passes = [m.prefill(tokens) for m in models]
         passes += [_fusing(config, bits, own.itemsize, tokens) for config in fusers]
         passes.append(max(m.loading for m in models) - caches)

@@ -140,6 +140,23 @@ def test_every_mode_keeps_its_own_conversation(
     assert batch.caches == 7 * own
 
 
+def test_a_batch_is_of_the_larger_of_those_that_write(
+    receiver: LanguageModel, sharer: LanguageModel
+) -> None:
+    def caches(mode: str, batch: int) -> int:
+        pair = receiver.path, [sharer.path]
+        return memory.preflight(*pair, tokens=256, modes=[mode], batch=batch).caches
+
+    def one(lm: LanguageModel) -> int:
+        return memory.preflight(lm.path, tokens=256, modes=["receiver"]).caches
+
+    small, large = one(receiver), one(sharer)
+    assert small < large
+    assert caches("receiver", 3) == small + 6 * small
+    assert caches("sharer", 3) == large + 6 * large
+    assert caches("relay", 3) == small + large + 6 * large
+
+
 def test_what_does_not_fit_says_what_would(
     receiver: LanguageModel, sharer: LanguageModel, fuser: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
