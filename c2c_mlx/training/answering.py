@@ -74,7 +74,8 @@ def answered(
     began = time.monotonic()
     until = math.inf if deadline is None else began + SHARE * (deadline - began)
     valid = answer(valid, math.inf)
-    if not dry:
+    left_for_rows = until - time.monotonic()
+    if not dry or left_for_rows <= 0:  # then a run answers no more either
         answer(everything, until)
         return Answered([answer(rows, 0) for rows in parts], valid)
     there = {row.where for row in answer(everything, 0)}
@@ -83,7 +84,7 @@ def answered(
     began = time.monotonic()
     answer(some, math.inf)
     each = (time.monotonic() - began) / max(len(some), 1)
-    seconds = min(each * (len(left) - len(some)), until - began)
+    seconds = min(each * (len(left) - len(some)), left_for_rows)
     return Answered([_filled(rows, run.answer_tokens) for rows in parts], valid, seconds)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from chat_sessions import thinker
 from c2c_mlx import LanguageModel, load_model
 from c2c_mlx.errors import C2CError
 from c2c_mlx.text import thoughts
+from c2c_mlx.training.answering import Answered, answered
 from c2c_mlx.training.answers import answer_rows, ended
 from c2c_mlx.training.files import ChatRow, Messages
+from c2c_mlx.training.run import RunConfig
 
 Answer = Callable[..., list[ChatRow]]
 
@@ -184,3 +187,27 @@ def test_a_full_disk_is_one_line(
     with pytest.raises(C2CError, match=r"answers\.jsonl: cannot keep .*No space left") as e:
         answer(ChatRow(ask("count")))
     assert "\n" not in str(e.value)
+
+
+def test_a_plan_without_time_for_answers_is_that_of_a_run(
+    receiver: LanguageModel, tmp_path: Path
+) -> None:
+    run = RunConfig("", "", ("chats",), str(tmp_path), answer_with="receiver", answer_tokens=4)
+
+    def planned(seconds: float) -> Answered:
+        return answered(
+            run,
+            [[ChatRow(ask(f"count to {n}")) for n in range(70)]],
+            [ChatRow(ask("measured"))],
+            (receiver, receiver),
+            lambda done, total: None,
+            lambda line: None,
+            resume=False,
+            dry=True,
+            deadline=time.monotonic() + seconds,
+        )
+
+    none = planned(-1.0)
+    assert none.parts == [[]] and none.seconds == 0
+    assert [row.messages[-1]["role"] for row in none.valid] == ["assistant"]
+    assert len(planned(600).parts[0]) == 70
