@@ -83,6 +83,11 @@ class Batch:
         return int(self.mask.sum())
 
 
+def fused_positions(examples: Sequence[Example], positions: str) -> int:
+    """How many positions of all these are fused; `positions` is the fuser's field of that name."""
+    return sum(int((message_groups(e.read.message, positions) >= 0).sum()) for e in examples)
+
+
 def collate(examples: Sequence[Example], positions: str) -> Batch:
     """Lays the examples out as one batch; `positions` is the fuser's field of that name."""
     read = [e.read for e in examples]

@@ -18,7 +18,7 @@ from c2c_mlx.fusion.fuser import SHUT, Change, Fuser, positions_at_once
 from c2c_mlx.fusion.project import KV, Slices
 from c2c_mlx.training import fingerprint, measure
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.batch import Batch, collate
+from c2c_mlx.training.batch import Batch, collate, fused_positions
 from c2c_mlx.training.checkpoints import Metrics
 from c2c_mlx.training.dataset import Dataset, Example
 from c2c_mlx.training.prefills import Prefiller, Prefills
@@ -57,7 +57,7 @@ class Distiller(Trainer):
         super().begin(config)
         self.settings["weights of the big fuser"] = fingerprint.of_weights(self.teacher.fuser)
 
-    def _loss(self, prefills: Prefills, batch: Batch) -> tuple[mx.array, mx.array]:
+    def _loss(self, prefills: Prefills, batch: Batch, gate: float) -> tuple[mx.array, mx.array]:
         """As a trainer's, which divides by the answers' tokens: a batch weighs as many."""
         if batch.start == batch.stop:
             return mx.array(0.0), mx.array(0.0)
@@ -65,8 +65,9 @@ class Distiller(Trainer):
         wanted = change(self.teacher.fuser, prefills.sharer, view, batch)
         found = change(self.c2c.fuser, prefills.sharer, view, batch)
         error = change_error(found, wanted, view, batch.messages)
-        gates = self.config.message_gate_weight * gate_error(found, wanted, batch.messages)
-        return (error + gates) * batch.tokens, error * batch.tokens
+        fused = fused_positions(batch.examples, self.c2c.fuser.config.positions)
+        gates = gate * fused * gate_error(found, wanted, batch.messages)
+        return error * batch.tokens + gates, error * batch.tokens
 
     def evaluate(self, chats: list[Example] | None = None) -> Metrics:
         """As a trainer's, and the error of the fused caches."""

@@ -158,7 +158,7 @@ def response_losses(
 
 
 def message_loss(change: Change | None, batch: Batch) -> mx.array:
-    """Cross-entropy of the message gates, a mean over the fused positions (nats).
+    """Cross-entropy of the message gates, summed over the fused positions (nats).
 
     A gate is to be shut where the receiver's own answer is wanted, and open everywhere else.
     """
@@ -167,4 +167,4 @@ def message_loss(change: Change | None, batch: Batch) -> mx.array:
     member = mx.array((batch.messages >= 0)[None, :, None, :, None].astype(np.float32))
     shut = mx.array(batch.own[None, :, None, None, None])
     right = mx.where(shut, 1 - change.message_weight, change.message_weight)
-    return -(mx.log(right + 1e-6) * member).sum() / member.sum()
+    return -(mx.log(right + 1e-6) * member).sum()

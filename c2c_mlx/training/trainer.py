@@ -26,7 +26,7 @@ from c2c_mlx.fusers import disk
 from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.training import checkpoints, fingerprint, fits, interrupt, measure, schedule, verdict
 from c2c_mlx.training import loss as step_loss
-from c2c_mlx.training.batch import Batch, collate
+from c2c_mlx.training.batch import Batch, collate, fused_positions
 from c2c_mlx.training.checkpoints import Checkpoint, Metrics
 from c2c_mlx.training.dataset import Dataset, Example, Position
 from c2c_mlx.training.prefills import Prefiller, Prefills
@@ -105,19 +105,16 @@ class Trainer:
 
     # --- one step -----------------------------------------------------------------------------
 
-    def _loss(self, prefills: Prefills, batch: Batch) -> tuple[mx.array, mx.array]:
+    def _loss(self, prefills: Prefills, batch: Batch, gate: float) -> tuple[mx.array, mx.array]:
         """Sums over the batch's tokens: what is minimised, and the loss.
 
         The gradient is divided by their number behind the models: in float16 its small parts would
-        be lost inside of them.
+        be lost inside of them. `gate` is what a fused position's message gate weighs.
         """
         fused, change = step_loss.fuse(self.c2c, prefills.own, prefills.sharer, batch)
         receiver, recompute = self.prefills.receiver, self.config.grad_checkpoint
         loss = step_loss.response_loss(receiver, fused, batch, prefills.state, recompute)
-        if not self.config.message_gate_weight:
-            return loss, loss
-        gates = step_loss.message_loss(change, batch)
-        return loss + self.config.message_gate_weight * gates * batch.tokens, loss
+        return loss + gate * step_loss.message_loss(change, batch), loss
 
     def split(self, rows: list[Example]) -> list[list[Example]]:
         """A step's chats as the batches that they are learned from in."""
@@ -135,14 +132,18 @@ class Trainer:
         fuser.temperature = self.temperature
         # Noise that depends on the step alone needs no state to be saved: a resumed run draws it.
         mx.random.seed((self.config.seed << 32) + self.step * size + rank)
-        tokens = sum(len(e.response_ids) for rows in batches for e in rows)
+        chats = [e for rows in batches for e in rows]
+        tokens = sum(len(e.response_ids) for e in chats)
+        # Of the whole step: a mean over each of its batches would depend on how it is split.
+        fused = max(fused_positions(chats, fuser.config.positions), 1)
+        gate = self.config.message_gate_weight * tokens / fused
         total = mx.array(0.0)
         gradient = tree_map(mx.zeros_like, fuser.trainable_parameters())
         for rows in batches:
             if not (rows := rows[rank::size]):
                 continue
             batch = collate(rows, fuser.config.positions)
-            (_, loss), part = self._loss_and_grad(self.prefills(batch), batch)
+            (_, loss), part = self._loss_and_grad(self.prefills(batch), batch, gate)
             gradient = tree_map(mx.add, gradient, part)
             total = total + loss
             mx.eval(total, gradient)
@@ -154,7 +155,7 @@ class Trainer:
         gradient, norm = optim.clip_grad_norm(gradient, self.config.clip)
         mean = float(total) / tokens
         if not math.isfinite(mean + float(norm)):
-            where = ", ".join(e.where for rows in batches for e in rows)
+            where = ", ".join(e.where for e in chats)
             raise C2CError(
                 f"step {self.step + 1}: the loss is {mean} and the gradient's norm {float(norm)}; "
                 f"nothing was updated. The batch: {where}. Start another --out with a smaller "

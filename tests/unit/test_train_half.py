@@ -125,7 +125,7 @@ def test_only_the_fuser_is_float32(
     assert {p.dtype for p in trainer.c2c.fuser.trainable_parameters()["mlp1"].values()} == {
         mx.float32
     }
-    _, gradient = trainer._loss_and_grad(prefills, batch)
+    _, gradient = trainer._loss_and_grad(prefills, batch, 0.1)
     flat: Any = tree_flatten(gradient)
     for key, g in flat:
         assert g.dtype == mx.float32 and mx.isfinite(g).all().item(), key

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from trainers import POSITIONS, Make, loss_of, run, weights
+from trainers import POSITIONS, RECIPE, Make, loss_of, run, weights
 
 from c2c_mlx import Fuser, LanguageModel
 from c2c_mlx.errors import C2CError
@@ -103,11 +104,14 @@ def test_a_loss_is_what_a_prefilled_cache_gives(
     assert loss_of(trainer, collate([e], positions)) == pytest.approx(expected, rel=near)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, RECIPE | {"message_gate_weight": 10.0}], ids=["", "recipe"]
+)
 def test_accumulated_batches_step_like_one(
-    make: Make, examples: list[Example], tmp_path: Path
+    make: Make, examples: list[Example], tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    one, parts = make(tmp_path / "one"), make(tmp_path / "parts")
-    rows = examples[:6]
+    one, parts = make(tmp_path / "one", **options), make(tmp_path / "parts", **options)
+    rows = sorted(examples[:6], key=lambda e: len(e.receiver_ids))
     losses = [
         one.train_step([rows]),
         parts.train_step([rows[:1], rows[1:4], rows[4:]]),
