@@ -85,7 +85,7 @@ class Prefiller:
             it may get, with what other runs keep there; and whether this is the control, for which
             the sharer need not run, and is all zeros.
         weights: of the receiver and the sharer, by `fingerprint.of_weights`.
-        say: told once when no more fits.
+        say: told once when something does not fit.
 
     Attributes:
         computed: chats that were not in the folder.
@@ -106,7 +106,7 @@ class Prefiller:
         self.receiver = Sections(c2c.receiver, min(c2c.receiver_layers, default=0))
         self._memos: tuple[step_loss.PrefixMemo, step_loss.PrefixMemo] = ({}, {})
         self._prefixes: dict[tuple[int, ...], kv.StackedKV] = {}
-        self._say, self._limit_gb = say, config.prefill_cache_gb
+        self._say, self._told, self._limit_gb = say, False, config.prefill_cache_gb
         self.computed, self.spent = 0, 0.0
         self.folder: Path | None = None
         if config.prefill_cache:
@@ -208,24 +208,23 @@ class Prefiller:
         return found
 
     def _keep(self, found: dict[Path, Kept]) -> None:
-        size = sum(x.nbytes for kept in found.values() for x in kept.values())
-        if self._room <= 0:
-            return
-        if size > self._room:
-            self._full(f"holds {self._limit_gb:g} GB; --prefill-cache-gb allows more")
+        # A smaller batch may still fit; a resumed run, which counts files, would keep it.
+        if sum(x.nbytes for kept in found.values() for x in kept.values()) > self._room:
+            self._tell(f"holds {self._limit_gb:g} GB; --prefill-cache-gb allows more")
             return
         try:
             for path, kept in found.items():
                 with atomic.overwriting(path) as partial:
                     mx.save_safetensors(str(partial), kept)
+                self._room -= path.stat().st_size
         except (OSError, RuntimeError) as e:  # a full disk: a cache is not worth a run
-            self._full(f"cannot be written ({getattr(e, 'strerror', None) or e})")
-        else:
-            self._room -= size
+            self._room = 0
+            self._tell(f"cannot be written ({getattr(e, 'strerror', None) or e})")
 
-    def _full(self, why: str) -> None:
-        self._room = 0
-        self._say(f"prefill cache: {why}; from now on, what is not there is computed each time")
+    def _tell(self, why: str) -> None:
+        if not self._told:
+            self._say(f"prefill cache: {why}; what is not there is computed each time")
+        self._told = True
 
     def _join(self, kept: list[Kept], batch: Batch) -> Prefills:
         """Rows of any batch, laid out as this batch wants them."""

@@ -12,7 +12,7 @@ from trainers import POSITIONS, Make, loss_of
 
 from c2c_mlx import LanguageModel
 from c2c_mlx.models.paths import size
-from c2c_mlx.training.batch import collate
+from c2c_mlx.training.batch import Batch, collate
 from c2c_mlx.training.dataset import Example
 from c2c_mlx.training.prefills import _read
 
@@ -57,6 +57,24 @@ def test_a_kept_prefill_is_read_before_anything_is_computed_from_it(tmp_path: Pa
     kept = _read(path)
     path.write_bytes(b"")  # a step that read it now would fail
     assert kept is not None and kept["own_keys"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_resumed_run_keeps_what_the_whole_one_keeps(
+    make: Make, examples: list[Example], tmp_path: Path
+) -> None:
+    batches = [collate(rows, "all") for rows in (examples[:2], examples[2:6], examples[6:7])]
+
+    def kept(name: str, *runs: list[Batch], gb: float = 1.0) -> dict[str, int]:
+        for part in runs:
+            trainer = make(tmp_path, prefill_cache=str(tmp_path / name), prefill_cache_gb=gb)
+            for batch in part:
+                trainer.prefills(batch)
+        return {f.name: f.stat().st_size for f in (tmp_path / name).rglob("*.safetensors")}
+
+    fitting = kept("fitting", [batches[0], batches[2]])
+    limit = sum(fitting.values()) / 1e9
+    assert kept("whole", batches, gb=limit) == fitting
+    assert kept("resumed", batches[:2], batches[2:], gb=limit) == fitting
 
 
 def test_what_other_runs_keep_takes_room(
