@@ -19,9 +19,14 @@ class Padded:
     prompt, most of a short prompt) is prefilled once and not per row.
     """
 
-    ids: np.ndarray  # [B, N]
+    ids: np.ndarray  # [B, N]; one below zero is padding of the prompt's own, see `align_chat`
     prefix: int  # columns that are the same in every row
     padding: np.ndarray  # [B] columns of padding behind the prefix
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """[B, N] True where a prompt has padding of its own, which counts as a position."""
+        return self.ids < 0
 
     def columns(self, index: np.ndarray, row: int) -> np.ndarray:
         """Positions of a row's prompt -> columns of the block."""

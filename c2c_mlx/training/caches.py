@@ -8,6 +8,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import create_attention_mask
 
 from c2c_mlx.errors import C2CError
@@ -24,16 +25,24 @@ class TrainingCache:
         prefix: columns before the padding.
         ahead: the last columns held, if they are those of the ids that come next. A pass over
             these attends to what is here, fused, in place of what it computes.
+        hidden: [B, N] True for columns that count as positions, but nobody attends to; None if
+            there is none at all.
     """
 
-    def __init__(self, padding: mx.array | None, prefix: int, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        padding: mx.array | None,
+        prefix: int,
+        ahead: int = 0,
+        hidden: np.ndarray | None = None,
+    ) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.padding, self.prefix, self.ahead = padding, prefix, ahead
+        self.padding, self.prefix, self.ahead, self.hidden = padding, prefix, ahead, hidden
 
     def copy(self, keys: mx.array | None = None, values: mx.array | None = None) -> TrainingCache:
         """The same layout, with these keys and values or the same ones."""
-        other = TrainingCache(self.padding, self.prefix, self.ahead)
+        other = TrainingCache(self.padding, self.prefix, self.ahead, self.hidden)
         other.keys = self.keys if keys is None else keys
         other.values = self.values if values is None else values
         return other
@@ -67,14 +76,19 @@ class TrainingCache:
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """mlx-lm's cache protocol: causal, windowed where the layer is, blind to padding."""
         past = self.columns
-        if self.padding is None:
+        if self.padding is None and self.hidden is None:
             return create_attention_mask(n, past, return_array, window_size)
+        padding = mx.zeros(1, mx.int32) if self.padding is None else self.padding
         position = mx.arange(past + n)[None] - mx.where(
-            mx.arange(past + n)[None] >= self.prefix, self.padding[:, None], 0
+            mx.arange(past + n)[None] >= self.prefix, padding[:, None], 0
         )  # [B, columns]; columns of padding get the positions right before their row's rest
         column = mx.arange(past + n)
-        is_padding = (column >= self.prefix) & (column < self.prefix + self.padding[:, None])
+        is_padding = (column >= self.prefix) & (column < self.prefix + padding[:, None])
         mask = (column[past:, None] >= column[None])[None] & ~is_padding[:, None]
+        if self.hidden is not None:
+            hidden = mx.array(np.pad(self.hidden, [(0, 0), (0, past + n)])[:, : past + n])
+            # Something to attend to, in any case.
+            mask = mask & (~hidden[:, None] | (column[past:, None] == column[None])[None])
         if window_size is not None:
             mask = mask & (position[:, past:, None] < position[:, None] + window_size)
         return mask[:, None]
@@ -108,6 +122,7 @@ def training_cache(
     prefix: int,
     shared: kv.Cache | None = None,
     batch: int = 1,
+    hidden: np.ndarray | None = None,
 ) -> kv.Cache:
     """One `TrainingCache` per layer, starting from a `shared` prefix of one row if there is one.
 
@@ -115,7 +130,8 @@ def training_cache(
         C2CError: as `check_layers`.
     """
     check_layers(model, "a model")
-    cache = [TrainingCache(padding, prefix) for _ in model.layers]
+    hidden = hidden if hidden is not None and hidden.any() else None
+    cache = [TrainingCache(padding, prefix, hidden=hidden) for _ in model.layers]
     for c, s in zip(cache, shared or [], strict=False):
         if s.keys is not None:
             shape = (batch, *s.keys.shape[1:])

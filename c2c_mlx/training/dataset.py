@@ -21,7 +21,7 @@ WINDOW = 256  # batches that are sorted by length together: little padding, stil
 
 @dataclass(frozen=True)
 class Example(TokenAlignment):
-    """One chat, ready to train on: its prompt, and what is to be said.
+    """One chat, ready to train on: its prompt as a chat reads it, and what is to be said.
 
     Attributes:
         response_ids: what the receiver is to say, the end-of-turn token included.
@@ -67,7 +67,7 @@ def make_example(
         alignment: the fuser's field of that name.
         fuse_response: the fuser's field of that name.
     """
-    aligned = align_chat(chat.messages[:-1], receiver, sharer, strategy=alignment, padding=False)
+    aligned = align_chat(chat.messages[:-1], receiver, sharer, strategy=alignment)
     response = response_ids(chat.messages, receiver)
     response = response[:-1] if chat.cut and len(response) > 1 else response
     heard = along(response[:-1], receiver, sharer, alignment) if fuse_response else None

@@ -38,16 +38,17 @@ def prefill(model: nn.Module, prompts: Padded, memo: PrefixMemo) -> kv.Cache:
     batch, width = prompts.ids.shape
     prefix = tuple(prompts.ids[0, : prompts.prefix].tolist())
     padding = mx.array(prompts.padding) if prompts.padding.any() else None
+    ids, hidden = mx.array(np.maximum(prompts.ids, ~prompts.ids)), prompts.hidden
     if prefix not in memo:
         memo.clear()
-        shared = training_cache(model, None, len(prefix))
+        shared = training_cache(model, None, len(prefix), hidden=hidden[:1])
         if prefix:
-            model(mx.array(prefix)[None], cache=shared)
+            model(ids[:1, : len(prefix)], cache=shared)
             mx.eval(kv.arrays(shared))
         memo[prefix] = shared
-    cache = training_cache(model, padding, len(prefix), memo[prefix], batch)
+    cache = training_cache(model, padding, len(prefix), memo[prefix], batch, hidden)
     if width > len(prefix):
-        model(mx.array(prompts.ids[:, len(prefix) :]), cache=cache)
+        model(ids[:, len(prefix) :], cache=cache)
     mx.eval(kv.arrays(cache))
     return cache
 

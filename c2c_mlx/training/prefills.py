@@ -23,7 +23,7 @@ from c2c_mlx.fusion.project import KV
 from c2c_mlx.text.alignment import message_groups
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training import sharer as sharers
-from c2c_mlx.training.batch import Batch, collate
+from c2c_mlx.training.batch import Batch, collate, pad
 from c2c_mlx.training.caches import training_cache
 from c2c_mlx.training.dataset import Example
 from c2c_mlx.training.sections import Sections
@@ -258,7 +258,8 @@ class Prefiller:
             x = mx.stack(own[kind], axis=1)  # [layers, B, Hr, N - prefix, Dr]
             head = mx.broadcast_to(shared[kind], (*x.shape[:3], prefix, x.shape[4]))
             stacked.append(mx.concatenate([head, x], axis=3))
-        cache = training_cache(self.c2c.receiver, padding, prefix)
+        hidden = batch.receiver.hidden
+        cache = training_cache(self.c2c.receiver, padding, prefix, hidden=hidden)
         for layer, c in enumerate(cache[first:]):
             c.keys, c.values, c.ahead = stacked[0][layer], stacked[1][layer], ahead
         state = None
@@ -282,9 +283,8 @@ class Prefiller:
         if key not in self._prefixes:
             if len(self._prefixes) == _PREFIXES:
                 self._prefixes.clear()
-            cache = training_cache(self.c2c.receiver, None, 0)
             # One position more, so that even an empty prefix has a shape and a type.
-            self.c2c.receiver(mx.array([[*key, 0]]), cache=cache)
+            cache = step_loss.prefill(self.c2c.receiver, pad([[*key, 0]], 0), {})
             held = [c.keys_and_values() for c in cache[self.receiver.first :]]
             keys, values = (mx.stack([x[kind][:, :, : len(key)] for x in held]) for kind in (0, 1))
             mx.eval(keys, values)

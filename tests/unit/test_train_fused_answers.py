@@ -11,6 +11,7 @@ import c2c_mlx.blas  # noqa: F401
 import mlx.core as mx
 import numpy as np
 import pytest
+from chat_sessions import with_template
 from trainers import POSITIONS, Make, loss_of, run
 
 from c2c_mlx import Fuser, LanguageModel
@@ -31,10 +32,9 @@ def alignment(request: pytest.FixtureRequest) -> Any:
 def heard(
     dataset: Dataset, receiver: LanguageModel, sharer: LanguageModel, alignment: Any
 ) -> Dataset:
-    """The same chats, whose answers are read along."""
-    return Dataset(
-        dataset.sources, receiver.tokenizer, sharer.tokenizer, alignment, 64, fuse_response=True
-    )
+    """The same chats, whose answers are read along, beside a longer template."""
+    wordy = with_template(sharer, "read this. " + str(sharer.tokenizer.chat_template)).tokenizer
+    return Dataset(dataset.sources, receiver.tokenizer, wordy, alignment, 64, fuse_response=True)
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_a_loss_is_that_of_an_answer_that_is_fused(
 ) -> None:
     """Training and inference fuse alike, and see the same ids."""
     trainer, e = make(tmp_path, positions=positions, rotated_keys=rotated_keys), chats[3]
+    assert (min(e.receiver_ids) < 0) == (alignment in ("first", "longest")), "padding"
     answer = AnswerAlignment(e, heard.receiver, heard.sharer, strategy=alignment)
     trainer.c2c.fuser.eval()
     reader = FusedCache(trainer.c2c)

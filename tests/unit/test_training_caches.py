@@ -15,6 +15,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from c2c_mlx import LanguageModel
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.training.batch import pad
 from c2c_mlx.training.caches import training_cache
 from c2c_mlx.training.loss import prefill
@@ -56,6 +57,26 @@ def test_padded_rows_equal_rows_alone(model: nn.Module, most_prefix: int) -> Non
         whole = [mx.stack([c.state[kind][row] for c in cache]) for kind in (0, 1)]
         for ours, theirs in zip(whole, held, strict=True):
             assert_close(ours[:, :, columns], theirs[:, 0])
+
+
+@pytest.mark.parametrize("most_prefix", [0, 4, 6])
+def test_padding_of_a_prompts_own_counts_and_is_hidden(model: nn.Module, most_prefix: int) -> None:
+    rows = [
+        [~0, 2, ~3, ~3, 5, 6, *prompt[6:8], *[~0] * i, *prompt[8:]]
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    prompts = pad(rows, most_prefix)
+    cache = prefill(model, prompts, {})
+    together = model(mx.array(GOING_ON), cache=cache)
+    for row, ids in enumerate(rows):
+        alone = Reader(model)
+        alone.extend(ids)
+        columns = mx.array(prompts.columns(np.arange(len(ids)), row))
+        held = kv.read(alone.cache, list(range(len(model.layers))), 0, len(ids))
+        for kind in (0, 1):
+            ours = mx.stack([c.state[kind][row] for c in cache])
+            assert_close(ours[:, :, columns], held[kind][:, 0])
+        assert_close(together[row], model(mx.array(GOING_ON[row : row + 1]), cache=alone.cache)[0])
 
 
 def test_rows_of_one_length_need_no_padding(model: nn.Module) -> None:
