@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -299,33 +299,45 @@ class RemoteReader(Reader):
 
     def _arrive(self) -> None:
         """Takes what has been asked for; what came before an error stays."""
-        while not self.wait(0.2):
+        while self._fetch:
             if self._say:
-                self._say()  # whoever wants no answer any more raises; it is still to come then
-        fetch, self._fetch = self._fetch, None
-        for pair in fetch.slices() if fetch else ():
-            keys, values = (_array(x, self._remote.dtype) for x in pair)
-            for layer, k, v in zip(self._layers, keys, values, strict=True):
-                kv.append(self._held, layer, k[None], v[None])
-            at = len(self._read)
-            assert fetch
-            self._read += fetch.ids[at : at + keys.shape[2]]
+                self._say()  # whoever wants no answer any more raises; the rest is to come then
+            try:
+                came = self._fetch.came.get(timeout=0.2)
+            except Empty:
+                continue
+            if isinstance(came, tuple):
+                self._append(self._fetch.ids, *(_array(x, self._remote.dtype) for x in came))
+                continue
+            self._fetch = None
+            if came:
+                raise came
         mx.eval(kv.arrays(self._held))
+
+    def _append(self, ids: list[int], keys: mx.array, values: mx.array) -> None:
+        """What has been read of these ids goes on by one slice, [layers, heads, positions, dim]."""
+        for layer, k, v in zip(self._layers, keys, values, strict=True):
+            kv.append(self._held, layer, k[None], v[None])
+        at = len(self._read)
+        self._read += ids[at : at + keys.shape[2]]
 
 
 class _Fetch(threading.Thread):
-    """Brings the slices of one turn; no MLX here, for arrays belong to who made them."""
+    """Brings the slices of one turn; no MLX here, for arrays belong to who made them.
+
+    Attributes:
+        over: set when nothing more is to come.
+        came: keys and values as they come, then None, or what went wrong instead.
+    """
 
     def __init__(
         self, remote: Remote, shape: tuple[int, int], ids: list[int], since: int, layers: list[int]
     ) -> None:
         super().__init__(name="remote sharer", daemon=True)
-        self.remote, self.shape, self.ids, self.since, self.layers = (
-            *(remote, shape, ids),
-            *(since, layers),
-        )
+        self.remote, self.shape, self.layers = remote, shape, layers
+        self.ids, self.since = ids, since
         self.over = threading.Event()
-        self._came: SimpleQueue[_Pair | RemoteError | None] = SimpleQueue()
+        self.came: SimpleQueue[_Pair | RemoteError | None] = SimpleQueue()
 
     def run(self) -> None:
         """Called by `start`."""
@@ -333,24 +345,13 @@ class _Fetch(threading.Thread):
             body = {"ids": self.ids, "since": self.since, "layers": self.layers}
             with self.remote.open("POST", "/v1/caches", body | {"files": self.remote.files}) as r:
                 self._bring(r)
-            self._came.put(None)
+            self.came.put(None)
         except RemoteError as e:
-            self._came.put(e)
+            self.came.put(e)
         except Exception as e:  # whatever nonsense leads to
-            self._came.put(self.remote.error(_reason(e)))
+            self.came.put(self.remote.error(_reason(e)))
         finally:
             self.over.set()
-
-    def slices(self) -> Iterator[_Pair]:
-        """Keys and values as they come.
-
-        Raises:
-            RemoteError: if they end too early, or are none.
-        """
-        while (came := self._came.get()) is not None:
-            if isinstance(came, RemoteError):
-                raise came
-            yield came
 
     def _bring(self, response: http.client.HTTPResponse) -> None:
         kind = np.float32 if self.remote.dtype == mx.float32 else np.uint16
@@ -368,7 +369,7 @@ class _Fetch(threading.Thread):
                 raise self.remote.error("it sends keys and values of other shapes")
             if values.shape != keys.shape or {keys.dtype, values.dtype} != {np.dtype(kind)}:
                 raise self.remote.error("it sends keys and values of other shapes")
-            self._came.put((keys, values))
+            self.came.put((keys, values))
         if at != len(self.ids):
             raise self.remote.error("it ended too early")
 

@@ -167,7 +167,7 @@ def test_who_waits_for_another_ones_turn_is_told_that_it_is_alive(engine, url, m
 
     def extend_slowly(reader: Reader, ids: Any, progress: Any = None) -> None:
         extend(reader, ids, progress)
-        if type(reader) is Reader and reader.ids[0] == 10:
+        if type(reader) is Reader and reader.ids[0] == 11:
             while engine.status() == {"waiting": 0, "working": 1} and not told.is_set():
                 pass  # the second one is on its way
             assert engine.status()["working"] == 1 or told.wait(timeout=20)
@@ -180,7 +180,7 @@ def test_who_waits_for_another_ones_turn_is_told_that_it_is_alive(engine, url, m
 
     monkeypatch.setattr(Reader, "extend", extend_slowly)
     monkeypatch.setattr(remote, "load", noted)
-    first.extend(list(range(10, 310)))
+    first.extend(list(range(11, 311)))
     second.extend(list(range(100, 410)))  # longer, so it does not overtake
     assert len(first.ids) == 300 and len(second.ids) == 310
     assert told.is_set()
