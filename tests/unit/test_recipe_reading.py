@@ -164,6 +164,23 @@ def test_a_wave_takes_other_texts_and_leaves_those_before_it_alone(data: Path) -
     assert of(*build(data)) == first
 
 
+def test_the_last_wave_translates_what_nothing_else_took(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_reading, "FRAMED", 20)
+    monkeypatch.setattr(make_reading, "TRANSLATIONS", 30)
+    first, last = make_reading.waves(data)
+    assert "sentences" not in first[0]
+    train, valid = (parts.pop("sentences") for parts in last)
+    assert {row["lang"] for row in train} == {row["lang"] for row in valid} == {"fr", "zh"}
+    taken = of(*first, *last)
+    for row in train + valid:
+        asked, said = (m["content"] for m in row["messages"])
+        assert said == row["of"] and said not in taken and not said.startswith("Phrase")
+        assert any(p.match(asked) for p in make_reading._PHRASINGS)
+    assert len({row["of"] for row in train + valid}) == len(train + valid)
+
+
 def answered(text: str) -> Row:
     return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
 

@@ -25,13 +25,21 @@ Row = dict[str, Any]
 Parts = dict[str, list[Row]]
 
 TOKENS = {"reading": 40, "questions": 40, "english": 20}
-VALID = {"reading": 64, "translation": 32, "english": 32, "trivia": 32, "conversations": 16}
+VALID = {
+    "reading": 64,
+    "translation": 32,
+    "sentences": 32,
+    "english": 32,
+    "trivia": 32,
+    "conversations": 16,
+}
 WAVES = 2  # each of other texts, drawn and cleaned by itself: one more leaves these as they are
 # Of the rows that could be made in a wave; answers take the receiver a quarter of a second each.
 TAKEN = {"reading": 4200, "translation": 3000, "english": 868, "trivia": 1500}
-SENTENCES = 1800  # per language, with a frame
+FRAMED = 1800  # per language, in a frame that needs the content
 BARE = 300  # per language, questions and statements as they are
-TRANSLATIONS = 1600  # per language
+TRANSLATIONS = 1600  # per language, in a dozen phrasings
+SENTENCES = 5000  # per language, in the plainest three of these: more text, less variety
 ENGLISH = 900
 TWINS = 400  # prompts of `reading` in English
 TRIVIA = 1500
@@ -91,13 +99,14 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
             seen |= {s.english, s.text}
             pool[s.lang].append(s)
     parts: Parts = {"reading": [], "translation": []}
+    taken: set[str] = set()
     for lang, found in pool.items():
         draw.shuffle(found)
         questions = [s for s in found if s.english.endswith("?") and _words(s) >= 4]
         told = [s for s in found if is_told(s)]
         bare = questions[: BARE * 3 // 4] + told[: BARE // 4]
-        framed = told[BARE // 4 :][:SENTENCES]
-        taken = {s.text for s in bare + framed}
+        framed = told[BARE // 4 :][:FRAMED]
+        taken |= {s.text for s in bare + framed}
         rest = [s for s in found if s.text not in taken and _words(s) >= 4]
         parts["reading"] += [
             _row(s.text, answer_to=s.english, lang=lang, of=s.english) for s in bare
@@ -107,6 +116,7 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
         for n, s in enumerate(rest[:TRANSLATIONS]):
             asked = _phrase(frames.TRANSLATE[n % len(frames.TRANSLATE)], s, draw, own=0.4)
             parts["translation"].append(_row(asked, s.english, lang=lang, of=s.english))
+        taken |= {s.text for s in rest[:TRANSLATIONS]}
     prompts = [row["prompt"] for row in _lines(data / "english" / "prompts.jsonl")]
     short = [p for p in dict.fromkeys(prompts) if len(p) <= 240 and p not in seen]
     draw.shuffle(short)
@@ -122,6 +132,15 @@ def build(data: Path, wave: int = 0, used: Collection[str] = ()) -> tuple[Parts,
             _row(text, answer_to=to, lang=lang, of=to) for lang, text, to in short_questions
         ]
         draw.shuffle(some["questions"])
+    if wave == WAVES - 1:
+        left = ([s for s in found if s.text not in taken][:SENTENCES] for found in pool.values())
+        plain = [
+            _row(frames.TRANSLATE[n % 3].en.format(s.text), s.english, lang=s.lang, of=s.english)
+            for n, both in enumerate(zip(*left, strict=False))
+            for s in both
+        ]
+        valid["sentences"] = plain[: VALID["sentences"]]
+        train["sentences"] = plain[VALID["sentences"] :]
     return train, valid
 
 
