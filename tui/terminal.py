@@ -31,8 +31,10 @@ class Terminal(LinuxDriver):
         with selectors.SelectSelector() as selector:
             selector.register(self.fileno, selectors.EVENT_READ)
             while not self.exit_event.is_set():
-                if selector.select(0.1) and (text := decode(os.read(self.fileno, 4096))):
-                    for message in parser.feed(text):
+                if selector.select(0.1):
+                    if not (typed := os.read(self.fileno, 4096)):
+                        return  # closed: nobody would end this thread, and the process waits for it
+                    for message in parser.feed(text) if (text := decode(typed)) else ():
                         self.process_message(message)
                 for message in parser.tick():
                     self.process_message(message)
