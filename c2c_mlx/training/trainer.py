@@ -114,7 +114,8 @@ class Trainer:
         fused, change = step_loss.fuse(self.c2c, prefills.own, prefills.sharer, batch)
         receiver, recompute = self.prefills.receiver, self.config.grad_checkpoint
         loss = step_loss.response_loss(receiver, fused, batch, prefills.state, recompute)
-        return loss + gate * step_loss.message_loss(change, batch), loss
+        gates = gate * step_loss.message_loss(change, batch) if gate else 0.0
+        return loss + gates, loss
 
     def split(self, rows: list[Example]) -> list[list[Example]]:
         """A step's chats as the batches that they are learned from in."""

@@ -112,18 +112,24 @@ def test_a_base_model_is_not_learned_from_beyond_its_answer(
     assert row.messages[-1]["content"] == text[: text.find(text[3:5])].strip() and not row.cut
 
 
-def test_thoughts_are_not_taught(
-    receiver: LanguageModel, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of a model whose template begins them, asked to or not."""
+@pytest.fixture
+def counted(answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the receiver answers, whole, where thoughts have little room."""
     monkeypatch.setattr(thoughts, "BUDGET", 20)
     (whole,) = answer(ChatRow(ask("count")), n=24)
-    text = whole.messages[-1]["content"]
     (tmp_path / "answers.jsonl").unlink()
-    lm = replace(receiver, tokenizer=thinker(receiver, "assistant", end := text[3:5]))
+    text: str = whole.messages[-1]["content"]
+    return text
+
+
+def test_thoughts_are_not_taught(
+    receiver: LanguageModel, answer: Answer, tmp_path: Path, counted: str
+) -> None:
+    """As of a model whose template begins them, asked to or not."""
+    lm = replace(receiver, tokenizer=thinker(receiver, "assistant", end := counted[3:5]))
     (row,) = answer(ChatRow(ask("count")), lm=lm)
     content = row.messages[-1]["content"]
-    behind = text.partition(end)[2].strip()
+    behind = counted.partition(end)[2].strip()
     assert 0 < len(content) < len(behind) and behind.startswith(content) and row.cut
     said: list[str] = []
     lm = replace(receiver, tokenizer=thinker(receiver, "assistant", "<never>"))
@@ -133,18 +139,14 @@ def test_thoughts_are_not_taught(
 
 
 def test_thoughts_that_a_model_opens_by_itself_are_not_taught(
-    receiver: LanguageModel, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    receiver: LanguageModel, answer: Answer, tmp_path: Path, counted: str
 ) -> None:
-    monkeypatch.setattr(thoughts, "BUDGET", 20)
-    (whole,) = answer(ChatRow(ask("count")), n=24)
-    text = whole.messages[-1]["content"]
-    (tmp_path / "answers.jsonl").unlink()
-    lm = replace(receiver, tokenizer=thinker(receiver, text[:2], end := text[3:5]))
+    lm = replace(receiver, tokenizer=thinker(receiver, counted[:2], end := counted[3:5]))
     (row,) = answer(ChatRow(ask("count")), lm=lm)
-    content, behind = row.messages[-1]["content"], text.partition(end)[2].strip()
+    content, behind = row.messages[-1]["content"], counted.partition(end)[2].strip()
     assert 0 < len(content) < len(behind) and behind.startswith(content) and row.cut
     said: list[str] = []
-    lm = replace(receiver, tokenizer=thinker(receiver, text[:2], "<never>"))
+    lm = replace(receiver, tokenizer=thinker(receiver, counted[:2], "<never>"))
     (tmp_path / "answers.jsonl").unlink()
     assert answer(ChatRow(ask("count")), lm=lm, say=said.append) == []
     assert said == ["1 prompts take more than 20 tokens of thought: left out"]
