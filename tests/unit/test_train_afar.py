@@ -22,6 +22,7 @@ from c2c_mlx.training import sharer as sharers
 from c2c_mlx.training.batch import pad
 
 STEPS = ["--iters", "6", "--batch-size", "3", "--preset", "tiny", "--report-every", "2"]
+STEPS += ["--answers", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from c2c_mlx.training.plot import read_reports
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
 SHORT = ["--iters", "12", "--batch-size", "4", "--preset", "tiny", "--report-every", "4"]
+SHORT += ["--answers", "2"]
 
 Call = Callable[..., tuple[int, str]]
 
