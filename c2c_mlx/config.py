@@ -221,7 +221,7 @@ class TrainConfig:
     warmup: int = _setting(20, "steps up to the peak")
     final_learning_rate: float = _setting(0.02, "as a fraction of the peak")
     weight_decay: float = _setting(0.01, "of AdamW")
-    betas: tuple[float, float] = _setting((0.9, 0.98), "of AdamW")
+    betas: tuple[float, float] = _setting((0.9, 0.98), "of AdamW, without bias correction")
     clip: float = _setting(1.0, "of the gradient's global norm")
     gates: Literal["learned", "open"] = _setting("open", "open: every gate open and untrained")
     initial_temperature: float = _setting(1.0, "of learned gates")

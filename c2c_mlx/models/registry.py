@@ -152,10 +152,10 @@ def find_fuser(receiver: str, sharer: str) -> str | None:
     One that names just these comes before one for other copies of them.
     """
     exact = (e.name for e in fusers() if (e.receiver, e.sharer) == (receiver, sharer))
-    pair = _called(receiver), _called(sharer)
-    copies = (e.name for e in fusers() if (_called(e.receiver), _called(e.sharer)) == pair)
+    pair = _known_as(receiver), _known_as(sharer)
+    copies = (e.name for e in fusers() if (_known_as(e.receiver), _known_as(e.sharer)) == pair)
     return next(exact, None) or next(copies, None)
 
 
-def _called(model: str) -> str:
+def _known_as(model: str) -> str:
     return alias_of(model) or model
