@@ -140,16 +140,24 @@ def test_with_every_gate_closed_a_fused_answer_is_the_receivers(make: MakeSessio
     assert ask(session, "Who wrote it?", "c2c")[1].text != texts[1]
 
 
-@pytest.mark.pair
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["sequential", "parallel"])
-def test_three_sharers_of_the_embedded_models(order: Order) -> None:
-    """One model twice, with its fuser and a rounded copy of it, and the receiver as its own."""
+@pytest.fixture(scope="module")
+def embedded() -> tuple[LanguageModel, LanguageModel]:
+    """The embedded receiver and sharer."""
     names = registry.default_pair()
     if not all(map(install.is_installed, names)):
         pytest.skip("the embedded pair is not in the cache; `c2c-chat` puts it there")
-    receiver, sharer = map(load_model, names)
-    folder = store.find_folder(registry.find_fuser(*names) or "")
+    return load_model(names[0]), load_model(names[1])
+
+
+@pytest.mark.pair
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_three_sharers_of_the_embedded_models(
+    embedded: tuple[LanguageModel, LanguageModel], order: Order
+) -> None:
+    """One model twice, with its fuser and a rounded copy of it, and the receiver as its own."""
+    receiver, sharer = embedded
+    folder = store.find_folder(registry.find_fuser(*registry.default_pair()) or "")
     fuser, rounded = Fuser.load(folder), Fuser.load(folder, bits=4)
     mx.random.seed(0)
     same = Fuser(FuserConfig(receiver.shape, receiver.shape, ((10, 10), (20, 20)), 32, 32))
