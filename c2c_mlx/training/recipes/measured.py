@@ -2,8 +2,8 @@
 
 `python -m c2c_mlx.training.recipes.measured DATA OUT` reads the folder that `make_reading` reads,
 and writes files for `c2c-eval`: reading, content, translation, conversations, facts, trivia and
-english; content-english and facts-english are the same in English, which the receiver can read. Its
-answers to what is in English are the references, and are kept in OUT/answers.jsonl.
+english; those whose names end in -english are the same in English, which the receiver can read. Its
+answers to that are the references, and are kept in OUT/answers.jsonl.
 """
 
 from __future__ import annotations
@@ -78,6 +78,14 @@ def reading(data: Path, seed: int = 3) -> list[Row]:
                 asked, to = _asked(frame.format(s.text)), frame.format(s.english)
                 rows.append({**asked, "answer_to": to, "lang": group, "frame": frame})
     return rows
+
+
+def as_read_by_it(answered: list[Row]) -> list[Row]:
+    """The prompts that the answers of `reading` were given to: what reading could give at most."""
+    return [
+        {"prompt": r["answer_to"], "completion": r["messages"][-1]["content"], "lang": r["lang"]}
+        for r in answered
+    ]
 
 
 def translation(data: Path, per_language: int) -> list[Row]:
@@ -204,7 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     good = make_reading.informative(answered("reading", reading(args.data)))[0]
     read = some_of_each(good, args.per_group)
     sets, in_english = content(good)
-    written(reading=read, content=sets, content_english=in_english)
+    written(reading=read, reading_english=as_read_by_it(read))
+    written(content=sets, content_english=in_english)
     plain = english(args.data, read)
     written(english=plain)
     plain = answered("english", plain)
