@@ -36,8 +36,7 @@ BUSY = 0.1  # of the processors
 
 def main() -> None:
     refuse_if_busy()
-    threads = int(os.environ.get("OPENBLAS_NUM_THREADS") or os.cpu_count() or 1)
-    torch.set_num_threads(threads)
+    threads = use_as_many_threads()
     mx.random.seed(0)
     fuser = Fuser(FuserConfig(RECEIVER, SHARER, tuple(last_aligned(28, 24))))
     fuser.gate_logit = mx.ones_like(fuser.gate_logit)
@@ -104,6 +103,13 @@ def seconds(work: Callable[[], Any]) -> float:
     tic = time.perf_counter()
     work()
     return time.perf_counter() - tic
+
+
+def use_as_many_threads() -> int:
+    """Has PyTorch use the threads that MLX's BLAS has, and returns their number."""
+    threads = int(os.environ.get("OPENBLAS_NUM_THREADS") or os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    return threads
 
 
 def refuse_if_busy() -> None:

@@ -45,15 +45,7 @@ def main() -> None:
     fields = RECIPE | {"hidden_dim": 128, "intermediate_dim": 128}
     fuser = new_fuser(FuserConfig(receiver.shape, sharer.shape, layers, **fields), "open", 0)
     fuser.temperature = None
-    rows = [
-        ChatRow(
-            [
-                {"role": "user", "content": f"Translate to English: J'ai {n} chats et un chien."},
-                {"role": "assistant", "content": f"I have {n} cats and a dog."},
-            ]
-        )
-        for n in range(2, 2 + ROWS)
-    ]
+    rows = short_chats()
     data = Dataset([Source(rows, 1.0)], receiver.tokenizer, sharer.tokenizer, "span", 512)
     examples = [e for e in map(data.example, rows) if e is not None]
     c2c = C2C(receiver.model, sharer.model, fuser)
@@ -70,6 +62,19 @@ def main() -> None:
     slowest = seconds["the reference's way"]
     for name, s in seconds.items():
         print(f"{name}: {1e3 * s:.0f} ms for {ROWS} chats, {slowest / s:.1f} times as fast")
+
+
+def short_chats() -> list[ChatRow]:
+    """ROWS chats of one length: 46 tokens of a prompt, 10 of an answer."""
+    return [
+        ChatRow(
+            [
+                {"role": "user", "content": f"Translate to English: J'ai {n} chats et un chien."},
+                {"role": "assistant", "content": f"I have {n} cats and a dog."},
+            ]
+        )
+        for n in range(2, 2 + ROWS)
+    ]
 
 
 def reference_step(c2c: C2C, batch: Any) -> None:

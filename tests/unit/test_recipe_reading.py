@@ -122,6 +122,15 @@ def test_a_set_has_all_its_answers_as_choices() -> None:
         assert all(len(text.split()) == measured.WORDS for text in asked["choices"])
 
 
+def test_what_reading_could_give_is_the_answers_own_prompt() -> None:
+    said = {"role": "assistant", "content": "It is blue."}
+    asked = {"role": "user", "content": "Title: le ciel est bleu"}
+    row = {"messages": [asked, said], "answer_to": "Title: the sky is blue", "lang": "fr new"}
+    assert measured.as_read_by_it([row]) == [
+        {"prompt": "Title: the sky is blue", "completion": "It is blue.", "lang": "fr new"}
+    ]
+
+
 def test_measured_conversations_turn_from_one_language_to_the_other() -> None:
     def row(asked: str, **more: Any) -> Row:
         said = {"role": "assistant", "content": f"Answer to {asked}, at length. And more."}
