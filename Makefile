@@ -85,6 +85,6 @@ bench: setup
 	@$(BIN)/python benchmarks/serve.py
 	@$(BIN)/python benchmarks/remote.py
 	@$(BIN)/python benchmarks/tui.py
-	@if $(BIN)/python -c "import torch" 2>/dev/null; then \
+	@if $(BIN)/python -c "import torch" 2>/dev/null; then export OMP_WAIT_POLICY=passive; \
 		$(BIN)/python benchmarks/against_reference.py && $(BIN)/python benchmarks/step_against_reference.py; \
 		else echo "no figures against PyTorch: pip install -e '.[reference]' has it"; fi

@@ -1,6 +1,7 @@
 """A fuser of the smallest published size against PyTorch doing the same, in turns in one run.
 
-Needs PyTorch: `pip install torch`. The reference's way is one small network per layer and kind;
+Needs PyTorch: `pip install torch`; with OMP_WAIT_POLICY=passive, for its threads wait by spinning
+and take twice the time beside MLX's. The reference's way is one small network per layer and kind;
 both sides hold the same weights in float32 and use the same number of threads. Nothing is reported
 while the machine is busy, or if the two disagree.
 """
