@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -194,6 +195,15 @@ def _in_one_line(hub_id: str, what: str, kind: str = "") -> Iterator[None]:
         raise C2CError(
             f"the {what} of {hub_id} broke off ({_first_line(e)}); run this again: finished "
             "parts are kept"
+        ) from e
+    except (ImportError, ValueError) as e:
+        if "proxy" not in str(e):
+            raise
+        names = [f"{way}_proxy" for way in ("all", "https", "http")]
+        named = " ".join(name for name in os.environ if name.lower() in names)
+        cure = "`pip install socksio`" if isinstance(e, ImportError) else "write socks5:// in it"
+        raise C2CError(
+            f"the {what} of {hub_id}: no way through the proxy of {named}: {cure}, or unset it"
         ) from e
     except OSError as e:
         raise C2CError(

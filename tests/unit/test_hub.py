@@ -17,13 +17,14 @@ import pytest
 from hub_server import Hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import close_session, validate_repo_id
 from torch_files import write_checkpoint
 
 from c2c_mlx import Fuser
 from c2c_mlx.commands import chat, weights
+from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk, store
-from c2c_mlx.models.hub import fetch, is_hub_id
+from c2c_mlx.models.hub import check_data_set, fetch, is_hub_id
 from c2c_mlx.models.load import find_folder
 
 Call = Callable[..., tuple[int, str, str]]
@@ -239,6 +240,27 @@ def test_pushing_without_leave(hub: Hub, call: Call) -> None:
     push = ("weights", "push", SHIPPED, "me/mine")
     refused(call(*push), "hf auth login")
     refused(call(*push, offline=True), "needs the hub: unset HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda: fetch("a/b", ("config.json",)), lambda: check_data_set("a/b")]
+)
+@pytest.mark.parametrize(
+    "proxy", ["socks5://127.0.0.1:9", "socks5h://127.0.0.1:9", "socks://127.0.0.1:9"]
+)
+def test_a_socks_proxy_is_gone_through_or_named(
+    ask: Callable[[], object], proxy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    close_session()  # a new one reads the environment
+    try:
+        with pytest.raises(C2CError, match="ALL_PROXY|cannot be reached"):
+            ask()
+    finally:
+        close_session()
 
 
 @pytest.mark.parametrize(
