@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = {
     "c2c-chat": "chat",
     "c2c-train": "train",
@@ -19,10 +20,15 @@ MODULES = {
 }
 
 
+def blocks(text: str) -> list[str]:
+    """What stands in fenced sh blocks."""
+    return re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 def commands() -> list[list[str]]:
     """Every c2c-* call in a fenced sh block, as arguments; pipes into one count as well."""
     found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE):
+    for block in blocks(README):
         for line in block.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|;&<>")
             lexer.whitespace_split = True
@@ -44,6 +50,19 @@ def test_readme_shows_every_command() -> None:
 def test_readme_command_is_accepted(call: list[str]) -> None:
     parser = importlib.import_module(f"c2c_mlx.commands.{MODULES[call[0]]}")._parser()
     parser.parse_args(call[1:])  # SystemExit on a flag that does not exist
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/serving.md"])
+def test_no_command_of_a_page_has_a_comment(page: str) -> None:
+    # To zsh, typed into or pasted to, it is arguments, and an apostrophe in it an open quote.
+    for block in blocks((ROOT / page).read_text(encoding="utf-8")):
+        assert not re.search(r"(^|\s)#", block)
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_no_example_of_a_command_has_a_comment(module: str) -> None:
+    parser = importlib.import_module(f"c2c_mlx.commands.{module}")._parser()
+    assert not re.search(r"\s#", parser.format_help())
 
 
 @pytest.mark.pair

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PROGRAM = "c2c-chat"
 EPILOG = """\
 examples:
-  c2c-chat                                          # the app, with the embedded pair
+  c2c-chat
   c2c-chat --prompt "What is the capital of France?"
   echo "Translate to English: Il pleut." | c2c-chat --mode c2c,relay,receiver --prompt -
   c2c-chat --sharer qwen --receiver llama --fuser my-fuser --json --prompt "Hello"
@@ -36,7 +36,7 @@ examples:
 
 --mode says who answers: c2c (the receiver, from the fused cache), relay (the sharer writes, the
 receiver reads), receiver or sharer (one model alone). Several, with commas, answer one by one; the
-app begins with c2c,relay.
+app, which opens in a terminal where there is no --prompt, begins with c2c,relay.
 """
 MARKED_NATS = 1.0  # what a word must owe to the sharer, either way, to be marked
 HELP = """\

@@ -25,7 +25,7 @@ examples:
   c2c-eval --task valid.jsonl --json result.json
   c2c-eval --task trivia.jsonl --method text --mode receiver,sharer,c2c --limit 200
   c2c-eval --task arc-challenge --sharer qwen --receiver llama --fuser my-fuser --json arc.json
-  c2c-eval --compare mine.json twin.json:c2c-zeroed    # item by item, without any model
+  c2c-eval --compare mine.json twin.json:c2c-zeroed
 
 FILE holds one object per line, and its keys say what it is: 'question', 'choices' and 'answer'
 (multiple choice); 'prompt' or 'messages' with 'accept', a list of texts (a fact: whether what is
@@ -35,7 +35,8 @@ without an answer (how far a mode leaves the receiver's own answers alone). Rows
 'subject' are reported per group, too.
 NAME is one of: mmlu-redux, arc-challenge, openbookqa, c-eval, gsm8k (from the hub).
 
-An interrupted run leaves OUT.partial.jsonl; the same command continues it.
+An interrupted run leaves OUT.partial.jsonl; the same command continues it. --compare goes item by
+item, and needs no model.
 """
 
 _PROMPTS_ALONE = "the fuser was made for answers, too; here prompts alone are fused"

@@ -22,11 +22,14 @@ PROGRAM = "c2c-serve"
 API_KEY = "C2C_API_KEY"
 EPILOG = """\
 examples:
-  c2c-serve                                       # the embedded pair at http://127.0.0.1:8080/v1
+  c2c-serve
   c2c-serve --sharer qwen --receiver llama --fuser my-fuser --port 9000
-  C2C_API_KEY=secret c2c-serve --host 0.0.0.0     # for other machines, too
+  C2C_API_KEY=secret c2c-serve --host 0.0.0.0
   C2C_API_KEY=secret c2c-serve --host 0.0.0.0 --share gemma3-270m
-  C2C_API_KEY=secret c2c-chat --sharer http://studio.local:8080   # on another machine
+  C2C_API_KEY=secret c2c-chat --sharer http://studio.local:8080
+
+By default it is the embedded pair, at http://127.0.0.1:8080/v1; with --host 0.0.0.0 other machines
+can come, too. What --share serves is read on another machine, as by the last example.
 
 A request's model says who answers: c2c, relay, receiver or sharer. Docs: docs/serving.md.
 """

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 PROGRAM = "c2c-train"
 EPILOG = """\
 examples:
-  c2c-train --sharer qwen --receiver llama        # then c2c-chat finds the fuser itself
-  c2c-train --sharer qwen --receiver llama --plan # what that would do, and how long it takes
+  c2c-train --sharer qwen --receiver llama
+  c2c-train --sharer qwen --receiver llama --plan
   c2c-train --sharer qwen --receiver llama --time 2h
-  c2c-train --recipe list                         # what there is to learn from
+  c2c-train --recipe list
   c2c-train --sharer qwen --receiver llama --recipe reading
-  c2c-train --recipe run.yaml --iters 4000        # flags override the file
+  c2c-train --recipe run.yaml --iters 4000
   c2c-train --sharer qwen --receiver llama --data chats=3 --data more=1 --out runs/mine
-  c2c-train ... --out runs/mine --resume          # continue exactly where it stopped
-  c2c-train --plot runs/mine                      # draw its curves, train nothing
-  mlx.launch -n 2 -- c2c-train --recipe run.yaml  # share each batch between two processes
+  c2c-train --out runs/mine --resume
+  c2c-train --plot runs/mine
+  mlx.launch -n 2 -- c2c-train --recipe run.yaml
   c2c-chat --sharer gemma3-270m --receiver smollm2-135m --fuser runs/mine
 
 Without --out a run goes into the cache folder, where every command finds it by its pair: what is
@@ -45,7 +45,8 @@ Without --data a recipe is taken: chat, from the hub, or reading, whose text lie
 the hub can't be had. A recipe is a file of YAML with any of these flags as keys (answer_with,
 batch_size, ...), data as a list or as DATA: WEIGHT, fuser_config: fields of the fuser that the
 preset does not fix, and for people why and licence. Several may be given, the later over the
-earlier; --config is another word for --recipe. Every run keeps what it was told as run.yaml.
+earlier, and flags over all; --config is another word for --recipe. Every run keeps what it was told
+as run.yaml. Under mlx.launch -n 2 two processes share each batch.
 
 DATA is a hub data set (ORG/NAME, or ORG/NAME@REVISION), mine:sessions, or a folder with train.jsonl
 and, if you like, valid.jsonl: one object per line, {"messages": [...]}, or {"prompt": ...,

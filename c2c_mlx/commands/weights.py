@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 PROGRAM = "c2c-weights"
 EPILOG = """\
 examples:
-  c2c-weights list                                             # models and fusers with a name
-  c2c-weights pull qwen+llama                                  # a published fuser, converted
-  c2c-weights show my-fuser                                    # shapes, layers, open gates
-  c2c-weights convert qwen3_0.6b+qwen2.5_0.5b_Fuser my-fuser   # a folder of nics-efc/C2C_Fuser
-  c2c-weights shrink my-fuser --to 5% --recipe reading         # small enough to be free
-  c2c-weights push my-fuser me/my-fuser --dry-run              # what would be uploaded
+  c2c-weights list
+  c2c-weights pull qwen+llama
+  c2c-weights show my-fuser
+  c2c-weights convert qwen3_0.6b+qwen2.5_0.5b_Fuser my-fuser
+  c2c-weights shrink my-fuser --to 5% --recipe reading
+  c2c-weights push my-fuser me/my-fuser --dry-run
 """
 FUSER = "folder, known name, or hub id"
 
