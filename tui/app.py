@@ -210,14 +210,14 @@ class ChatApp(App[None]):
         elif self.main.prompt.is_editing:
             self.main.prompt.finish()
             self.main.say("ready")
-        self.main.prompt.focus()
+        self.main.go_back()
 
     def action_edit(self) -> None:
         """Brings the last question back to be changed; sending it replaces its turn."""
         if self.state.turn is None or not self.can_act():
             return
         self.main.prompt.begin_editing(self.state.turn.question)
-        self.main.prompt.focus()
+        self.main.go_back()
         self.main.say("editing the last message: Enter asks it anew, Esc leaves it as it was")
 
     def _leave_editing(self) -> None:
@@ -240,7 +240,7 @@ class ChatApp(App[None]):
         if self.file:
             self.file.close()
         await self._take_up(Conversation(pair, old.sampling, old.system))
-        self.main.prompt.focus()
+        self.main.go_back()
 
     async def _turn_round(self, pair: Pair) -> None:
         if self.can_act():  # an answer may have begun behind the dialog

@@ -134,6 +134,34 @@ async def test_a_narrow_terminal_has_tabs_and_resizing_loses_nothing(shows) -> N
         await shows(chat, relay.split(",")[0], c2c.split(",")[0], "gates")
 
 
+@pytest.mark.parametrize("key", ["ctrl+g", "escape", "f8", "f3"])
+async def test_from_the_gates_a_narrow_terminal_goes_back_to_the_answers(shows, key) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=(80, 24), notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[0])
+        await pilot.press("ctrl+t", "ctrl+g")
+        await shows(chat, "sharer's layer")
+        await until(lambda: chat.main.gate_panel.view.has_focus)
+        await pilot.press(key)
+        await shows(chat, answer(0, "relay").text, without="sharer's layer")
+        await ask(pilot, QUESTIONS[1])
+        await shows(chat, answer(1, "relay").text)
+
+
+async def test_hidden_gates_have_no_tab(shows) -> None:
+    chat = app(FAST)
+    async with chat.run_test(size=(80, 24), notifications=True) as pilot:
+        await ask(pilot, QUESTIONS[1])
+        await pilot.press("f8")
+        await shows(chat, answer(1, "c2c").text, without="Relay  Gates")
+        await pilot.press("ctrl+t")
+        await shows(chat, answer(1, "relay").text)
+        await pilot.press("ctrl+t")
+        await shows(chat, answer(1, "c2c").text)
+        await pilot.press("ctrl+g")
+        await shows(chat, "Relay  Gates", "sharer's layer")
+
+
 async def test_the_gates_name_what_is_under_the_cursor(shows) -> None:
     chat = app(FAST)
     async with chat.run_test(size=SIZE, notifications=True) as pilot:

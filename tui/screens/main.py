@@ -48,6 +48,7 @@ class MainScreen(Screen[None]):
         self._loading = ProgressBar(id="loading", show_eta=False)
         self._tabs = Tabs(*(Tab(name, id=f"tab-{key}") for key, name in TABS.items()))
         self._shown = tuple(modes)
+        self._before_gates = "c2c"
 
     def compose(self) -> ComposeResult:
         """Everything is there from the first paint on; models come later."""
@@ -82,10 +83,7 @@ class MainScreen(Screen[None]):
     def show_pane(self, mode: Mode, is_shown: bool) -> None:
         """Shows or hides a pane, and its tab."""
         self.panes[mode].set_class(is_shown, "-shown")
-        if is_shown:
-            self._tabs.show(f"tab-{mode}")
-        else:
-            self._tabs.hide(f"tab-{mode}")
+        self._show_tab(mode, is_shown)
 
     # --- loading, the fuser -----------------------------------------------------------------
 
@@ -226,27 +224,45 @@ class MainScreen(Screen[None]):
         """The pane that is seen where there is room for one."""
         self._tabs.active = f"tab-{tab}"
 
+    def go_back(self) -> None:
+        """The prompt, and from the gates the pane that was seen before them."""
+        if self._tabs.active == "tab-gates":
+            self.go_to(self._before_gates)
+        self.prompt.focus()
+
+    def _show_tab(self, tab: str, is_shown: bool) -> None:
+        if is_shown:
+            self._tabs.show(f"tab-{tab}")
+        else:
+            self._tabs.hide(f"tab-{tab}")
+
     def action_next_tab(self) -> None:
         """The next pane, on a narrow terminal."""
         self._tabs.action_next_tab()
 
     def action_gates(self) -> None:
         """Goes to the gates, and back."""
-        self.gate_panel.remove_class("-hidden")
         if self.gate_panel.view.has_focus:
-            self.prompt.focus()
+            self.go_back()
         else:
+            self._show_gates(True)
             self.go_to("gates")
             self.call_after_refresh(self.gate_panel.view.focus)
 
     def action_hide_gates(self) -> None:
         """Hides the gate panel, or shows it."""
-        self.gate_panel.toggle_class("-hidden")
-        self.prompt.focus()
+        self.go_back()
+        self._show_gates(self.gate_panel.has_class("-hidden"))
+
+    def _show_gates(self, is_shown: bool) -> None:
+        self.gate_panel.set_class(not is_shown, "-hidden")
+        self._show_tab("gates", is_shown)
 
     def on_tabs_tab_activated(self, event: Tabs.TabActivated) -> None:
         """One pane is seen at a time; the others keep what they have."""
         chosen = str(event.tab.id).removeprefix("tab-")
+        if chosen != "gates":
+            self._before_gates = chosen
         for pane in self.query(".pane"):
             pane.set_class(pane.id == chosen, "-tab")
 
