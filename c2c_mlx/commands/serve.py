@@ -117,8 +117,7 @@ def _serve(args: argparse.Namespace) -> None:
             _say("answers of c2c are fused while they are written: one token of one at a time")
         if args.share:
             _say(f"caches of {args.share} are shared with receivers elsewhere")
-        hosts = LOOPBACK if args.host in LOOPBACK else ()
-        serve(make_app(engine, served, hosts, api_key, bool(args.share)), bound)
+        serve(make_app(engine, served, api_key, bool(args.share)), bound)
     finally:
         status.is_over = True
         bound.close()

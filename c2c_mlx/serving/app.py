@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -26,7 +25,6 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def make_app(
     engine: Engine,
     served: Served,
-    hosts: Sequence[str] = LOOPBACK,
     api_key: str | None = None,
     shares: bool = False,
 ) -> Starlette:
@@ -35,14 +33,14 @@ def make_app(
     Args:
         engine: does the jobs.
         served: what it has.
-        hosts: names under which a request may come here; none: any.
-        api_key: that every request but for health must bring; None: no request must.
+        api_key: that every request but for health must bring; None: no request must, and none may
+            come here by another name than this machine has for itself.
         shares: whether receivers on other machines may have its receiver's caches.
     """
     routes = [Route("/health", health, methods=["GET"]), *openai.ROUTES]
     app = Starlette(
         routes=[*routes, *share.ROUTES] if shares else routes,
-        middleware=[Middleware(Guard, hosts=hosts, api_key=api_key)],
+        middleware=[Middleware(Guard, api_key=api_key)],
         exception_handlers={
             Refusal: _refuse,
             C2CError: _refuse,
@@ -67,11 +65,12 @@ class Guard:
     """Refuses who may not ask.
 
     A page of another site can have a browser send a request to any address: such a request names
-    its origin. One whose name was made to lead here (DNS rebinding) names that as its host.
+    its origin. One whose name was made to lead here (DNS rebinding) names that as its host;
+    it has no key, so where there is one, the host may be any: that of a proxy.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], api_key: str | None) -> None:
-        self.app, self.hosts, self.api_key = app, hosts, api_key
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self.app, self.api_key = app, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets in or refuses; see ASGI."""
@@ -89,10 +88,11 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise Refusal(403, "requests of other sites' pages are refused")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self.hosts and name.strip("[]") not in self.hosts:
-            raise Refusal(403, f"nobody is called {name[:80]!r} here")
-        if self.api_key is not None and path != "/health":
+        if self.api_key is None:
+            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+            if name.strip("[]") not in LOOPBACK:
+                raise Refusal(403, f"nobody is called {name[:80]!r} here")
+        elif path != "/health":
             given = headers.get("authorization", "").removeprefix("Bearer ").encode()
             if not hmac.compare_digest(given, self.api_key.encode()):
                 raise Refusal(401, "send the server's key: Authorization: Bearer KEY")

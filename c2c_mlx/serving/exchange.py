@@ -96,6 +96,7 @@ class Stream(StreamingResponse):
     ) -> None:
         super().__init__(content, media_type=kind)
         self.headers["Cache-Control"] = "no-cache"
+        self.headers["X-Accel-Buffering"] = "no"  # nginx would gather it
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -84,6 +84,7 @@ def test_a_stream_ends_with_done(port, options) -> None:
         connection.request("POST", "/v1/chat/completions", body, headers)
         answer = connection.getresponse()
         assert answer.headers["Content-Type"].startswith("text/event-stream")
+        assert answer.headers["X-Accel-Buffering"] == "no"
         *lines, last, end = answer.read().decode().split("\n\n")
     assert (last, end) == ("data: [DONE]", "")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
@@ -223,7 +224,7 @@ def test_other_sites_are_refused(port) -> None:
 
 
 def test_the_key_opens(engine) -> None:
-    with serving(engine, api_key="secret", hosts=()) as port:
+    with serving(engine, api_key="secret") as port:
         url = f"http://127.0.0.1:{port}/v1"
         for wrong in ("", "Bearer", "Bearer secre", "Bearer sécret", "Basic secret"):
             assert send(port, chat(), Authorization=wrong)[0] == 401
@@ -233,6 +234,9 @@ def test_the_key_opens(engine) -> None:
         with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as client:
             assert len(client.models.list().data) == 4
         assert send(port, None, "GET", "/health", Host="any.name")[0] == 200
+        # As behind a proxy that passes on by which name it was asked.
+        assert send(port, chat(), Host="any.name")[0] == 401
+        assert send(port, chat(), Host="any.name", Authorization="Bearer secret")[0] == 200
 
 
 def test_a_full_queue_is_429_with_a_wait(tiny_pair) -> None:
