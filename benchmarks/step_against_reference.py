@@ -1,11 +1,11 @@
 """A training step over kept prefills against PyTorch doing the same, in turns in one run.
 
 Needs PyTorch: `pip install torch`; with OMP_WAIT_POLICY=passive, for its threads wait by spinning
-and take twice the time beside MLX's. Both sides begin with the same prefills and with the responses'
-state at the first fused layer, fuse, run the receiver's layers from there on, take the gradient,
-clip it, and step AdamW; ours reads the prefills from disk as well. The fuser is the paper's by its
-maths, of the size that `c2c-train` makes. Nothing is reported while the machine is busy, or if the
-two disagree.
+and take twice the time beside MLX's. Both sides begin with the same prefills and with the
+responses' state at the first fused layer, fuse, run the receiver's layers from there on, take the
+gradient, clip it, and step AdamW; ours reads the prefills from disk as well. The fuser is the
+paper's by its maths, of the size that `c2c-train` makes. Nothing is reported while the machine is
+busy, or if the two disagree.
 """
 
 from __future__ import annotations
