@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def assemble(
     out = run.folder
     _claim(out, resume, make=False)
     if resume:
-        run = _as_it_was(run, out)
+        run = replace(run, train=_as_it_was(run.train, out, run.given))
     # Weight, to learn from, to measure on.
     data = [(weight, *_read(run, name, watcher.say)) for name, weight in run.sources]
     data = [part for part in data if part[1] or part[2]]
@@ -192,12 +192,14 @@ def assemble_twin(trainer: Trainer, run: RunConfig, watcher: Watcher) -> Trainer
             for name in ("input_mean", "input_scale", "output_scale"):
                 setattr(fuser, name, getattr(main.fuser, name))
     fuser.train()
-    config = replace(trainer.config, zero_sharer=True)
+    config, there = replace(trainer.config, zero_sharer=True), checkpoints.all_of(out)
+    if there:
+        config = _as_it_was(config, out, run.given)
     c2c = C2C(main.receiver, main.sharer, fuser)
     about, stops = trainer.provenance, trainer.stop_strings
     twin = Trainer(c2c, trainer.train, trainer.valid, config, out, about, watcher.say, stops)
     twin.fitted = trainer.fitted
-    if there := checkpoints.all_of(out):
+    if there:
         twin.resume(there[-1])
     out.mkdir(parents=True, exist_ok=True)
     return twin
@@ -252,11 +254,11 @@ def _claim(out: Path, resume: bool, make: bool) -> None:
         raise C2CError(f"--out {out}: cannot make the folder ({e.strerror})") from None
 
 
-def _as_it_was(run: RunConfig, out: Path) -> RunConfig:
-    """A run that is continued, with what was chosen for it but for what is given now."""
+def _as_it_was(config: TrainConfig, out: Path, given: Sequence[str]) -> TrainConfig:
+    """That of a run that is continued, with what was chosen for it but for what is given now."""
     there = checkpoints.settings_in(checkpoints.all_of(out)[-1])
-    chosen = {name: there[name] for name in fits.CHOSEN if name in there and name not in run.given}
-    return replace(run, train=replace(run.train, **chosen))
+    chosen = {name: there[name] for name in fits.CHOSEN if name in there and name not in given}
+    return replace(config, **chosen)
 
 
 Needed = Callable[[TrainConfig, fits.Lengths], memory.Need]

@@ -17,12 +17,15 @@ from trainers import NOISY, RECIPE, Make, run, same, weights
 from c2c_mlx import Fuser
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import interrupt, verdict
+from c2c_mlx.training.assemble import assemble_twin
 from c2c_mlx.training.batch import Batch
 from c2c_mlx.training.checkpoints import all_of, settings_in
 from c2c_mlx.training.dataset import Source
+from c2c_mlx.training.display import Display
 from c2c_mlx.training.fits import CHOSEN
 from c2c_mlx.training.plot import read_reports
 from c2c_mlx.training.prefills import Prefills
+from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.trainer import Trainer
 
 
@@ -231,6 +234,25 @@ def test_a_run_that_did_not_fit_goes_on_with_less_and_learns_the_same(
     if not options:
         for key, value in weights(whole).items():
             np.testing.assert_allclose(weights(smaller)[key], value, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "batch"), [((), 3), (("batch_size", "accumulate"), 6)], ids=["chosen", "given"]
+)
+def test_a_twin_that_did_not_fit_goes_on_with_less(
+    make: Make, tmp_path: Path, given: tuple[str, ...], batch: int
+) -> None:
+    main = make(tmp_path, batch_size=6)
+    described = RunConfig("", "", ("chats",), str(tmp_path), given=given)
+    with Display(6) as display:
+        twin = assemble_twin(main, described, display)
+        full_at(twin, 2)
+        with pytest.raises(C2CError, match="--resume goes on there with --batch-size 3"):
+            run(twin)
+        smaller = assemble_twin(main, described, display)
+    assert (smaller.step, smaller.config.batch_size) == (2, batch)
+    run(smaller)
+    assert smaller.finished and smaller.config.zero_sharer
 
 
 @pytest.mark.parametrize("step", [0, 2])
