@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
 
+from c2c_mlx import atomic
 from c2c_mlx.config import FuserConfig, Provenance, TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk, store
@@ -27,13 +29,14 @@ from c2c_mlx.training.answering import answered
 from c2c_mlx.training.caches import check_layers
 from c2c_mlx.training.dataset import Dataset, Source, refusals
 from c2c_mlx.training.distil import Distiller
-from c2c_mlx.training.files import VALID, ChatRow, answers_for, read_source
+from c2c_mlx.training.files import SESSIONS, TRAIN, VALID, ChatRow, answers_for, read_source
 from c2c_mlx.training.holdout import hold_out
 from c2c_mlx.training.run import RunConfig
 from c2c_mlx.training.start import first_examples, fuser_config, measure_inputs, new_fuser
 from c2c_mlx.training.trainer import Trainer
 
 TWIN = "twin"  # the control's folder, in its run's
+_ASKED = "sessions"  # what was asked in the app, likewise: who chats on asks more
 
 
 class Watcher(Protocol):
@@ -81,7 +84,9 @@ def assemble(
     if resume:
         run = replace(run, train=_as_it_was(run.train, out, run.given))
     # Weight, to learn from, to measure on.
-    data = [(weight, *_read(run, name, watcher.say)) for name, weight in run.sources]
+    data = [(weight, *_read(run, name, watcher.say, resume)) for name, weight in run.sources]
+    names = [name for name, _ in run.sources]
+    asked = data[names.index(SESSIONS)][1] if SESSIONS in names else []
     data = [part for part in data if part[1] or part[2]]
     if not any(rows for _, rows, _ in data):
         raise C2CError(
@@ -101,6 +106,9 @@ def assemble(
         prefills.place(run.train.prefill_cache)  # said before models are loaded, if it can't be
     _claim(out, resume, make=not dry or bool(run.answer_with))
     group = mx.distributed.init()
+    if asked and not (resume or dry) and group.rank() == 0:
+        lines = [json.dumps({"messages": row.messages}) + "\n" for row in asked]
+        atomic.write_text(out / _ASKED / TRAIN, "".join(lines))
     receiver, sharer, fuser, teacher, need = _load(run, watcher, models)
     alignment = fuser.config.alignment
     rows = [row for _, *parts in data for part in parts for row in part]
@@ -141,7 +149,7 @@ def assemble(
     examples = [e for e in map(train.example, valid) if e is not None]
     left_out = len(valid) - len(examples) - len(train.refused)
     before = (teacher or fuser).provenance  # of what it begins with; a new one has none
-    names, licences = (name for name, _ in run.sources), (before.data_licence, run.licence)
+    licences = before.data_licence, run.licence
     provenance = Provenance(
         source=source,
         data=tuple(dict.fromkeys((*before.data, *names))),
@@ -224,9 +232,11 @@ def _begun(name: str, watcher: Watcher) -> Fuser:
 
 
 def _read(
-    run: RunConfig, name: str, say: Callable[[str], None]
+    run: RunConfig, name: str, say: Callable[[str], None], resume: bool
 ) -> tuple[list[ChatRow], list[ChatRow]]:
-    parts = read_source(name, bool(run.answer_with), run.fields, run.rows or None)
+    kept = run.folder / _ASKED
+    place = str(kept) if resume and name == SESSIONS and kept.exists() else name
+    parts = read_source(place, bool(run.answer_with), run.fields, run.rows or None)
     if run.answer_with != "receiver":
         return parts
     train, valid = (answers_for(part, run.receiver) for part in parts)

@@ -237,6 +237,24 @@ def test_what_was_asked_in_the_app(home: Path) -> None:
     assert len(list(own_chats.rows())) == 3
 
 
+def test_a_run_goes_on_whatever_was_asked_since(call: Call, home: Path, tmp_path: Path) -> None:
+    def ask(number: int) -> None:
+        session = {"system": "", "turns": [{"question": f"What is {number}?", "answers": {}}]}
+        (home / "sessions" / f"{number}.json").write_text(json.dumps(session))
+
+    (home / "sessions").mkdir(parents=True)
+    for number in range(1, 25):
+        ask(number)
+    given = [*PAIR, "--recipe", "mine", "--preset", "tiny", "--answer-tokens", "4"]
+    out = tmp_path / "run"
+    code, _, err = call(*given, "--iters", "2", "--out", out)
+    assert code == 0, err
+    ask(0)
+    code, _, err = call("--resume", "--out", out, "--iters", "3")
+    assert code == 0 and Fuser.load(out).provenance.steps == 3, err
+    assert Fuser.load(out).provenance.data == ("mine:sessions",)
+
+
 def test_packing_says_who_answered(tmp_path: Path) -> None:
     foreign = {"messages": [user("f"), assistant("a")], "answer_to": "e", "lang": "fr"}
     parts = {
