@@ -193,8 +193,9 @@ def assemble_twin(trainer: Trainer, run: RunConfig, watcher: Watcher) -> Trainer
         C2CError: if one was begun with other settings.
     """
     main, out = trainer.c2c, trainer.folder / TWIN
-    fuser = _begun(run.fuser, watcher) if run.fuser else None
-    if fuser is None:
+    if run.fuser:
+        fuser = _begun(run.fuser, watcher, main.fuser.config.fuse_response)
+    else:
         fuser = new_fuser(main.fuser.config, trainer.config.gates, trainer.config.seed)
         if fuser.config.normalise:  # measured once, and never changed by training
             for name in ("input_mean", "input_scale", "output_scale"):
@@ -223,11 +224,12 @@ def _shrink(trainer: Distiller, watcher: Watcher) -> None:
         watcher.say(f"before it learns: {distil.told(found)}")
 
 
-def _begun(name: str, watcher: Watcher) -> Fuser:
-    """A fuser to start from, in the precision that it learns in."""
+def _begun(name: str, watcher: Watcher, fuse_response: bool) -> Fuser:
+    """A fuser to start from, in the precision that it learns in, and for what it learns."""
     fuser = disk.load(store.find_folder(name, watcher.loading, watcher.say))
     fuser.dequantise()
     fuser.set_dtype(mx.float32)  # it may be half precision; AdamW's steps are smaller
+    fuser.config = replace(fuser.config, fuse_response=fuse_response)
     return fuser
 
 
@@ -306,8 +308,7 @@ def _load(
         return receiver, sharer, new_fuser(wanted, run.train.gates, run.train.seed), None, need
     check_models(wanted, receiver.shape, sharer.shape)
     if not run.shrink:
-        fuser = _begun(run.fuser, watcher)
-        fuser.config = replace(fuser.config, fuse_response=wanted.fuse_response)
+        fuser = _begun(run.fuser, watcher, wanted.fuse_response)
         return receiver, sharer, fuser, None, need
     teacher = disk.load(folder)
     teacher.dequantise()

@@ -108,10 +108,11 @@ def test_a_fuser_for_prompts_learns_answers_as_well(
     assert call(*given, "--out", tmp_path / "prompts")[0] == 0
     assert not Fuser.load(tmp_path / "prompts").config.fuse_response
     for start, out in (("prompts", "answers"), ("answers", "more")):
-        on = ["--fuse-response"] if out == "answers" else []
+        on = ["--fuse-response", "--twin"] if out == "answers" else []
         code, err = call(*given, "--fuser", tmp_path / start, "--out", tmp_path / out, *on)
         assert code == 0 and "valid: c2c" in err
         assert Fuser.load(tmp_path / out).config.fuse_response
+    assert Fuser.load(tmp_path / "answers" / "twin").config.fuse_response
     assert call("--resume", "--out", tmp_path / "answers")[0] == 0
 
 
