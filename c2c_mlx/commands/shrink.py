@@ -25,7 +25,7 @@ leaves a fuser that can be used; the same with --resume goes on. c2c-train --fus
 more, from answers.
 """
 # What a recipe may say of a fresh fuser and how it learns, which is not this one.
-_FRESH = ("fuser_config", "preset", "twin", "gates", "zero_sharer")
+_FRESH = ("fuser_config", "preset", "fuse_response", "twin", "gates", "zero_sharer")
 _USUAL = {"iters": 300, "learning_rate": 3e-4}  # where nothing is said
 
 

@@ -213,8 +213,10 @@ def call(tiny: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> Call:
 def test_a_small_fuser_is_one_like_any_other(
     call: Call, big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "small"
-    code, said, err = call(big, "--to", "30%", "--iters", "6", "--out", out)
+    out, recipe = tmp_path / "small", tmp_path / "run.yaml"
+    recipe.write_text("preset: tiny\nfuse_response: true\n")  # of a new fuser, which this is not
+    given = ["--to", "30%", "--iters", "6", "--recipe", recipe]
+    code, said, err = call(big, *given, "--out", out)
     assert code == 0, err
     assert "before it learns: off by keys" in err
     for text in (
