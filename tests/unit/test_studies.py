@@ -249,6 +249,11 @@ def test_the_better_slices_are_opened_first(make: MakeWork, fuser: Fuser) -> Non
         gates.run(make())
 
 
+@pytest.mark.parametrize("order", [range(1, 8), range(7, 0, -1)])
+def test_what_is_worth_the_same_has_no_order(order: range) -> None:
+    assert gates._spearman([0] * 7 + [1], [*order, 8]) == pytest.approx(1 / 3**0.5)
+
+
 def test_shut_gates_are_nothing_to_study(make: MakeWork, fuser: Fuser) -> None:
     with pytest.raises(C2CError, match="shut"):
         gates.run(make(fusers=[fuser]))
