@@ -90,6 +90,7 @@ def probe(
     # The means of ten equal parts: the lengths of batches differ more than anything else does.
     typical = [drawn[int((i + 0.5) * len(drawn) / PROBE)] for i in range(PROBE)]
     before = fuser.parameters()
+    mx.reset_peak_memory()  # loading may have taken more
     tell(0, PROBE)
     with trainer.fitting():
         trainer.train_step(trainer.split(drawn[-1]))  # the longest; and a first step is slower
@@ -127,7 +128,8 @@ def probe(
     prefills.zero_sharer = True
     try:
         # It finds kept what the run before it has computed.
-        return replace(pace, twin=replace(probe(trainer, tell=tell), first=0.0, chat=0.0))
+        control = replace(probe(trainer, tell=tell), first=0.0, chat=0.0)
+        return replace(pace, peak_gb=max(pace.peak_gb, control.peak_gb), twin=control)
     finally:
         prefills.zero_sharer = c.zero_sharer
 

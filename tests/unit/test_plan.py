@@ -160,6 +160,20 @@ def test_a_probe_evaluates_as_the_run_does(chats: Path, tmp_path: Path) -> None:
     assert trainer.evaluate(measured[0]) != evaluate()
 
 
+@pytest.mark.parametrize("twin", [False, True])
+def test_a_probe_tells_what_its_steps_take(chats: Path, tmp_path: Path, twin: bool) -> None:
+    run = RunConfig(
+        *(str(TINY / "sharer"), str(TINY / "receiver"), (str(chats),), str(tmp_path / "run")),
+        preset="tiny",
+        train=TrainConfig(batch_size=2),
+    )
+    with Display(14) as display:
+        trainer = assemble(run, display, resume=False, source="test")
+    mx.eval(mx.zeros(50_000_000))
+    pace = plan.probe(trainer, twin)
+    assert 0 < (pace.twin or pace).peak_gb <= pace.peak_gb < 0.2
+
+
 def test_a_probe_sees_which_prefills_are_kept(chats: Path, tmp_path: Path) -> None:
     """A run that found those of its first steps planned for as many more as it had no time for."""
     run = RunConfig(
