@@ -196,6 +196,8 @@ def _main(args: argparse.Namespace, command: str) -> None:
         return
     if args.json and not args.plan:
         raise C2CError("--json is for --plan; a run writes its figures into metrics.jsonl")
+    if args.plan and args.resume:
+        raise C2CError("--plan is for a run that has not begun: leave it out to go on")
     if "list" in (args.recipe or ()):
         print(recipe.table())
         return

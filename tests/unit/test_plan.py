@@ -244,6 +244,7 @@ def test_a_timed_run_that_is_resumed_keeps_its_evaluations_and_answers(
         (["--time", "1.2.3h"], "--time 1.2.3h: give hours"),
         (["--time", "1h", "--iters", "3"], "leave --iters out, or --time"),
         (["--json"], "--json is for --plan"),
+        (["--plan", "--resume"], "--plan is for a run that has not begun"),
     ],
 )
 def test_a_mistake_is_one_line(
