@@ -26,6 +26,7 @@ from c2c_mlx.models.sizes import ModelSize
 
 CONTEXT = 4096  # positions that a conversation is taken to reach
 MODES = ("c2c", "relay", "receiver", "sharer")
+WRITTEN, READ = 32, 8  # answers and prompts that a model is given at once, at most: mlx-lm's own
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,21 @@ def training(
             working=max(need.working, passing),
         )
     return _checked(need)
+
+
+def answers_at_once(model: ModelSize, room: int, positions: int) -> int:
+    """How many answers a model can write at once, each to a prompt of its own; one at least.
+
+    Args:
+        model: that writes them.
+        room: bytes beside its weights.
+        positions: of the longest prompt and its answer.
+    """
+    # Those that grow, those that join them, and what both become.
+    caches = 3 * model.cache(positions)
+    reading = model.prefill(positions)
+    counts = range(WRITTEN, 1, -1)
+    return next((n for n in counts if n * caches + min(n, READ) * reading <= room), 1)
 
 
 def shape(model: Path, name: str) -> ModelShape:

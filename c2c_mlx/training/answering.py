@@ -6,9 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
+from c2c_mlx.models import memory
 from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.models.sizes import ModelSize
 from c2c_mlx.training.answers import BATCH, answer_rows, unanswered
 from c2c_mlx.training.files import ChatRow
 from c2c_mlx.training.layouts import said
@@ -42,6 +45,7 @@ def answered(
     resume: bool,
     dry: bool,
     deadline: float | None,
+    room: int,
 ) -> Answered:
     """Answers rows that have no answer, those that are measured first.
 
@@ -57,6 +61,7 @@ def answered(
         dry: one batch is answered, to know how long it takes; the rest gets words of that length.
         deadline: of the run, on the clock of `time.monotonic`; of what is left until then `SHARE`
             is for answers, and rows that are left without one are left out.
+        room: bytes that answering may take beside the models.
     """
     if not run.answer_with:
         return Answered(parts, valid)
@@ -65,10 +70,12 @@ def answered(
     path = run.folder / f"answers-{run.answer_with}.jsonl"
     no_more = resume and path.exists()
     longest = run.train.max_tokens
+    at_once = partial(memory.answers_at_once, ModelSize.read(lm.path), room)
 
     def answer(rows: list[ChatRow], until: float) -> list[ChatRow]:
         until = 0 if no_more else until
-        return answer_rows(rows, lm, path, run.answer_tokens, own, progress, until, longest, say)
+        kept = path, run.answer_tokens, own
+        return answer_rows(rows, lm, *kept, progress, until, longest, say, at_once)
 
     everything = [row for rows in parts for row in rows]
     began = time.monotonic()

@@ -20,9 +20,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import batch_generate
 
-from c2c_mlx import atomic
+from c2c_mlx import atomic, device
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
+from c2c_mlx.models import memory
 from c2c_mlx.models.load import LanguageModel
 from c2c_mlx.text import thoughts
 from c2c_mlx.text.rendering import Refused, Tokenizer, render
@@ -49,6 +50,7 @@ def answer_rows(
     until: float = math.inf,
     longest: float = math.inf,
     say: Callable[[str], None] = lambda line: None,
+    at_once: Callable[[int], int] = lambda positions: memory.WRITTEN,
 ) -> list[ChatRow]:
     """Answers the rows that end with the user, greedily; the others come back as they are.
 
@@ -68,6 +70,7 @@ def answer_rows(
         until: on the clock of `time.monotonic`; no batch begins after it.
         longest: tokens of a prompt; what is longer will not be learned from, and is not answered.
         say: told which rows are not answered, and why.
+        at_once: how many answers there is memory for, given the positions that the longest takes.
 
     Returns:
         The rows, without those that nothing was answered to.
@@ -96,13 +99,18 @@ def answer_rows(
     while waiting and time.monotonic() <= until:
         some = waiting.pop(0)
         begun, rest = _begun(lm.model, [prompts[key] for key in some])
+        limits = [max_tokens + thoughts.BUDGET * (key in thinking) for key in some]
+        n = at_once(len(prompts[some[-1]]) + max(limits))  # they are sorted
         answers = batch_generate(
             lm.model,
             lm.tokenizer,
             rest,
             prompt_caches=begun,
-            max_tokens=[max_tokens + thoughts.BUDGET * (key in thinking) for key in some],
+            max_tokens=limits,
             return_token_ids=True,
+            completion_batch_size=n,
+            prefill_batch_size=min(n, memory.READ),
+            prefill_step_size=device.prefill_chunk(),
         )
         assert answers.token_ids is not None
         fresh: dict[str, Answer] = {}

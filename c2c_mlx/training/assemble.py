@@ -133,6 +133,7 @@ def assemble(
                 resume=resume or rank > 0,
                 dry=dry,
                 deadline=deadline,
+                room=fitted.need.limit - fitted.need.weights,
             )
         mx.eval(mx.distributed.all_sum(mx.array(0), group=group))
     weights = [w or float(len(rows)) for w, rows, _ in data]

@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import c2c_mlx.blas  # noqa: F401
+
+import mlx.core as mx
 import pytest
 from chat_sessions import thinker
 
@@ -207,9 +210,33 @@ def test_a_plan_without_time_for_answers_is_that_of_a_run(
             resume=False,
             dry=True,
             deadline=time.monotonic() + seconds,
+            room=1 << 30,
         )
 
     none = planned(-1.0)
     assert none.parts == [[]] and none.seconds == 0
     assert [row.messages[-1]["role"] for row in none.valid] == ["assistant"]
     assert len(planned(600).parts[0]) == 70
+
+
+@pytest.mark.parametrize("room", [0, 10_000_000])
+def test_answers_take_no_more_memory_than_there_is(
+    receiver: LanguageModel, tmp_path: Path, room: int
+) -> None:
+    run = RunConfig("", "", ("chats",), str(tmp_path), answer_with="receiver", answer_tokens=4)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    found = answered(
+        run,
+        [[ChatRow(ask(f"{n} " + "and on " * 100)) for n in range(64)]],
+        [],
+        (receiver, receiver),
+        lambda done, total: None,
+        lambda line: None,
+        resume=False,
+        dry=False,
+        deadline=None,
+        room=room,
+    )
+    assert len(found.parts[0]) == 64
+    assert mx.get_peak_memory() - before < (room or 3_000_000)  # of one at a time
