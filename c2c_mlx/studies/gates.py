@@ -145,11 +145,14 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Correlation of the ranks; None where one of the two says nothing."""
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    ranks = []
-    for of in (a, b):
-        _, at, n = np.unique(of, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(n) - (n - 1) / 2)[at])  # equals share the mean of theirs
-    return float(np.corrcoef(ranks)[0, 1])
+    x, y = map(_ranks, (a, b))
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(of: Sequence[float]) -> np.ndarray:
+    """Places by size; equals share the mean of theirs."""
+    _, at, n = np.unique(of, return_inverse=True, return_counts=True)
+    return (np.cumsum(n) - (n - 1) / 2)[at]
 
 
 def report(result: Result) -> str:
