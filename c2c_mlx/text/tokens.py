@@ -74,11 +74,11 @@ def response_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]
     """The ids that follow the prompt `messages[:-1]` when the model gives the last message.
 
     They run up to and including the first end-of-turn token, and end with one in any case. The
-    remainder is encoded on its own, so that the prompt's ids stay what they are.
+    prompt's ids stay what they are.
     """
-    rest, rewritten = _rest(messages, tokenizer)
+    prompt, rest, rewritten = _rest(messages, tokenizer)
     ends = end_ids(tokenizer)
-    ids = encode(rest, tokenizer)[0]
+    ids = _encode_behind(prompt, rest, tokenizer)[0]
     stop = None if rewritten else next((i for i, token in enumerate(ids) if token in ends), None)
     return ids[: stop + 1] if stop is not None else [*ids, *ends[:1]]
 
@@ -88,26 +88,40 @@ def text_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
 
     A last token that holds more than text is among them. There is always at least one id.
     """
-    rest = _rest(messages, tokenizer)[0]
+    prompt, rest, _ = _rest(messages, tokenizer)
     text = str(messages[-1].get("content") or "").strip()
-    ids, first, _ = encode(rest, tokenizer)
+    ids, first = _encode_behind(prompt, rest, tokenizer)
     end = rest.find(text) + len(text) if text in rest else len(rest)
     return ids[: max(int((first < end).sum()), 1)] or end_ids(tokenizer)[:1]
 
 
-def _rest(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, bool]:
-    """What follows the prompt `messages[:-1]`; the text alone if the template rewrites that.
+def _rest(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, str, bool]:
+    """The prompt `messages[:-1]` and what follows it; the text alone if the template rewrites that.
 
     Where the prompt ends within thoughts, their end comes first: an answer stands behind it.
     """
     prompt = render(messages[:-1], tokenizer)
     full = render(messages, tokenizer, add_generation_prompt=False)
     if full.startswith(prompt):
-        return full[len(prompt) :], False
+        return prompt, full[len(prompt) :], False
     text, marks = str(messages[-1].get("content") or ""), thoughts.marks(tokenizer)
     if marks and prompt.rstrip().endswith(marks[0]):
         text = f"\n{marks[1]}\n\n{text}"
-    return text, True
+    return prompt, text, True
+
+
+def _encode_behind(prompt: str, rest: str, tokenizer: Tokenizer) -> tuple[list[int], Ints]:
+    """Ids of what follows a prompt, and each one's first character in it.
+
+    Where they stand: a tokenizer that writes a space before every text (SentencePiece) writes none
+    here. Alone, if the prompt's last ids would become others.
+    """
+    before = encode(prompt, tokenizer)[0]
+    ids, first, _ = encode(prompt + rest, tokenizer)
+    if ids[: len(before)] == before:
+        return ids[len(before) :], first[len(before) :] - len(prompt)
+    ids, first, _ = encode(rest, tokenizer)
+    return ids, first
 
 
 def encode(text: str, tokenizer: Tokenizer) -> tuple[list[int], Ints, Ints]:

@@ -111,16 +111,23 @@ def byte_fallback(n_tokens, sentences):
     return tokenizer
 
 
+def prepended(tokenizer):
+    """As Llama 2's and Mistral's: a space before every text."""
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), tokenizer.normalizer])
+    return tokenizer
+
+
 @functools.cache
 def wrapped(kind, template):
     built = {
         "bytes": lambda: byte_level(420, SENTENCES, trim_offsets=False),
         "trimmed": lambda: byte_level(300, SENTENCES[:2], trim_offsets=True),
         "fallback": lambda: byte_fallback(200, SENTENCES[1:3]),
+        "prepended": lambda: prepended(byte_fallback(200, SENTENCES[1:3])),
     }[kind]()
     special = (
         {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-        if kind == "fallback"
+        if kind in ("fallback", "prepended")
         else {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     )
     return PreTrainedTokenizerFast(tokenizer_object=built, chat_template=template, **special)

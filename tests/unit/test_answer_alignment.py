@@ -19,9 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from c2c_mlx.models.load import PLAIN_TEMPLATE
 from c2c_mlx.text.alignment import align_chat
 from c2c_mlx.text.answer import AnswerAlignment
-from c2c_mlx.text.tokens import response_ids, text_ids
+from c2c_mlx.text.rendering import render
+from c2c_mlx.text.tokens import response_ids, text_ids, tokenize
+
+# As Mistral's 0.2 and as TinyLlama's: what stands before an answer is ordinary text.
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+ROLES = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 @settings(deadline=None)
@@ -129,3 +142,13 @@ def test_mlx_lm_wrapped_tokenizers_give_the_same():
         assert one.sharer_ids == other.sharer_ids
         np.testing.assert_array_equal(one.index, other.index)
     assert response_ids(messages[:2], bare[0]) == response_ids(messages[:2], wraps[0])
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, INST, ROLES])
+def test_an_answer_is_spelled_as_behind_its_prompt(template):
+    tokenizer = wrapped("prepended", template)
+    messages = [user("Which city?"), {"role": "assistant", "content": "Two models"}]
+    before = tokenize(render(messages[:1], tokenizer), tokenizer)
+    whole = tokenize(render(messages, tokenizer, add_generation_prompt=False), tokenizer)
+    for ids in (text_ids(messages, tokenizer), response_ids(messages, tokenizer)[:-1]):
+        assert ids and [*before, *ids] == whole[: len(before) + len(ids)]
