@@ -261,7 +261,8 @@ class ChatSession:
         self._background.append(relay.background_message(question))
         sampling = replace(self.sampling, max_tokens=relay.BACKGROUND_TOKENS)
         sharer, text = self._other, ""
-        asked, stops = relay.prompt(sharer, self._background), relay.stop_strings(sharer)
+        asked = relay.prompt(sharer, [*self._opening(), *self._background])
+        stops = relay.stop_strings(sharer)
         for piece in self._plain(sharer, asked, "relay", sampling, cost, stops):
             text += piece.text
             cost.relayed += 1

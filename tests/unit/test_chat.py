@@ -127,6 +127,14 @@ def test_the_relayed_text_is_what_the_receiver_reads(make: MakeSession) -> None:
     assert question == {"role": "user", "content": "Who wrote it?"}
 
 
+def test_the_sharer_is_told_the_system_prompt(make: MakeSession) -> None:
+    told, alone = (
+        ask(make(system=system), "Who wrote it?", "relay")[1].relayed_text
+        for system in ("Answer in verse.", None)
+    )
+    assert told != alone
+
+
 def test_the_relayed_text_has_a_budget_of_its_own(make: MakeSession) -> None:
     assert PUBLISHED == 256
     _, finished = ask(make(), "Who wrote it?", "relay")
