@@ -201,7 +201,7 @@ def _answer_once(
             print(text, end="", flush=True)
         elif isinstance(event, Finished):
             if why := _why_nothing(event):
-                print(f"{PROGRAM}: relay: {why}", file=sys.stderr)
+                print(f"{PROGRAM}: {mode}: {why}", file=sys.stderr)
             found = session.crossed() if weigh else None
             if json_with:
                 record = _record(event) | {"memory": json_with.record()}
@@ -240,10 +240,12 @@ def _record(event: Finished) -> dict[str, Any]:
 
 
 def _why_nothing(event: Finished) -> str:
-    """For a relay without a text: why; empty for all else."""
-    if event.mode != "relay" or event.relayed_text or event.reason == "stopped":
-        return ""
-    return f"the sharer wrote nothing: {relay.why_nothing(event.figures.relayed_tokens)}"
+    """Why there is no answer, or no text for a relay; empty where there is one."""
+    if event.mode == "relay" and not event.relayed_text and event.reason != "stopped":
+        return f"the sharer wrote nothing: {relay.why_nothing(event.figures.relayed_tokens)}"
+    if not event.text and event.reason == "length":
+        return f"no answer within {event.figures.generated_tokens} tokens, thoughts included"
+    return ""
 
 
 def _converse(session: ChatSession, modes: list[Mode], weigh: bool) -> None:

@@ -21,9 +21,9 @@ examples:
 The small fuser has fewer hidden channels and is one like any other. Prompts are those of --data or
 --recipe, as in c2c-train; of a recipe all counts but what it says of a new fuser. Answers are for
 the losses at the end alone: both fusers' and the receiver's, on chats that are kept out. Ctrl-C
-leaves a fuser that can be used; the same with --resume goes on. The nearer it begins, which is told,
-the lower the learning rate that helps: a very small one wants 3e-3. c2c-train --fuser OUT teaches
-it more, from answers.
+leaves a fuser that can be used; the same with --resume goes on. The nearer it begins, which is
+told, the lower the learning rate that helps: a very small one wants 3e-3. c2c-train --fuser OUT
+teaches it more, from answers.
 """
 # What a recipe may say of a fresh fuser and how it learns, which is not this one.
 _FRESH = ("fuser_config", "preset", "fuse_response", "twin", "gates", "zero_sharer")

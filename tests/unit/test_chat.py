@@ -13,6 +13,7 @@ import pytest
 from chat_sessions import SAMPLING, WORDY, MakeSession, ask, open_fuser, thinker, with_template
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, load_model
+from c2c_mlx.commands import chat
 from c2c_mlx.config import SamplingConfig
 from c2c_mlx.errors import C2CError, NoFuserError
 from c2c_mlx.events import MODES, Event, Finished, Mode, Prefilling, RelayedText, Text
@@ -439,6 +440,7 @@ def test_an_answer_that_is_all_thoughts_has_figures(
     fuser: Fuser,
     mode: Mode,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(thoughts, "BUDGET", 9)
     able = [replace(lm, tokenizer=thinker(lm, "assistant", "<no>")) for lm in (receiver, sharer)]
@@ -447,6 +449,9 @@ def test_an_answer_that_is_all_thoughts_has_figures(
     assert (finished.text, finished.reason) == ("", "length")
     assert (finished.figures.generated_tokens, finished.figures.tokens_per_s) == (16, 0.0)
     assert session.crossed() is None and session.history == {}
+    chat._answer_once(session, "Who wrote it?", mode, None, False, False)
+    out, err = capsys.readouterr()
+    assert not out.strip() and err.startswith(f"c2c-chat: {mode}: ") and "thoughts" in err
 
 
 def test_thoughts_are_counted_but_have_no_speed(make: MakeSession) -> None:
