@@ -107,7 +107,13 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def use_as_many_threads() -> int:
-    """Has PyTorch use the threads that MLX's BLAS has, and returns their number."""
+    """Has PyTorch, which computes on the CPU, use the threads that MLX's BLAS has.
+
+    Returns:
+        Their number. Ends the program where MLX computes on a GPU: that would be no comparison.
+    """
+    if mx.default_device().type == mx.gpu:
+        sys.exit("MLX computes on a GPU here, PyTorch on the CPU: nothing to compare")
     threads = int(os.environ.get("OPENBLAS_NUM_THREADS") or os.cpu_count() or 1)
     torch.set_num_threads(threads)
     return threads

@@ -60,6 +60,6 @@ def stop_strings(sharer: LanguageModel) -> tuple[str, ...]:
 
 def why_nothing(tokens: int) -> str:
     """Why a text is empty that took so many tokens."""
-    if tokens > BACKGROUND_TOKENS:
+    if tokens > BACKGROUND_TOKENS:  # no text has so many
         return f"{tokens} tokens of thoughts, and no text behind them"
     return "it ended at once" if tokens <= 1 else "white space alone"

@@ -99,7 +99,7 @@ class Trainer:
             learning_rate=schedule.learning_rate(config),
             betas=list(config.betas),
             weight_decay=config.weight_decay,
-        )  # no bias correction, as MLX has it: the first 80 steps are up to 1.6 times as long
+        )
         shared = self._weights, self._chats, self.group.size()
         self.settings = checkpoints.settings_of(config, self.c2c.fuser.config, *shared)
 

@@ -126,7 +126,7 @@ def test_what_reading_could_give_is_the_answers_own_prompt() -> None:
     said = {"role": "assistant", "content": "It is blue."}
     asked = {"role": "user", "content": "Title: le ciel est bleu"}
     row = {"messages": [asked, said], "answer_to": "Title: the sky is blue", "lang": "fr new"}
-    assert measured.as_read_by_it([row]) == [
+    assert measured.reading_english([row]) == [
         {"prompt": "Title: the sky is blue", "completion": "It is blue.", "lang": "fr new"}
     ]
 

@@ -80,7 +80,7 @@ def reading(data: Path, seed: int = 3) -> list[Row]:
     return rows
 
 
-def as_read_by_it(answered: list[Row]) -> list[Row]:
+def reading_english(answered: list[Row]) -> list[Row]:
     """The prompts that the answers of `reading` were given to: what reading could give at most."""
     return [
         {"prompt": r["answer_to"], "completion": r["messages"][-1]["content"], "lang": r["lang"]}
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     good = make_reading.informative(answered("reading", reading(args.data)))[0]
     read = some_of_each(good, args.per_group)
     sets, in_english = content(good)
-    written(reading=read, reading_english=as_read_by_it(read))
+    written(reading=read, reading_english=reading_english(read))
     written(content=sets, content_english=in_english)
     plain = english(args.data, read)
     written(english=plain)
