@@ -22,7 +22,7 @@ from c2c_mlx import device
 from c2c_mlx.config import ModelShape
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
-from c2c_mlx.models import hub, registry, remote, untrusted
+from c2c_mlx.models import hub, registry, remote, remote_reader, untrusted
 from c2c_mlx.models.embedded.install import install
 from c2c_mlx.progress import Progress as Progress
 from c2c_mlx.progress import Report, silent
@@ -107,7 +107,7 @@ def load_model(
     if is_elsewhere:
         there = remote.Remote(name)
         config, shared_as = _read_json(folder / "config.json"), there.name
-        model = remote.skeleton(there, folder)
+        model = remote_reader.skeleton(there, folder)
     else:
         model, config = open_model(folder)
         # Weights are read and converted while this thread builds the tokenizer; one by one, the

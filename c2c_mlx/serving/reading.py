@@ -17,7 +17,7 @@ from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.fusion.reader import Reader, common_prefix
 from c2c_mlx.models.load import LanguageModel
-from c2c_mlx.models.remote import RemoteReader
+from c2c_mlx.models.remote_reader import RemoteReader
 from c2c_mlx.serving.caches import Caches, State
 from c2c_mlx.serving.job import Messages, TooLong, Wait
 from c2c_mlx.talk.links import align_to_each

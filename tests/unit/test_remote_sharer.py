@@ -27,7 +27,7 @@ from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
-from c2c_mlx.models import memory, remote
+from c2c_mlx.models import memory, remote, remote_reader
 from c2c_mlx.models.load import find_folder
 from c2c_mlx.serving import share as share_dialect
 from c2c_mlx.serving.caches import Caches
@@ -163,7 +163,7 @@ def test_who_waits_for_another_ones_turn_is_told_that_it_is_alive(engine, url, m
     monkeypatch.setattr(share_dialect, "SIGN_S", 0.01)
     model = load_model(url).model
     first, second = model.make_reader([1]), model.make_reader([1])
-    told, extend, parse = threading.Event(), Reader.extend, remote.load
+    told, extend, parse = threading.Event(), Reader.extend, remote_reader.load
 
     def extend_slowly(reader: Reader, ids: Any, progress: Any = None) -> None:
         extend(reader, ids, progress)
@@ -179,7 +179,7 @@ def test_who_waits_for_another_ones_turn_is_told_that_it_is_alive(engine, url, m
         return pair
 
     monkeypatch.setattr(Reader, "extend", extend_slowly)
-    monkeypatch.setattr(remote, "load", noted)
+    monkeypatch.setattr(remote_reader, "load", noted)
     first.extend(list(range(11, 311)))
     second.extend(list(range(100, 410)))  # longer, so it does not overtake
     assert len(first.ids) == 300 and len(second.ids) == 310
@@ -360,6 +360,16 @@ def test_a_key_is_brought(receiver, engine, monkeypatch) -> None:
             load_model(url)
         monkeypatch.setenv(remote.API_KEY, "secret")
         assert load_model(url).is_elsewhere
+
+
+def test_the_system_asks_whether_the_other_machine_is_there(url) -> None:
+    with remote.Remote(url).open("GET", "/v1/caches") as response:
+        sock = response.fp.raw._sock
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle = getattr(socket, "TCP_KEEPIDLE", None) or socket.TCP_KEEPALIVE
+        options = (idle, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        first, then, times = (sock.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+    assert first + then * times < remote.TURN_S / 10
 
 
 def read_request(connection: socket.socket) -> None:
