@@ -208,14 +208,11 @@ class Fuser(nn.Module):
         params = tree_map(lambda p: p.reshape(-1, *p.shape[2:]), self.parameters())
         dropout = self.config.dropout if self.training else 0.0
         p, s, votes = project(params, rows, sharer, receiver, slices, self.config, dropout)
-        p = p.reshape(len(slices), batch, length, heads, head_dim).transpose(0, 1, 3, 2, 4)
-        s = s.reshape(len(slices), batch, length, heads, 1).transpose(0, 1, 3, 2, 4)
-        weight = s
         if self.training and self.temperature is not None:
             logit = params["gate_logit"].reshape(-1, 1, 1, 1, 1)
             uniform = mx.random.uniform(shape=s.shape)  # keys' noise before values'
-            weight = s * soft_gates(logit, uniform, self.temperature)
-        return Change(slices, (weight * p).astype(receiver[0].dtype), s, votes)
+            p = p * soft_gates(logit, uniform, self.temperature)
+        return Change(slices, p.astype(receiver[0].dtype), s, votes)
 
     def gate(self, parts: Sequence[Change], messages: np.ndarray | None) -> list[Change]:
         """Decides the message gates, and takes the change off positions that are not to have one.

@@ -88,7 +88,7 @@ def project(
     config: FuserConfig,
     dropout: float = 0.0,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
-    """The projection, the dynamic weights and the votes on the message gate.
+    """The weighted projection, its dynamic weights and the votes on the message gate.
 
     Args:
         params: the fuser's parameters, stacks [K, ...].
@@ -100,8 +100,8 @@ def project(
         dropout: probability of dropping a channel inside a block.
 
     Returns:
-        The projection [S, B, N, Hr*Dr] and the dynamic weights [S, B, N, Hr] in the precision of
-        the parameters; the votes [1, B, N, 1] in float32, or None.
+        The projection [S, B, Hr, N, Dr], weighted, and the dynamic weights [S, B, Hr, N, 1] in the
+        precision of the parameters; the votes [1, B, N, 1] in float32, or None.
     """
     positions = receiver[0].shape[1] * receiver[0].shape[3]
     width = max(config.hidden_dim, config.intermediate_dim, 1)
@@ -132,7 +132,8 @@ def _project(
     dropout: float = 0.0,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """As `project`, all slices at once."""
-    shape = (len(slices), receiver[0].shape[1], receiver[0].shape[3], -1)
+    _, batch, heads, length, head_dim = receiver[0].shape
+    shape = (len(slices), batch, length)
     act = ACTIVATIONS[config.activation]
     x = inputs(sharer, receiver, slices).flatten(1, 2)  # [S, B*N, in]
     dtype = _dtype(params["proj_in"]["weight"])
@@ -153,8 +154,9 @@ def _project(
     if config.message_gate:
         # All slices vote on one gate: thirty gates of their own would leave some open by mistake.
         votes = linear(params["message_head"], rows, h).astype(mx.float32)
-        votes = votes.reshape(shape).mean(axis=0, keepdims=True)
-    return p.reshape(shape), s.reshape(shape), votes
+        votes = votes.reshape(*shape, 1).mean(axis=0, keepdims=True)
+    s = s.reshape(*shape, heads, 1).swapaxes(2, 3)
+    return s * p.reshape(*shape, heads, head_dim).swapaxes(2, 3), s, votes
 
 
 def soft_gates(logit: mx.array, uniform: mx.array, temperature: float) -> mx.array:

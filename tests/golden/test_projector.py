@@ -55,10 +55,13 @@ def test_projection_and_dynamic_weight_of_closed_slices_too(case: str) -> None:
     fuser, io = load(case), arrays(f"projector/{case}/io.safetensors")
     sharer, receiver, both = pair(io, "source_{}"), pair(io, "target_{}"), [(0, 0), (1, 0)]
     params = tree_map(lambda p: p[:, 0], fuser.parameters())
-    projection, weight, _ = project(params, None, sharer, receiver, both, fuser.config)
+    weighted, weight, _ = project(params, None, sharer, receiver, both, fuser.config)
+    heads = receiver[0].shape[2]
     for row, kind in enumerate(KINDS):
-        assert_close(projection[row], io[f"mid.{kind}_proj_out"], kind)
-        assert_close(weight[row], mx.sigmoid(io[f"mid.{kind}_scalar_head"]), kind)
+        dynamic = mx.sigmoid(io[f"mid.{kind}_scalar_head"]).swapaxes(1, 2)[..., None]
+        projection = mx.unflatten(io[f"mid.{kind}_proj_out"], 2, (heads, -1)).swapaxes(1, 2)
+        assert_close(weight[row], dynamic, kind)
+        assert_close(weighted[row], dynamic * projection, kind)
 
 
 @pytest.mark.parametrize("case", CASES)
