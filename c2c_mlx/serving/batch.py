@@ -78,7 +78,8 @@ class Batch:
                     raise error
                 yield "write"
         finally:
-            self._remove([number for number in numbers if number in self.rows])
+            # Once it has begun anew it counts from zero again: a number may be a newcomer's.
+            self._remove([number for number, row in self.rows.items() if row.answer in answers])
 
     def step(self) -> None:
         """One more token of every answer."""
@@ -87,10 +88,7 @@ class Batch:
         try:
             _, responses = self._generator.next()
         except Exception as e:
-            for row in self.rows.values():
-                row.answer.error = e
-            self.rows.clear()
-            self._generator = self._start()
+            self.fail(e)
             return
         for response in responses:
             row = self.rows[response.uid]
@@ -98,6 +96,13 @@ class Batch:
                 self._take(row, response)
             except Exception as e:  # nobody else's
                 row.answer.error = e
+
+    def fail(self, error: Exception) -> None:
+        """Begins anew; those who wait for an answer are told why there is none."""
+        for row in self.rows.values():
+            row.answer.error = error
+        self.rows.clear()
+        self._generator = self._start()
 
     def _take(self, row: _Row, response: Any) -> None:
         """One answer's next token."""

@@ -107,7 +107,10 @@ class Engine(threading.Thread):
         try:
             self._prepare()
             while self._wait():
-                self._round()
+                try:
+                    self._round()
+                except (RuntimeError, MemoryError) as e:
+                    self._give_up(e)
         except BaseException as e:
             if self.served.done():
                 traceback.print_exc()
@@ -230,6 +233,8 @@ class Engine(threading.Thread):
             self._pace += (lasted - self._pace) / 5
             self._ended = now
             work.job.tell(work.done(self._desk.team.gates_open))
+        except (RuntimeError, MemoryError):
+            raise  # the device's, so not this work's alone
         except Exception as e:
             self._works.remove(work)
             if not isinstance(e, C2CError):
@@ -240,6 +245,18 @@ class Engine(threading.Thread):
         """Leaves a job whose client has gone."""
         self._works.remove(work)
         work.steps.close()
+
+    def _give_up(self, error: Exception) -> None:
+        """Gives up all works and caches: the device has failed."""
+        traceback.print_exception(error)
+        for batch in self._desk.batches.values():
+            batch.fail(error)
+        works, self._works = self._works, []
+        for work in works:
+            work.steps.close()
+            work.job.tell(Failed(error))
+        # On a GPU what failed counts as computed, and is told of late: no cache can be trusted.
+        self._desk.caches.shrink(0)
 
     def _end(self) -> None:
         """Tells everybody who still waits, and lets go of all arrays."""

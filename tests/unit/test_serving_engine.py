@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 import mlx.core as mx
@@ -14,6 +14,9 @@ from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk
+from c2c_mlx.fusion.reader import Reader
+from c2c_mlx.serving.answer import Answer
+from c2c_mlx.serving.batch import Batch
 from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.serving.job import (
     Accepted,
@@ -27,8 +30,9 @@ from c2c_mlx.serving.job import (
     Sampling,
     TooLong,
     Unavailable,
+    Wait,
 )
-from c2c_mlx.serving.reading import Team
+from c2c_mlx.serving.reading import Prompt, Reading, Team
 from c2c_mlx.talk.links import link
 
 WORDS = ["the sea", "who wrote it", "Hello!", "and what else", "x", "one more thing, please"]
@@ -331,6 +335,59 @@ def test_an_answer_that_fails_fails_alone(engine, max_tokens) -> None:
     assert isinstance(good.until(Done, Failed), Done)
     assert not any(batch.rows for batch in engine._desk.batches.values())
     assert Heard(engine, "receiver", CHATS[1]).answers()[0][0]
+
+
+@pytest.mark.parametrize("mode", ["c2c", "receiver"])
+def test_where_the_device_fails_nothing_that_was_read_is_kept(tiny_pair, session, mode) -> None:
+    """On a GPU what failed counts as computed, and is told one evaluation late."""
+    with running(tiny_pair) as engine:
+        text = Heard(engine, mode, CHATS[0]).answers()[0][0]
+        busy = Heard(engine, "sharer", CHATS[2], sampling=Sampling(max_tokens=300))
+        busy.until(Piece)
+        desk = engine._desk
+
+        def fail() -> None:
+            for kept in desk.caches._kept:
+                for layer in kept.state.cache:
+                    layer.keys, layer.values = map(mx.zeros_like, (layer.keys, layer.values))
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+        desk.batches[id(desk.team.receiver.model)]._generator.next = fail
+        with pytest.raises(RuntimeError, match="Insufficient Memory"):
+            Heard(engine, mode, CHATS[1]).answers()
+        assert isinstance(busy.until(Done, Failed), Failed)
+        assert not any(batch.rows for batch in desk.batches.values())
+        longer = [*CHATS[0], {"role": "assistant", "content": text}, *asked("And when?")]
+        assert Heard(engine, mode, longer).answers()[2].cached_tokens == 0
+        assert Heard(engine, mode, CHATS[1]).answers()[0][0].strip() == alone(
+            session, CHATS[1], mode
+        )
+
+
+def test_an_answer_that_failed_takes_no_newcomer_along(receiver) -> None:
+    batch = Batch(receiver, 4)
+
+    def begun(text: str) -> tuple[Answer, Generator[Wait, None, None]]:
+        ids, reader = receiver.tokenizer.encode(text), Reader(receiver.model)
+        reader.extend(ids[:-1])
+        reading = Reading(Prompt(receiver, [], ids, 100), reader, "", 0)
+        answer = Answer(receiver)
+        steps = batch.write(reading, [answer], SAMPLING, lambda answer, piece: None)
+        next(steps)
+        return answer, steps
+
+    def fail() -> None:
+        raise ValueError("whatever a step may raise")
+
+    _, failed = begun("ab cd")
+    batch._generator.next = fail
+    batch.step()
+    answer, _newcomer = begun("ef gh")
+    with pytest.raises(ValueError, match="whatever"):
+        next(failed)
+    for _ in range(2 * SAMPLING.max_tokens):
+        batch.step()
+    assert answer.reason
 
 
 def test_a_thread_that_dies_tells_everybody(tiny_pair) -> None:
