@@ -91,7 +91,8 @@ class Prompt:
     ids: list[int]
     room: int  # tokens that an answer may have
     aligned: Sequence[TokenAlignment] = ()  # one per link; none: nobody else reads it
-    thoughts: int = 0  # tokens that may come before the answer, of a model that is made to think
+    thoughts: int = 0  # tokens that may come before the answer, of a model that may think
+    is_thinking: bool = False  # whether it ends within thoughts
 
     @property
     def positions(self) -> int:
@@ -135,8 +136,11 @@ def prepare(team: Team, mode: Mode, messages: Messages, times: Times) -> Prompt:
     for sharer, text in zip(team.sharers, aligned, strict=False):
         needed = room_for(sharer, text.sharer_ids)
         room = min(room, needed) if team.fuse_response else room  # it reads the answer, too
-    budget = thoughts.BUDGET if thoughts.begins_thinking(lm.tokenizer, ids) else 0
-    return Prompt(lm, messages, ids, room, aligned, budget)
+    is_thinking = thoughts.begins_thinking(lm.tokenizer, ids)
+    # A budget is memory that nobody else gets: none where the template has turned thoughts off.
+    may_think = thoughts.marks(lm.tokenizer) and not thoughts.has_thought(lm.tokenizer, ids)
+    budget = thoughts.BUDGET if may_think else 0
+    return Prompt(lm, messages, ids, room, aligned, budget, is_thinking)
 
 
 def read(

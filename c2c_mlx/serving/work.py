@@ -98,8 +98,8 @@ class Work:
         if job.mode == "relay":
             receiver_room = team.receiver.context_length // 8  # for a text in two vocabularies
             limit = min(relay.BACKGROUND_TOKENS, prompt.room, receiver_room)
-            stops, thinking = relay.stop_strings(prompt.lm), prompt.thoughts > 0
-            self.relayed = Answer(prompt.lm, job.n, stops, limit=limit, is_thinking=thinking)
+            stops, is_thinking = relay.stop_strings(prompt.lm), prompt.is_thinking
+            self.relayed = Answer(prompt.lm, job.n, stops, limit=limit, is_thinking=is_thinking)
             yield from self._answer(desk, prompt, [self.relayed], limit)
             told = relay.with_background(job.messages[-1]["content"], self.relayed.text.strip())
             prompt = prepare(team, "relay", [*job.messages[:-1], *told], self.times)
@@ -108,7 +108,7 @@ class Work:
         decoded = Decoded(prompt.ids, team.fuse_response) if job.crossed else None
         limit = min(self.sampling.max_tokens, prompt.room)
         self.answers = [
-            Answer(prompt.lm, choice, stops, job.top_logprobs, decoded, limit, prompt.thoughts > 0)
+            Answer(prompt.lm, choice, stops, job.top_logprobs, decoded, limit, prompt.is_thinking)
             for choice in range(job.n)
         ]
         yield from self._answer(desk, prompt, self.answers, limit)

@@ -24,8 +24,17 @@ def marks(tokenizer: Any) -> tuple[str, str] | None:
 
 def begins_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
     """Whether a prompt ends within thoughts: the model was made to think, asked to or not."""
-    if not (own := marks(tokenizer)):
-        return False
+    own = marks(tokenizer)
+    return own is not None and _ends_with(own[0], tokenizer, prompt_ids)
+
+
+def has_thought(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends behind thoughts, such as the empty ones that turn a model's off."""
+    own = marks(tokenizer)
+    return own is not None and _ends_with(own[1], tokenizer, prompt_ids)
+
+
+def _ends_with(mark: str, tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
     # Below zero is padding, which no tokenizer knows.
     text: str = tokenizer.decode([token for token in prompt_ids if token >= 0][-16:])
-    return text.rstrip().endswith(own[0])  # anywhere else it may be what the user wrote
+    return text.rstrip().endswith(mark)  # anywhere else it may be what the user wrote

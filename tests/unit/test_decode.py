@@ -24,7 +24,7 @@ from c2c_mlx.fusion import kv
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.talk.decode import Piece, decode
 from c2c_mlx.text.rendering import render
-from c2c_mlx.text.thoughts import begins_thinking
+from c2c_mlx.text.thoughts import begins_thinking, has_thought
 from c2c_mlx.text.tokens import response_ids, text_ids, tokenize
 
 
@@ -143,6 +143,9 @@ def test_a_prompt_that_ends_within_thoughts(receiver: LanguageModel) -> None:
     assert not begins_thinking(receiver.tokenizer, ids)
     padded = [i for token in ids for i in (token, *[~0] * 16)]
     assert begins_thinking(thinker(receiver, "ef", "xx"), padded)
+    assert has_thought(thinker(receiver, "cd", "ef"), ids)
+    assert not has_thought(thinker(receiver, "ef", "xx"), ids)
+    assert not has_thought(receiver.tokenizer, ids)
 
 
 def test_thoughts_that_a_model_opens_by_itself(receiver: LanguageModel) -> None:

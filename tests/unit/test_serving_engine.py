@@ -13,6 +13,7 @@ from serving_jobs import SAMPLING, Heard, asked, load_team, running, started
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
+from c2c_mlx.events import Finished
 from c2c_mlx.fusers import disk
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.serving.answer import Answer
@@ -33,6 +34,7 @@ from c2c_mlx.serving.job import (
     Wait,
 )
 from c2c_mlx.serving.reading import Prompt, Reading, Team
+from c2c_mlx.talk import relay
 from c2c_mlx.talk.links import link
 
 WORDS = ["the sea", "who wrote it", "Hello!", "and what else", "x", "one more thing, please"]
@@ -117,6 +119,37 @@ def test_thoughts_are_no_part_of_an_answer(receiver, sharer, tiny_pair, fuse_res
     assert len(tokens) == SAMPLING.max_tokens
     assert crossed and found and len(crossed) == len(found.tokens) == SAMPLING.max_tokens
     assert found.tokens[:-1] == tuple(token for token, _ in crossed[:-1])
+
+
+@pytest.mark.parametrize("mode", ["receiver", "relay", "c2c"])
+def test_thoughts_that_a_model_opens_itself_have_their_own_room(
+    receiver, sharer, tiny_pair, mode, monkeypatch
+) -> None:
+    fuser, question = Fuser.load(tiny_pair.fusers[0]), CHATS[0][0]["content"]
+
+    def finished(limit: int, *lms: LanguageModel) -> Finished:
+        monkeypatch.setattr(relay, "BACKGROUND_TOKENS", limit)
+        sampling = replace(SAMPLING, max_tokens=limit)
+        *_, finished = ChatSession(*lms, fuser, sampling=sampling).ask(question, mode)
+        return finished
+
+    whole = finished(60, receiver, sharer)
+    written = whole.relayed_text or whole.text
+
+    def able(lm: LanguageModel) -> LanguageModel:
+        return replace(lm, tokenizer=thinker(lm, written[:3], written[40:44]))
+
+    def load() -> Team:
+        team = load_team(tiny_pair)
+        return replace(team, receiver=able(team.receiver), sharers=[able(team.sharers[0])])
+
+    expected = finished(8, able(receiver), able(sharer))
+    with started(Engine(load, replace(SAMPLING, max_tokens=8))) as engine:
+        (text,), _, done = Heard(engine, mode, CHATS[0]).answers()
+    assert (done.relayed_tokens or done.completion_tokens) > 8  # with the thoughts
+    assert text.strip() == expected.text != ""
+    assert done.relayed_text == expected.relayed_text
+    assert bool(done.relayed_text) == (mode == "relay")
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
