@@ -134,6 +134,8 @@ class Engine(threading.Thread):
         given = self.limits.cache_gb
         left = device.memory_limit() - mx.get_active_memory()
         self._budget = left // 2 if given is None else int(given * 1e9)
+        # Only a model that is shared needs keys and values at all.
+        dtype = str(kv.dtype_of(team.receiver.model)) if team.weights else ""
         self.served.set_result(
             Served(
                 team.modes,
@@ -144,7 +146,7 @@ class Engine(threading.Thread):
                 self._budget / 1e9,
                 int(time.time()),
                 str(team.receiver.path),
-                str(kv.dtype_of(team.receiver.model)).removeprefix("mlx.core."),
+                dtype.removeprefix("mlx.core."),
                 team.weights,
             )
         )

@@ -44,7 +44,7 @@ class Served:
     cache_gb: float  # that all conversations may take
     created: int  # when, in seconds since the epoch
     folder: str  # of the receiver
-    dtype: str  # of its keys and values
+    dtype: str  # of its keys and values, where it is shared
     weights: str  # its fingerprint, where it is shared
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from chat_sessions import WORDY, thinker, with_template
+from mlx.utils import tree_map
+from mlx_lm.models import falcon_h1
 from serving_jobs import SAMPLING, Heard, asked, load_team, running, started
 
 from c2c_mlx import ChatSession, Fuser, LanguageModel, device
@@ -447,6 +449,45 @@ def test_a_team_says_what_it_lacks(tiny_pair) -> None:
     assert replace(team, links=(), sharers=()).modes == ("receiver",)
     with pytest.raises(C2CError, match="no fuser is known"):
         replace(team, links=()).answering("c2c")
+
+
+def test_a_receiver_without_plain_attention_caches_is_served(receiver, sharer, tiny_pair) -> None:
+    """Falcon-H1's layers hold keys and values beside state, which nobody here can fuse."""
+
+    def falcon() -> LanguageModel:
+        args = falcon_h1.ModelArgs(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            mamba_d_ssm=64,
+            mamba_d_head=16,
+            mamba_n_heads=4,
+            mamba_d_state=16,
+        )
+        mx.random.seed(7)
+        model = falcon_h1.Model(args)
+        model.update(tree_map(lambda p: mx.random.normal(p.shape) / 4, model.parameters()))
+        mx.eval(model.parameters())
+        return replace(receiver, name="falcon", model=model.eval())
+
+    def load() -> Team:
+        return Team(falcon(), load_team(tiny_pair).sharers)
+
+    session = ChatSession(falcon(), sharer, sampling=SAMPLING)
+    with started(Engine(load, SAMPLING)) as engine:
+        for mode in ("receiver", "relay"):
+            heard = [Heard(engine, mode, messages) for messages in CHATS[:3]]
+            texts = [h.answers()[0][0].strip() for h in heard]
+            assert texts == [alone(session, messages, mode) for messages in CHATS[:3]] != [""] * 3
+    engine = Engine(lambda: Team(falcon(), weights="shared"), SAMPLING)
+    engine.start()
+    with pytest.raises(C2CError, match="no attention layers"):
+        engine.served.result(timeout=60)
+    engine.join(timeout=60)
 
 
 def test_closed_gates_are_another_conversation(tiny_pair) -> None:
