@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import openai
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma2 as gemmas
 from mlx_lm.models import lfm2 as hybrids
 from serving_jobs import SAMPLING, running, serving
 from trainers import Make
 
-from c2c_mlx import C2C, ChatSession, Fuser, LanguageModel
+from c2c_mlx import C2C, ChatSession, Fuser, LanguageModel, device, load_model
 from c2c_mlx.config import FuserConfig, Pair, TrainConfig
 from c2c_mlx.serving.engine import Engine, Limits
 from c2c_mlx.training.dataset import Dataset, Example, Source
@@ -50,6 +55,32 @@ def lfm2() -> nn.Module:
     model = hybrids.Model(args)
     mx.eval(model.parameters())
     return model
+
+
+@pytest.fixture(scope="session")
+def gemma2(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """2 layers, 3 KV heads x 8 for 6 heads, 512 ids; it has the tiny Qwen3's tokenizer."""
+    args = gemmas.ModelArgs(
+        model_type="gemma2",
+        hidden_size=48,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        rms_norm_eps=1e-5,
+        vocab_size=512,
+    )
+    mx.random.seed(4)
+    model = gemmas.Model(args)
+    model.set_dtype(device.dtype_of(mx.bfloat16))
+    folder = tmp_path_factory.mktemp("gemma2")
+    shutil.copytree(tiny / "receiver", folder, dirs_exist_ok=True, copy_function=shutil.copy)
+    weights = tree_flatten(model.parameters(), destination={})
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(asdict(args) | {"eos_token_id": 2}))
+    return load_model(folder)
 
 
 @pytest.fixture

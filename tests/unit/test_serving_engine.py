@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import falcon_h1
 from serving_jobs import SAMPLING, Heard, asked, load_team, running, started
 
-from c2c_mlx import ChatSession, Fuser, LanguageModel, device
+from c2c_mlx import ChatSession, Fuser, LanguageModel, device, load_model
 from c2c_mlx.config import FuserConfig, Pair
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Finished
@@ -68,6 +68,15 @@ def test_sixteen_at_once_are_each_as_in_c2c_chat(engine, session, mode) -> None:
         assert texts[0].strip() == alone(session, messages, mode)
         assert reasons == ["length"] or done.completion_tokens < SAMPLING.max_tokens
         assert done.gates_open == (8 if mode == "c2c" else 0)
+
+
+@pytest.mark.parametrize("rows", [2, 3])  # 3: as many as KV heads
+def test_gemma_2_answers_several_as_each_alone(gemma2, rows) -> None:
+    session = ChatSession(gemma2, sampling=SAMPLING)
+    with started(Engine(lambda: Team(load_model(gemma2.path)), SAMPLING)) as engine:
+        heard = [Heard(engine, "receiver", messages) for messages in CHATS[:rows]]
+        texts = [h.answers()[0][0].strip() for h in heard]
+    assert texts == [alone(session, messages, "receiver") for messages in CHATS[:rows]]
 
 
 def test_padding_stays_padding_in_a_batch(receiver, sharer, tiny_pair, tmp_path) -> None:

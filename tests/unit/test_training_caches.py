@@ -26,11 +26,16 @@ def assert_close(found: mx.array, expected: mx.array) -> None:
     assert mx.abs(found - expected).max().item() <= 1e-5
 
 
-@pytest.fixture(params=["qwen3", "llama", "gemma3"])
+@pytest.fixture(params=["qwen3", "llama", "gemma2", "gemma3"])
 def model(
-    request: pytest.FixtureRequest, receiver: LanguageModel, sharer: LanguageModel, gemma: nn.Module
+    request: pytest.FixtureRequest,
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    gemma2: LanguageModel,
+    gemma: nn.Module,
 ) -> nn.Module:
-    return {"qwen3": receiver.model, "llama": sharer.model, "gemma3": gemma}[request.param]
+    loaded = {"qwen3": receiver, "llama": sharer, "gemma2": gemma2}
+    return loaded[request.param].model if request.param in loaded else gemma
 
 
 OPENING = list(range(1, 7))
