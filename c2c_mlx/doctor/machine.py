@@ -19,7 +19,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk, store
 from c2c_mlx.models import hub, memory, registry
 from c2c_mlx.models.embedded.install import model_folder
-from c2c_mlx.models.load import find_folder
+from c2c_mlx.models.load import find_here
 from c2c_mlx.models.paths import cache_home, data_home, size
 
 _PACKAGES = (
@@ -73,12 +73,17 @@ def folders() -> dict[str, str]:
 
 
 def models() -> list[dict[str, Any]]:
-    """The registry's models that are here."""
+    """The registry's models that are here, whole.
+
+    Raises:
+        C2CError: if one is damaged.
+    """
     found = []
     for alias in registry.aliases():
         entry = registry.find_model(alias)
         assert entry is not None
-        if here := hub.cached_size(entry.hub) if entry.hub else size(model_folder(alias)):
+        if find_here(alias):
+            here = hub.cached_size(entry.hub) if entry.hub else size(model_folder(alias))
             found.append({"name": alias, "size_gb": _gb(here)})
     return found
 
@@ -105,12 +110,13 @@ def gpu_tests() -> list[str]:
 def _fits(name: str, folder: Path) -> str:
     """The preflight's words for the pair of a fuser; nothing if a model of it is not here."""
     entry = store.find_entry(name)
-    here = {model["name"] for model in models()}
-    if entry is None or not {entry.receiver, entry.sharer} <= here:
+    if entry is None:
         return ""
     try:
-        pair = find_folder(entry.receiver), [find_folder(entry.sharer)]
-        return str(memory.preflight(*pair, [disk.measure(folder)]))
+        receiver, sharer = map(find_here, (entry.receiver, entry.sharer))
+        if receiver is None or sharer is None:
+            return ""
+        return str(memory.preflight(receiver, [sharer], [disk.measure(folder)]))
     except C2CError as e:
         return str(e)
 

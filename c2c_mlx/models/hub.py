@@ -55,20 +55,39 @@ def fetch(
         C2CError: if it cannot be had: no network, gated, not found, or broken off halfway.
     """
     from huggingface_hub import snapshot_download
+
+    if folder := find(hub_id, files, cache=cache, is_whole=is_whole):
+        return folder
+    with _in_one_line(hub_id, "download"):
+        bar = _bar_class(f"downloading {hub_id}", report)
+        return Path(
+            snapshot_download(
+                repo_id=hub_id, allow_patterns=list(files), cache_dir=cache, tqdm_class=bar
+            )
+        )
+
+
+def find(
+    hub_id: str,
+    files: Sequence[str],
+    *,
+    cache: Path | None = None,
+    is_whole: Callable[[Path], bool] = lambda folder: True,
+) -> Path | None:
+    """The folder of a hub repository if it is in the cache, without any request; see `fetch`."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its warnings are about what is said below in one line
-    wanted: dict[str, Any] = {"repo_id": hub_id, "allow_patterns": list(files), "cache_dir": cache}
+    logging.set_verbosity_error()  # its warnings are about what `fetch` says in one line
     try:
-        folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if is_whole(folder):
-            return folder
+        found = snapshot_download(
+            repo_id=hub_id, allow_patterns=list(files), cache_dir=cache, local_files_only=True
+        )
     except LocalEntryNotFoundError:  # not there, or known to be incomplete
-        pass
-    with _in_one_line(hub_id, "download"):
-        bar = _bar_class(f"downloading {hub_id}", report)
-        return Path(snapshot_download(**wanted, tqdm_class=bar))
+        return None
+    folder = Path(found)
+    return folder if is_whole(folder) else None
 
 
 def cached_size(hub_id: str) -> int:

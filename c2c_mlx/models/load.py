@@ -24,7 +24,7 @@ from c2c_mlx.config import ModelShape
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.models import hub, registry, remote, remote_reader, untrusted
-from c2c_mlx.models.embedded.install import install
+from c2c_mlx.models.embedded.install import install, is_installed, model_folder
 from c2c_mlx.progress import Progress as Progress
 from c2c_mlx.progress import Report, silent
 
@@ -153,6 +153,18 @@ def find_folder(name: str, report: Report = silent) -> Path:
     if hub.is_hub_id(name):
         return hub.fetch(name, hub.MODEL_FILES, is_whole=_is_whole, report=report)
     raise _unknown(name)
+
+
+def find_here(alias: str) -> Path | None:
+    """The local folder of a registry's model, without any request; None: it is not all here.
+
+    Raises:
+        C2CError: if what is here is damaged.
+    """
+    entry = registry.find_model(alias)
+    if entry and entry.hub:
+        return hub.find(entry.hub, hub.MODEL_FILES, is_whole=_is_whole)
+    return model_folder(alias) if is_installed(alias) else None
 
 
 def check_name(name: str) -> None:

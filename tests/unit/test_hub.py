@@ -22,6 +22,7 @@ from torch_files import write_checkpoint
 
 from c2c_mlx import Fuser
 from c2c_mlx.commands import chat, weights
+from c2c_mlx.doctor import machine
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusers import disk, store
 from c2c_mlx.models.hub import check_data_set, fetch, is_hub_id
@@ -185,6 +186,28 @@ def test_a_model_without_its_tokenizer_is_fetched_anew(hub: Hub, home: Path, cal
     assert (find_folder("me/model") / "tokenizer.json").exists()
     hub.requests.clear()
     find_folder("me/model")
+    assert hub.requests == []
+
+
+def test_the_doctor_fetches_nothing(hub: Hub, home: Path, call: Call) -> None:
+    hub.add(PUBLISHED, write_checkpoint(home / "source"), under=FOLDER)
+    assert call("weights", "pull", "qwen+llama")[0] == 0
+    pair = ("receiver", "Qwen3-0.6B-4bit"), ("sharer", "Llama-3.2-1B-Instruct-4bit")
+    for model, name in pair:
+        hub.add(f"mlx-community/{name}", GOLDEN / model)
+        fetch(f"mlx-community/{name}", ("config.json",))  # no more than a look at it
+    hub.requests.clear()
+    assert machine.models() == []
+    assert [fuser["fits"] for fuser in machine.fusers()] == ["", ""]
+    assert hub.requests == []
+    for alias in ("qwen", "llama"):
+        find_folder(alias)
+    hub.requests.clear()
+    assert [model["name"] for model in machine.models()] == ["qwen", "llama"]
+    assert {fuser["name"]: bool(fuser["fits"]) for fuser in machine.fusers()} == {
+        SHIPPED: False,
+        "qwen+llama": True,
+    }
     assert hub.requests == []
 
 
