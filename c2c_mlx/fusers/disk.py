@@ -71,6 +71,7 @@ def load(folder: str | Path, bits: Literal[0, 4, 8] = 0) -> Fuser:
     _compare(folder, found, parameters(fuser))
     weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
     for name, w in weights.items():
+        mx.eval(w)  # a GPU would wait for the disk, and macOS ends what waits for long
         weights[name] = _as(mx.float32 if name in FLOAT32 else device.dtype_of(w.dtype), w)
     if bad := _not_finite(weights):
         raise C2CError(f"{folder}: '{bad}' in {WEIGHTS} holds NaN or infinite numbers")

@@ -104,6 +104,19 @@ def test_half_precision_file(tmp_path: Path) -> None:
     assert mx.array_equal(loaded.input_scale, fuser.input_scale)
 
 
+def test_weights_are_read_before_anything_is_computed_from_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = mx.isfinite
+
+    def from_memory(w: mx.array) -> mx.array:
+        (folder / "fuser.safetensors").write_bytes(b"")  # reading it from now on would fail
+        return compute(w)
+
+    monkeypatch.setattr(mx, "isfinite", from_memory)
+    assert Fuser.load(folder).gates.all()
+
+
 def test_saving_over_the_folder_that_was_loaded(folder: Path) -> None:
     loaded = Fuser.load(folder)
     make(level=-0.5).save(folder)
