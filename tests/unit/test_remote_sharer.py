@@ -163,11 +163,13 @@ def test_who_waits_for_another_ones_turn_is_told_that_it_is_alive(engine, url, m
     monkeypatch.setattr(share_dialect, "SIGN_S", 0.01)
     model = load_model(url).model
     first, second = model.make_reader([1]), model.make_reader([1])
-    told, extend, parse = threading.Event(), Reader.extend, remote_reader.load
+    began, told = threading.Event(), threading.Event()
+    extend, parse = Reader.extend, remote_reader.load
 
     def extend_slowly(reader: Reader, ids: Any, progress: Any = None) -> None:
         extend(reader, ids, progress)
         if type(reader) is Reader and reader.ids[0] == 11:
+            began.set()
             while engine.status() == {"waiting": 0, "working": 1} and not told.is_set():
                 pass  # the second one is on its way
             assert engine.status()["working"] == 1 or told.wait(timeout=20)
@@ -181,6 +183,7 @@ def test_who_waits_for_another_ones_turn_is_told_that_it_is_alive(engine, url, m
     monkeypatch.setattr(Reader, "extend", extend_slowly)
     monkeypatch.setattr(remote_reader, "load", noted)
     first.extend(list(range(11, 311)))
+    assert began.wait(timeout=60)
     second.extend(list(range(100, 410)))  # longer, so it does not overtake
     assert len(first.ids) == 300 and len(second.ids) == 310
     assert told.is_set()
