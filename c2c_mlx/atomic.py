@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from c2c_mlx.errors import C2CError
 
 STAGING, STAGED = ".saving", ".saved"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,7 +27,8 @@ def write_text(path: Path, text: str) -> None:
         with overwriting(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise C2CError(f"{path} cannot be written ({e.strerror or e}): make room there") from None
+        advice = "make room there" if e.errno in FULL else "name another place"
+        raise C2CError(f"{path} cannot be written ({e.strerror or e}): {advice}") from None
 
 
 @contextmanager

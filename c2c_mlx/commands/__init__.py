@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from c2c_mlx.atomic import FULL
 from c2c_mlx.errors import C2CError, NoFuserError
 
 
@@ -30,7 +31,8 @@ def run(body: Callable[[], int | None], program: str) -> int:
         program: the command's name, which begins the line on stderr.
 
     Returns:
-        0, 2 for the user's mistake, a full memory or a GPU that macOS interrupted, 130 for Ctrl-C.
+        0, 2 for the user's mistake, a full memory or disk, or a GPU that macOS interrupted, 130 for
+        Ctrl-C.
         A bug keeps its traceback.
     """
     try:
@@ -55,10 +57,15 @@ def run(body: Callable[[], int | None], program: str) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has gone (`| head`); Python would complain once more when it flushes at exit.
+    except OSError as e:
+        is_full = e.errno in FULL
+        if not is_full and not isinstance(e, BrokenPipeError):
+            raise
+        # Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if is_full:
+            print(f"{program}: {e.strerror}: make room there", file=sys.stderr)
+        return 2 if is_full else 0  # the reader has gone (`| head`)
 
 
 def without_fuser(error: NoFuserError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -84,15 +85,15 @@ def _serve(args: argparse.Namespace) -> None:
     for name in ("slots", "queue"):
         if getattr(args, name) < 1:
             raise C2CError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.cache_gb is not None and not args.cache_gb > 0:
-        raise C2CError(f"--cache-gb {args.cache_gb}: must be above 0")
+    if args.cache_gb is not None and not 0 < args.cache_gb < math.inf:
+        raise C2CError(f"--cache-gb {args.cache_gb}: must be a number above 0")
     api_key = args.api_key or os.environ.get(API_KEY) or None
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "pydantic"))):
         raise C2CError("c2c-serve needs its extra: pip install 'c2c-mlx[serve]'")
 
     from c2c_mlx.serving.app import LOOPBACK, make_app
     from c2c_mlx.serving.engine import Engine, Limits
-    from c2c_mlx.serving.server import bind, serve
+    from c2c_mlx.serving.server import bind, listen, serve
 
     if args.host not in LOOPBACK and not api_key:
         raise C2CError(f"--host {args.host}: other machines can come there, so it needs --api-key")
@@ -110,7 +111,7 @@ def _serve(args: argparse.Namespace) -> None:
     try:
         served = engine.served.result()
         status.close()
-        bound.listen()
+        listen(bound)
         host, port = bound.getsockname()[:2]
         _say(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {', '.join(served.modes)}")
         if served.fuse_response:

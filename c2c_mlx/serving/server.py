@@ -96,9 +96,26 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except (OSError, OverflowError) as e:
         bound.close()
-        reason = getattr(e, "strerror", None) or e
-        raise C2CError(f"{host}:{port}: {reason}; take another --port") from None
+        raise _taken(host, port, e) from None
     return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """Lets clients in; on Linux two may have bound an address, and the first to listen has it.
+
+    Raises:
+        C2CError: if it can't be had.
+    """
+    host, port = bound.getsockname()[:2]
+    try:
+        bound.listen()
+    except OSError as e:
+        raise _taken(host, port, e) from None
+
+
+def _taken(host: str, port: int, error: Exception) -> C2CError:
+    reason = getattr(error, "strerror", None) or error
+    return C2CError(f"{host}:{port}: {reason}; take another --port")
 
 
 def make_server(app: Starlette) -> uvicorn.Server:

@@ -38,6 +38,13 @@ def test_a_disk_that_will_not_have_it_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_full_disk_is_not_to_be_made_room_in(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path, tmp_path / "file" / "x"):
+        with pytest.raises(C2CError, match="name another place"):
+            atomic.write_text(wrong, "x")
+
+
 def test_a_folder_that_appears_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

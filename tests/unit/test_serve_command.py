@@ -20,6 +20,8 @@ import pytest
 
 from c2c_mlx.commands import chat, evaluate, serve
 from c2c_mlx.config import Pair
+from c2c_mlx.errors import C2CError
+from c2c_mlx.serving.server import bind, listen
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -146,7 +148,8 @@ def test_a_sharer_elsewhere_is_named_by_its_address(
     [
         (["--host", "0.0.0.0"], "so it needs --api-key"),
         (["--slots", "0"], "--slots 0: must be at least 1"),
-        (["--cache-gb", "nan"], "must be above 0"),
+        (["--cache-gb", "nan"], "must be a number above 0"),
+        (["--cache-gb", "inf"], "must be a number above 0"),
         (["--temp", "-1"], "temp must not be negative"),
         (["--port", "99999"], "take another --port"),
         (["--receiver", "nobody"], "unknown model 'nobody'"),
@@ -171,6 +174,19 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
         port = str(taken.getsockname()[1])
         assert serve.main(["--port", port, "--receiver", "nobody"]) == 2
     assert "take another --port" in capsys.readouterr().err
+
+
+def test_of_two_that_have_bound_a_port_one_has_it() -> None:
+    first = bind("127.0.0.1", 0)
+    with first:
+        try:
+            second = bind("127.0.0.1", first.getsockname()[1])
+        except C2CError:
+            return  # as BSD and macOS do
+        with second:
+            listen(first)
+            with pytest.raises(C2CError, match="take another --port"):
+                listen(second)
 
 
 def test_a_pair_without_a_fuser_serves_the_other_modes(tiny_pair: Pair, monkeypatch) -> None:

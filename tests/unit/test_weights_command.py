@@ -153,3 +153,12 @@ def test_quantize(
     assert "is quantised already" in capsys.readouterr().err
     assert weights.main(["quantize", SHIPPED, str(target)]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Mac has no full device")
+def test_output_onto_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "c2c_mlx.commands.weights", "list"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "c2c-weights: No space left on device: make room there\n"
