@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.models import gemma2
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from c2c_mlx import device
@@ -25,6 +24,7 @@ from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion import kv
 from c2c_mlx.models import hub, registry, remote, remote_reader, untrusted
 from c2c_mlx.models.embedded.install import install, is_installed, model_folder
+from c2c_mlx.models.mended import mend
 from c2c_mlx.progress import Progress as Progress
 from c2c_mlx.progress import Report, silent
 
@@ -216,28 +216,13 @@ def open_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     check_weights(folder)
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True)
-        for module in model.modules():
-            if type(module) is gemma2.Attention:
-                module.__class__ = _Gemma2Attention
+        mend(model)
         _cast(model)
         if device.is_dense():
             model = mlx_lm.utils.dequantize_model(model)
     except Exception as e:  # whatever a wrong field or tensor leads to inside mlx-lm
         raise C2CError(f"{folder}: mlx-lm cannot load this model ({_in_one_line(e)})") from e
     return model, config
-
-
-class _Gemma2Attention(gemma2.Attention):  # type: ignore[misc]
-    """Gemma 2's, also for batches: mlx-lm lays the masks of their rows along the KV heads.
-
-    That raises, or is silently wrong where there are as many rows as KV heads
-    (github.com/ml-explore/mlx-lm/pull/1903).
-    """
-
-    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
-        if self.repeats > 1 and mask is not None and mask.ndim == 4:
-            mask = mask[:, :, None]  # [B, 1, 1, N, S], for scores of [B, KV heads, repeats, N, S]
-        return super().__call__(x, mask, cache)
 
 
 def context_length(model: nn.Module, config: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What several files here run: a hybrid model, the endpoint over the tiny pair, and trainers."""
+"""What several files here run: unusual models, the endpoint over the tiny pair, and trainers."""
 
 from __future__ import annotations
 
@@ -80,6 +80,17 @@ def gemma2(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageMode
     weights = tree_flatten(model.parameters(), destination={})
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(asdict(args) | {"eos_token_id": 2}))
+    return load_model(folder)
+
+
+@pytest.fixture(scope="session")
+def dynamic(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """The tiny Qwen3 with a RoPE that turns less far the longer the context is, beyond 512."""
+    folder = tmp_path_factory.mktemp("dynamic")
+    shutil.copytree(tiny / "receiver", folder, dirs_exist_ok=True, copy_function=shutil.copy)
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps(config | scaling))
     return load_model(folder)
 
 

@@ -70,10 +70,14 @@ def test_sixteen_at_once_are_each_as_in_c2c_chat(engine, session, mode) -> None:
         assert done.gates_open == (8 if mode == "c2c" else 0)
 
 
-@pytest.mark.parametrize("rows", [2, 3])  # 3: as many as KV heads
-def test_gemma_2_answers_several_as_each_alone(gemma2, rows) -> None:
-    session = ChatSession(gemma2, sampling=SAMPLING)
-    with started(Engine(lambda: Team(load_model(gemma2.path)), SAMPLING)) as engine:
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [("gemma2", 2), ("gemma2", 3), ("dynamic", 2)],  # 3: as many as KV heads
+)
+def test_models_that_mlx_lm_knows_no_batches_of(model, rows, request) -> None:
+    lm = request.getfixturevalue(model)
+    session = ChatSession(lm, sampling=SAMPLING)
+    with started(Engine(lambda: Team(load_model(lm.path)), SAMPLING)) as engine:
         heard = [Heard(engine, "receiver", messages) for messages in CHATS[:rows]]
         texts = [h.answers()[0][0].strip() for h in heard]
     assert texts == [alone(session, messages, "receiver") for messages in CHATS[:rows]]

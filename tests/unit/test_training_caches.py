@@ -26,15 +26,16 @@ def assert_close(found: mx.array, expected: mx.array) -> None:
     assert mx.abs(found - expected).max().item() <= 1e-5
 
 
-@pytest.fixture(params=["qwen3", "llama", "gemma2", "gemma3"])
+@pytest.fixture(params=["qwen3", "llama", "gemma2", "dynamic", "gemma3"])
 def model(
     request: pytest.FixtureRequest,
     receiver: LanguageModel,
     sharer: LanguageModel,
     gemma2: LanguageModel,
+    dynamic: LanguageModel,
     gemma: nn.Module,
 ) -> nn.Module:
-    loaded = {"qwen3": receiver, "llama": sharer, "gemma2": gemma2}
+    loaded = {"qwen3": receiver, "llama": sharer, "gemma2": gemma2, "dynamic": dynamic}
     return loaded[request.param].model if request.param in loaded else gemma
 
 
