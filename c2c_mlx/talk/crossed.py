@@ -150,19 +150,24 @@ class Crossing:
 
     def _silent_log_probs(self, decoded: Decoded) -> mx.array | None:
         """[N] log p of each token with a silent sharer; None where nothing crossed."""
-        n, texts = len(decoded.prompt), self._fused.texts
+        n, texts, own = len(decoded.prompt), self._fused.texts, self._fused.own
+        has_state = kv.has_state(own.cache)
+        if decoded.fused and has_state:  # the own cache's has moved on with the answer
+            self._silent.own = Reader(own.model)
         prompts = [_beginning(text, n) for text in texts]
         cache = self._silent.extend(prompts)
         if not decoded.fused:
             if self._same(n - 1):
                 return None
-            model: Any = self._fused.own.model
+            model: Any = own.model
             if decoded.states:
                 model = decoded.states.above(self._fused.cache)
             return log_probs_of(model, cache, decoded.prompt[-1], decoded.ids)
         pairs = zip(prompts, texts, strict=True)
         model = self._silent.answering([_Written(*pair) for pair in pairs])
-        found = log_probs_of(model, cache, decoded.prompt[-1], decoded.ids)
+        # As it was decoded: what has state goes into every pass as the own cache's was before it.
+        part = 1 if has_state else PART
+        found = log_probs_of(model, cache, decoded.prompt[-1], decoded.ids, part)
         return None if self._same(n - 1 + len(decoded.ids)) else found
 
     def _same(self, n: int) -> bool:
@@ -179,7 +184,9 @@ def same_start(a: kv.Cache, b: kv.Cache, layers: Sequence[int], n: int) -> bool:
     )
 
 
-def log_probs_of(model: Any, cache: kv.Cache, last: int, answer: Sequence[int]) -> mx.array:
+def log_probs_of(
+    model: Any, cache: kv.Cache, last: int, answer: Sequence[int], part: int = 0
+) -> mx.array:
     """The log-probability of each id of an answer, by teacher forcing; the cache grows by them.
 
     Args:
@@ -187,14 +194,15 @@ def log_probs_of(model: Any, cache: kv.Cache, last: int, answer: Sequence[int]) 
         cache: all of the prompt but its last id.
         last: that id.
         answer: N ids.
+        part: how many of them pass at once; 0: as many as there is memory for.
 
     Returns:
         [N] in float32.
     """
-    ids, found = [last, *answer[:-1]], []
-    for at in range(0, len(ids), PART):
-        logits = model(mx.array([ids[at : at + PART]]), cache=cache)[0].astype(mx.float32)
-        said = mx.array(list(answer[at : at + PART]))[:, None]
+    ids, found, part = [last, *answer[:-1]], [], part or PART
+    for at in range(0, len(ids), part):
+        logits = model(mx.array([ids[at : at + part]]), cache=cache)[0].astype(mx.float32)
+        said = mx.array(list(answer[at : at + part]))[:, None]
         log_probs = mx.take_along_axis(logits, said, axis=1)[:, 0] - mx.logsumexp(logits, axis=1)
         found.append(log_probs)
         mx.eval(log_probs, kv.arrays(cache))

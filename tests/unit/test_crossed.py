@@ -161,6 +161,29 @@ def test_a_sharer_owes_itself_nothing(
 
 
 @responds
+def test_a_hybrids_answer_is_weighed_from_its_prompt(
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    lfm2: nn.Module,
+    fuse_response: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As above, where the own cache has state that moved on with a fused answer."""
+    monkeypatch.setattr(crossed.Crossing, "_same", lambda self, n: False)
+    monkeypatch.delattr(crossed.Silent, "read_sharer")
+    lm = replace(receiver, model=lfm2)
+    config = FuserConfig(lm.shape, sharer.shape, ((1, 2), (3, 4)), 24, 20, alignment="first")
+    mx.random.seed(1)
+    fuser = Fuser(config)
+    fuser.gate_logit = mx.ones_like(fuser.gate_logit)
+    fuser.eval()
+    session = ChatSession(lm, sharer, fuser, sampling=SAMPLING, fuse_response=fuse_response)
+    for question in ("Who wrote it?", "And when?"):
+        ask(session, question)
+        np.testing.assert_allclose(told(session).nats, 0, atol=NEAR)
+
+
+@responds
 def test_exactly_nothing_crosses_shut_gates(make: MakeSession, fuse_response: bool) -> None:
     session = make(fuse_response=fuse_response)
     before = session.gates
