@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.events import Mode
+from c2c_mlx.models import registry
 from c2c_mlx.talk.engine import InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import RIVALS, Conversation
@@ -59,10 +61,28 @@ def opened(
 ) -> tuple[Conversation, SessionFile]:
     """The conversation to begin with and its file; see `run`."""
     file = SessionFile()
-    talk = Conversation(pair) if resume is None else file.load(resume)
+    talk = Conversation(_placed(pair)) if resume is None else file.load(resume)
     talk.sampling = from_dict(SamplingConfig, asdict(talk.sampling) | given, "arguments")
     talk.system = talk.system if system is None else system
     return talk, file
+
+
+def _placed(pair: Pair) -> Pair:
+    """With folders by their whole paths, for the session may be taken up in another folder."""
+
+    def placed(name: str) -> str:
+        folder = os.path.abspath(os.path.expanduser(name))
+        return folder if os.path.isdir(folder) else name
+
+    def model(name: str) -> str:
+        return name if registry.find_model(name) else placed(name)
+
+    return replace(
+        pair,
+        receiver=model(pair.receiver),
+        sharers=tuple(map(model, pair.sharers)),
+        fusers=tuple(map(placed, pair.fusers)),
+    )
 
 
 def leave(app: ChatApp, engine: InferenceThread) -> None:

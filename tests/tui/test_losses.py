@@ -340,6 +340,24 @@ def test_a_resumed_session_takes_the_flags_that_were_given(file: SessionFile, ho
         held.close()
 
 
+def test_a_session_finds_its_folders_from_anywhere(
+    file: SessionFile, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    for name in ("runs/mine", "gemma3-270m", "elsewhere"):
+        (work / name).mkdir(parents=True)
+    monkeypatch.chdir(work)
+    # An alias stays one, though a folder is called like it.
+    given = Pair("runs/mine", ("gemma3-270m", "org/model"), ("runs/mine", "trained/1"))
+    talk, held = opened(given, {}, None, None)
+    talk.begin("Who?", ["c2c"], ())
+    held.save(talk)
+    held.close()
+    monkeypatch.chdir("elsewhere")
+    mine = str(work / "runs/mine")
+    assert file.load().pair == Pair(mine, ("gemma3-270m", "org/model"), (mine, "trained/1"))
+
+
 async def test_an_export_says_with_what_each_answer_was_made() -> None:
     chat, _ = staged()
     async with chat.run_test(size=SIZE) as pilot:
