@@ -345,7 +345,7 @@ def _set_system(session: ChatSession, text: str) -> None:
 def _save(session: ChatSession, name: str) -> None:
     if not name:
         raise C2CError("/save needs a file: /save chat.json")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     text = json.dumps({mode: session.messages(mode) for mode in session.history}, indent=2)
     atomic.write_text(path, text + "\n")
     print(f"saved to {path}")

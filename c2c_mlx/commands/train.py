@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shlex
 import sys
@@ -250,7 +251,7 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
     flags = {name: getattr(args, name, None) for name in (*ARGUMENTS, *BESIDE)}
     given = _over(given, {name: value for name, value in flags.items() if value is not None})
     if args.resume and given.get("out") is not None:
-        given = _over(_told(Path(str(given["out"])).expanduser()), given)
+        given = _over(_told(Path(os.path.expanduser(str(given["out"])))), given)
     for name in ("sharer", "receiver"):
         if given.get(name) is None:
             raise C2CError(f"--{name} is missing; c2c-train --help has examples")

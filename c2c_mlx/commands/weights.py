@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -284,7 +285,7 @@ def _verify(args: argparse.Namespace) -> None:
     from c2c_mlx.fusers import disk, published, store
     from c2c_mlx.fusion.fuser import parameters
 
-    if (folder := Path(args.fuser).expanduser()).is_dir() and store.is_checkpoint(folder):
+    if (folder := Path(os.path.expanduser(args.fuser))).is_dir() and store.is_checkpoint(folder):
         with closing(Status(sys.stderr)) as status:
             config = published.check(folder, partial(_show_step, status, "reading"))
         _print(f"{folder}: {len(config.layer_map)} layers, fit to be converted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def load(name: str, method: Method) -> tuple[Task, list[Item]]:
     Raises:
         C2CError: if the name is neither's, or the items can't be had.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return files.read(path, method)
     if name in hub_tasks.BENCHMARKS:

@@ -6,6 +6,7 @@ published PyTorch layout is converted when it is first asked for; its download i
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def find_folder(
     Raises:
         C2CError: if it is none of these, or the hub can't give it.
     """
-    if (folder := Path(name).expanduser()).is_dir():
+    if (folder := Path(os.path.expanduser(name))).is_dir():
         if is_checkpoint(folder):
             raise C2CError(
                 f"{folder} holds PyTorch weights: convert them, `c2c-weights convert {folder} DST`"

@@ -51,7 +51,7 @@ def find(name: str) -> Path | None:
 
 def _called(model: str) -> str:
     """A hub id, whole; or a folder's name and a digest of its place, for many are called alike."""
-    if (folder := Path(model).expanduser()).is_dir():
+    if (folder := Path(os.path.expanduser(model))).is_dir():
         place = folder.resolve()
         model = f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:6]}"
     return re.sub(r"[^\w.-]+", "-", model.replace("/", "--"))

@@ -20,7 +20,7 @@ def cache_home() -> Path:
     `C2C_MLX_HOME` decides; without it, the platform's own place for caches.
     """
     if override := os.environ.get("C2C_MLX_HOME"):
-        return Path(override).expanduser()
+        return Path(os.path.expanduser(override))
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "c2c-mlx"
     base = os.environ.get("XDG_CACHE_HOME")
@@ -33,7 +33,7 @@ def data_home() -> Path:
     `C2C_MLX_HOME` decides; without it, the platform's own place for data.
     """
     if override := os.environ.get("C2C_MLX_HOME"):
-        return Path(override).expanduser()
+        return Path(os.path.expanduser(override))
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "c2c-mlx"
     base = os.environ.get("XDG_DATA_HOME")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -232,7 +233,7 @@ def _with_room(config: TrainConfig, given: Sequence[str]) -> TrainConfig:
     """A run whose kept prefills leave half of what is free on their disk."""
     if not config.prefill_cache or "prefill_cache_gb" in given:
         return config
-    folder = Path(config.prefill_cache).expanduser().absolute()
+    folder = Path(os.path.expanduser(config.prefill_cache)).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     room = (size(folder) + shutil.disk_usage(there).free / 2) / 1e9
     return replace(config, prefill_cache_gb=min(config.prefill_cache_gb, round(room, 1)))

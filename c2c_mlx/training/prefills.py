@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def place(folder: str | Path) -> Path:
     Raises:
         C2CError: if it can't be made.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:

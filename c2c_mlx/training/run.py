@@ -5,6 +5,7 @@ No MLX here: `--help` and the app's forms need this alone.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +97,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """Where the run lies: `out`, without a `~`."""
-        return Path(self.out).expanduser()
+        return Path(os.path.expanduser(self.out))
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:

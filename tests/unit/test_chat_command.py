@@ -41,6 +41,7 @@ def call(capsys, monkeypatch):
         (["--prompt", "hi", "--temp", "-1"], "temp must not be negative"),
         (["--prompt", "hi", "--receiver", "nobody"], "unknown model 'nobody'"),
         (["--prompt", "hi", "--fuser", "no/such/folder"], "no fuser 'no/such/folder'"),
+        (["--prompt", "hi", "--fuser", "~nobody99/x"], "no fuser '~nobody99/x'"),
         (["--prompt", "hi", *PAIR], "c2c-train --sharer"),
         (["--prompt", "hi " * 3000, "--mode", "receiver", *PAIR], "reads at most"),
     ],
@@ -125,6 +126,16 @@ def test_a_conversation_line_by_line(call, tmp_path):
     assert "/nonsense is no command" in out and "/reset" in out
     history = json.loads(saved.read_text())
     assert [len(history[mode]) for mode in ("receiver", "relay", "sharer")] == [2, 4, 2]
+
+
+def test_the_home_of_nobody_is_a_folder_like_any_other(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ["Who wrote it?", "/save ~nobody99/chat.json", "And when?"]
+    code, out, _ = call(
+        *("--plain", *PAIR, "--mode", "sharer", "--max-tokens", "4"), stdin="\n".join(lines)
+    )
+    assert code == 0 and out.count("s to the first token") == 2
+    assert len(json.loads((tmp_path / "~nobody99/chat.json").read_text())["sharer"]) == 2
 
 
 @pytest.mark.parametrize(
