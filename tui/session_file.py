@@ -95,7 +95,7 @@ class SessionFile:
         return talk if _stamp(name) == seen else read(name)
 
     def rename(self, name: str, title: str) -> None:
-        """Gives a session another title.
+        """Gives a session another title, and leaves it where it is among the others.
 
         Raises:
             C2CError: if it can't be read or written, or another app has it open.
@@ -104,7 +104,9 @@ class SessionFile:
         try:
             talk = other.load(name)
             talk.title = title
+            before = path(name).stat()
             atomic.write_text(path(name), other._document(talk))
+            os.utime(path(name), ns=(before.st_atime_ns, before.st_mtime_ns))
         finally:
             other.close()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,16 @@ def test_a_session_is_read_once_but_for_what_another_app_has_written_meanwhile(
     monkeypatch.setattr(fcntl, "flock", written)
     assert file.load(talk.name).title == "another"
     file.close()
+
+
+def test_a_session_that_is_renamed_is_not_the_latest(home: Path, talk: Conversation) -> None:
+    for name, second in (("older", 1), ("newer", 2)):
+        atomic.write_text(session_file.path(name), session_file.to_json(talk))
+        os.utime(session_file.path(name), (second, second))
+    before = session_file.summary("older")
+    SessionFile().rename("older", "another")
+    assert session_file.names() == ["newer", "older"]
+    assert session_file.summary("older") == replace(before, title="another")
 
 
 def test_a_list_of_sessions_needs_nothing_that_was_measured(home: Path, talk: Conversation) -> None:
