@@ -252,6 +252,8 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
     given = _over(given, {name: value for name, value in flags.items() if value is not None})
     if args.resume and given.get("out") is not None:
         given = _over(_told(Path(os.path.expanduser(str(given["out"])))), given)
+        if not {"sharer", "receiver"} <= given.keys():
+            raise C2CError(f"--resume: {given['out']} holds no run (no {recipe.FILE} there)")
     for name in ("sharer", "receiver"):
         if given.get(name) is None:
             raise C2CError(f"--{name} is missing; c2c-train --help has examples")

@@ -367,6 +367,11 @@ def test_prompts_are_answered_once(call: Call, chats: Path, tmp_path: Path) -> N
 # --- runs that are cut, shared or drawn
 
 
+def test_a_folder_without_a_run_is_not_resumed(call: Call, tmp_path: Path) -> None:
+    code, err = call("--out", tmp_path / "nope", "--resume")
+    assert code == 2 and f"--resume: {tmp_path / 'nope'} holds no run" in err
+
+
 def test_a_run_is_resumed_as_it_was_or_not_at_all(call: Call, chats: Path, tmp_path: Path) -> None:
     run = [*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run", "--eval-every", "3"]
     assert call(*run)[0] == 0
