@@ -129,6 +129,7 @@ def _serve(args: argparse.Namespace) -> None:
 def _load(who: Pair, status: Status) -> Team:
     """On the inference thread: the pair; without a fuser, the modes that need none."""
     from c2c_mlx import blas
+    from c2c_mlx.models.remote import RemoteError
     from c2c_mlx.serving.reading import Team
     from c2c_mlx.talk.links import link
 
@@ -136,6 +137,8 @@ def _load(who: Pair, status: Status) -> Team:
         _say(blas.notice)
     try:
         folders = pair.find_fusers(who)
+    except RemoteError:  # without a sharer there is no relay either
+        raise
     except C2CError as e:
         _say(str(e))
         folders = []

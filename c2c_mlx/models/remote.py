@@ -80,7 +80,7 @@ class Remote:
 
     def error(self, reason: str) -> RemoteError:
         """What to say when something is wrong with it."""
-        return RemoteError(f"sharer {self.url}: {reason}; see to it, or take --mode receiver")
+        return RemoteError(f"sharer {self.url}: {reason}; see to it")
 
     def open(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
         """Asks; the answer is still to be read.

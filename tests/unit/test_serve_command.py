@@ -167,6 +167,16 @@ def test_a_mistake_is_one_line(
     assert not [thread for thread in threading.enumerate() if thread.name == "inference"]
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_sharer_elsewhere_that_is_not_there_is_one_line(
+    tiny_pair: Pair, is_named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = of(replace(tiny_pair, sharers=("http://127.0.0.1:9",)))
+    assert serve.main(["--port", "0", *(pair if is_named else pair[:-2])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sharer http://127.0.0.1:9: " in line and line.endswith("; see to it")
+
+
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
     tiny_pair: Pair, capsys: pytest.CaptureFixture[str]
 ) -> None:

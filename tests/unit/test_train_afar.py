@@ -100,4 +100,4 @@ def test_one_that_is_not_there_is_one_line(tiny_pair: Pair, chats: Path, capsys:
     pair = ["--receiver", tiny_pair.receiver, "--sharer", "http://127.0.0.1:9"]
     assert train.main([*pair, "--data", str(chats), *STEPS]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "sharer http://127.0.0.1:9: " in line
+    assert "sharer http://127.0.0.1:9: " in line and "--mode" not in line
