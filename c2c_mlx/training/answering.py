@@ -58,7 +58,8 @@ def answered(
         progress: called with answers known and wanted.
         say: told what is left out, but for the time.
         resume: a run goes on with the answers that it had.
-        dry: one batch is answered, to know how long it takes; the rest gets words of that length.
+        dry: one batch is answered, to know how long it takes, and one of those that are measured;
+            the rest gets words of that length.
         deadline: of the run, on the clock of `time.monotonic`; of what is left until then `SHARE`
             is for answers, and rows that are left without one are left out.
         room: bytes that answering may take beside the models.
@@ -80,7 +81,9 @@ def answered(
     everything = [row for rows in parts for row in rows]
     began = time.monotonic()
     until = math.inf if deadline is None else began + SHARE * (deadline - began)
-    valid = answer(valid, math.inf)
+    # The first batch whatever it takes; all of a large valid.jsonl could take the rows' time.
+    valid, more = answer(valid[:BATCH], math.inf), valid[BATCH:]
+    valid += _filled(more, run.answer_tokens) if dry else answer(more, (began + until) / 2)
     left_for_rows = until - time.monotonic()
     if not dry or left_for_rows <= 0:  # then a run answers no more either
         answer(everything, until)
@@ -91,7 +94,7 @@ def answered(
     began = time.monotonic()
     answer(some, math.inf)
     each = (time.monotonic() - began) / max(len(some), 1)
-    seconds = min(each * (len(left) - len(some)), left_for_rows)
+    seconds = min(each * (len(left) - len(some) + unanswered(more)), left_for_rows)
     return Answered([_filled(rows, run.answer_tokens) for rows in parts], valid, seconds)
 
 

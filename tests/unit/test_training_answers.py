@@ -21,7 +21,7 @@ from c2c_mlx import LanguageModel, load_model
 from c2c_mlx.errors import C2CError
 from c2c_mlx.text import thoughts
 from c2c_mlx.training.answering import Answered, answered
-from c2c_mlx.training.answers import answer_rows, ended
+from c2c_mlx.training.answers import BATCH, answer_rows, ended
 from c2c_mlx.training.files import ChatRow, Messages
 from c2c_mlx.training.run import RunConfig
 
@@ -217,6 +217,28 @@ def test_a_plan_without_time_for_answers_is_that_of_a_run(
     assert none.parts == [[]] and none.seconds == 0
     assert [row.messages[-1]["role"] for row in none.valid] == ["assistant"]
     assert len(planned(600).parts[0]) == 70
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_large_part_to_measure_on_does_not_take_the_time(
+    receiver: LanguageModel, tmp_path: Path, dry: bool
+) -> None:
+    run = RunConfig("", "", ("chats",), str(tmp_path), answer_with="receiver", answer_tokens=4)
+    found = answered(
+        run,
+        [[ChatRow(ask("learned from"))]],
+        [ChatRow(ask(f"count to {n}")) for n in range(3 * BATCH)],
+        (receiver, receiver),
+        lambda done, total: None,
+        lambda line: None,
+        resume=False,
+        dry=dry,
+        deadline=time.monotonic() - 1 if not dry else None,
+        room=1 << 30,
+    )
+    assert len(found.valid) == (3 * BATCH if dry else BATCH)
+    n_answers = len((tmp_path / "answers-receiver.jsonl").read_text().splitlines())
+    assert n_answers == (BATCH + 1 if dry else BATCH)
 
 
 @pytest.mark.parametrize("room", [0, 10_000_000])
