@@ -84,14 +84,15 @@ def answers(
         most: tokens of an answer, at most.
 
     Returns:
-        Texts by name ("wanted", and the names of `losses`), in the order of `by_length`; or
-        nothing.
+        Texts by name ("wanted", of at most `most` tokens as well, and the names of `losses`), in
+        the order of `by_length`; or nothing.
     """
     if any(thoughts.begins_thinking(tokenizer, e.receiver_ids) for e in chats):
         return {}
     ends = end_ids(tokenizer)
     chats = [replace(e, heard=None) for e in chats]
-    ids = {"wanted": [[i for i in e.response_ids if i not in ends] for e in by_length(chats)]}
+    wanted = [[i for i in e.response_ids if i not in ends][:most] for e in by_length(chats)]
+    ids = {"wanted": wanted}
     for name, batch, cache, _ in _ways(c2c, prefiller, chats, batch_size, True, computed=True):
         some = decode(c2c.receiver, cache, batch.inputs[:, 0], ends, most)
         ids.setdefault(name, []).extend(some)

@@ -167,6 +167,13 @@ def test_where_the_receiver_thinks_no_answers_are_compared(
         assert "the receiver thinks before it answers" in each["verdict"]
 
 
+def test_what_is_wanted_is_no_longer_than_an_answer(make: Make, tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    whole, cut = (trainer.answers(2, most)["wanted"] for most in (99, 1))
+    assert len("".join(cut)) < len("".join(whole))
+    assert all(w.startswith(c) for w, c in zip(whole, cut, strict=True)), (whole, cut)
+
+
 def test_a_twin_is_taken_into_a_verdict_afterwards(tmp_path: Path) -> None:
     before = judged(receiver=2, shuffled=1, zeroed=1.5)
     assert before["twin_loss"] is None and before["vs_twin"] is None
