@@ -85,7 +85,7 @@ def _serve(args: argparse.Namespace) -> None:
     for name in ("slots", "queue"):
         if getattr(args, name) < 1:
             raise C2CError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.cache_gb is not None and not 0 < args.cache_gb < math.inf:
+    if args.cache_gb is not None and not 0 < args.cache_gb * 1e9 < math.inf:
         raise C2CError(f"--cache-gb {args.cache_gb}: must be a number above 0")
     api_key = args.api_key or os.environ.get(API_KEY) or None
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "pydantic"))):

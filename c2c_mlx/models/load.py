@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,7 +187,7 @@ def check_name(name: str) -> None:
 
 
 def _folder(name: str) -> Path | None:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         raise C2CError(f"{name} is a file (GGUF?): give a folder in mlx-lm's layout, or a hub id")
     return path if path.is_dir() else None

@@ -149,7 +149,7 @@ def test_a_sharer_elsewhere_is_named_by_its_address(
         (["--host", "0.0.0.0"], "so it needs --api-key"),
         (["--slots", "0"], "--slots 0: must be at least 1"),
         (["--cache-gb", "nan"], "must be a number above 0"),
-        (["--cache-gb", "inf"], "must be a number above 0"),
+        (["--cache-gb", "1e300"], "must be a number above 0"),
         (["--temp", "-1"], "temp must not be negative"),
         (["--port", "99999"], "take another --port"),
         (["--receiver", "nobody"], "unknown model 'nobody'"),
