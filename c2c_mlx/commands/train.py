@@ -52,8 +52,8 @@ as run.yaml. Under mlx.launch -n 2 two processes share each batch.
 DATA is a hub data set (ORG/NAME, or ORG/NAME@REVISION), mine:sessions, or a folder with train.jsonl
 and, if you like, valid.jsonl: one object per line, {"messages": [...]}, or {"prompt": ...,
 "completion": ...}.
-Rows may also have conversations (from, value), instruction with input and output, or question with
-answer; --fields says what other data calls these.
+Rows may also have conversations (from, value), instruction with output, or question with answer;
+input, context, system and history belong to these; --fields says what other data calls them.
 
 Without a valid.jsonl up to 64 chats, and never more than a tenth, are kept out of training. At its
 end a run says what they cost C2C, the receiver alone, and C2C with another chat's sharer or none,

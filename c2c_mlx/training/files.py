@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import lzma
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -64,9 +65,14 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         packed = path.read_bytes()
         text = lzma.decompress(packed) if path.suffix == PACKED else packed
-        lines = text.decode().split("\n")  # not at U+2028 in a text
+        lines = text.decode("utf-8-sig").split("\n")  # not at U+2028 in a text
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as e:
         raise C2CError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    if lines[0].startswith("["):
+        raise C2CError(
+            f"{path} is one array: it needs one JSON object per line, which is what "
+            f"`jq -c '.[]' {path.name}` makes of it"
+        )
     n_rows = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -139,7 +145,7 @@ def _objects(name: str, limit: int | None) -> tuple[Rows, Rows]:
     """A source's rows to train and to validate on, as they are."""
     if name == SESSIONS:
         return list(islice(own_chats.rows(), limit)), []
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if name.startswith(PACKAGE):
         folder = RECIPES / name.removeprefix(PACKAGE)
     elif folder.is_file():

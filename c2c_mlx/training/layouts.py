@@ -12,18 +12,19 @@ Row = Mapping[str, Any]
 
 KNOWN = (
     "'messages' (role, content), 'conversations' (from, value), 'prompt' with 'completion', "
-    "'instruction' (and 'input') with 'output', 'question' with 'answer'"
+    "'instruction' with 'output', 'question' with 'answer' (and 'input' or 'context')"
 )
-# Question, what it is about, and answer, by the names that data sets give them; mlx-lm's first.
+# Question and answer, by the names that data sets give them; mlx-lm's first.
 _PAIRS = (
-    ("prompt", None, "completion"),
-    ("instruction", "input", "output"),
-    ("instruction", "context", "response"),
-    ("question", None, "answer"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
 )
+_ABOUT = ("input", "context")  # what a question is about; a prompt says it itself
 _FIELDS = (
     *("messages", "conversations", "prompt", "completion", "instruction", "input", "context"),
-    *("output", "response", "question", "answer"),
+    *("output", "response", "question", "answer", "system", "history"),
 )
 # Who speaks, in 'conversations'; several names are around for each.
 _ROLES = {
@@ -66,25 +67,36 @@ def chat_of(row: Row, where: str) -> Messages:
     """A row's chat, with an answer at its end or not.
 
     What mlx-lm would read is read as it would: `prompt` with `completion` comes before `messages`.
-    Then come conversations and the other pairs, and last a question alone.
+    Then come conversations and the other pairs, and last a question alone. What a row calls its
+    `system` prompt comes first, unless the chat has one; `history` comes before a question.
 
     Raises:
         UnknownLayout: beginning with `where`, if the row is in no layout that is known.
         C2CError: beginning with `where`, if it is in one, and broken.
     """
-    question, about, answer = _PAIRS[0]
-    if _has(row, question, answer):
-        return _asked(row, question, about, answer, where)
+    chat, system = _chat(row, where), row.get("system")
+    if not isinstance(system, str) or not system.strip() or any(_is_system(m) for m in chat):
+        return chat
+    return [said("system", system), *chat]
+
+
+def _is_system(message: dict[str, str]) -> bool:
+    return message["role"] == "system"
+
+
+def _chat(row: Row, where: str) -> Messages:
+    if _has(row, *_PAIRS[0]):
+        return _asked(row, *_PAIRS[0], where)
     if _has(row, "messages"):
         return messages_of(row["messages"], where, "'messages'")
     if _has(row, "conversations"):
         return _conversation(row["conversations"], where)
-    for question, about, answer in _PAIRS[1:]:
+    for question, answer in _PAIRS[1:]:
         if _has(row, question, answer):
-            return _asked(row, question, about, answer, where)
-    for question, about, _ in _PAIRS:
+            return _asked(row, question, answer, where)
+    for question, _ in _PAIRS:
         if isinstance(row.get(question), str):
-            return _asked(row, question, about, None, where)
+            return _asked(row, question, None, where)
     raise UnknownLayout(
         f"{where}: of its fields ({', '.join(row) or 'none'}) no chat can be made: needs {KNOWN}"
     )
@@ -100,7 +112,9 @@ def messages_of(given: Any, where: str, name: str) -> Messages:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in given
     ):
-        raise C2CError(f"{where}: {name} must be a list of messages, each with role and content")
+        raise C2CError(
+            f"{where}: {name} must be a list of messages, each with role and content (a text)"
+        )
     return [said(m["role"], m["content"]) for m in given]
 
 
@@ -114,16 +128,27 @@ def _has(row: Row, *names: str) -> bool:
     return all(row.get(name) is not None for name in names)
 
 
-def _asked(row: Row, question: str, about: str | None, answer: str | None, where: str) -> Messages:
-    names = [question]
-    if about and _has(row, about) and row[about] != "":
-        names.append(about)
+def _asked(row: Row, question: str, answer: str | None, where: str) -> Messages:
+    about = () if question == "prompt" else _ABOUT
+    names = [question, *(name for name in about if _has(row, name) and row[name] != "")]
     texts = [row[name] for name in (*names, *([answer] if answer else []))]
     if not all(isinstance(text, str) for text in texts):
         which = " and ".join(f"'{name}'" for name in (*names, *([answer] if answer else [])))
         raise C2CError(f"{where}: {which} must be texts")
-    chat = [said("user", "\n\n".join(row[name] for name in names))]
+    chat = [*_history(row, where), said("user", "\n\n".join(row[name] for name in names))]
     return [*chat, said("assistant", row[answer])] if answer else chat
+
+
+def _history(row: Row, where: str) -> Messages:
+    """The turns before a question, each a question and its answer."""
+    chat: Messages = []
+    for turn in row.get("history") or ():
+        match turn:
+            case [str(asked), str(answered)]:
+                chat += [said("user", asked), said("assistant", answered)]
+            case _:
+                raise C2CError(f"{where}: 'history' must be a list of [question, answer]")
+    return chat
 
 
 def _conversation(given: Any, where: str) -> Messages:

@@ -25,6 +25,9 @@ def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
 def write(path: Path, *rows: Any) -> Path:
     lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -44,6 +47,19 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
         ChatRow([user("2 + 2?"), assistant("4")]),
     ]
     assert [row.where for row in rows] == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_a_mark_of_utf_8_at_the_beginning_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", '\ufeff{"prompt": "q", "completion": "a"}')
+    assert read_rows(path) == [ChatRow([user("q"), assistant("a")])]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_array_is_called_so(tmp_path: Path, indent: int | None) -> None:
+    rows = [{"prompt": "q", "completion": "a"}]
+    path = write(tmp_path / "t.jsonl", json.dumps(rows, indent=indent))
+    with pytest.raises(C2CError, match=r"is one array: .* `jq -c '\.\[\]' t\.jsonl`"):
+        read_rows(path)
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u0085", "\x0c", "\r\n", "a\tb"])
@@ -125,6 +141,34 @@ def test_of_a_data_set_only_so_many_rows_are_streamed(monkeypatch: pytest.Monkey
     assert asked == [("org/name", {"split": "train", "revision": "abc", "streaming": True})]
 
 
+@pytest.mark.parametrize(
+    ("row", "before", "asked"),
+    [
+        ({"question": "q", "context": "It was 1999.", "answer": "a"}, [], "q\n\nIt was 1999."),
+        ({"question": "q", "context": "", "answer": "a"}, [], "q"),
+        ({"instruction": "q", "input": "i", "response": "a"}, [], "q\n\ni"),
+        ({"instruction": "q", "context": "c"}, [], "q\n\nc"),
+        ({"prompt": "q", "completion": "a", "context": "c"}, [], "q"),
+        ({"prompt": "q", "completion": "a", "system": "Be brief."}, [SYSTEM], "q"),
+        ({"messages": [user("q"), assistant("a")], "system": "Be brief."}, [SYSTEM], "q"),
+        ({"messages": [SYSTEM, user("q")], "system": "Be long."}, [SYSTEM], "q"),
+        ({"conversations": [{"from": "human", "value": "q"}], "system": None}, [], "q"),
+        (
+            {"instruction": "q", "output": "a", "history": [["x", "y"]], "system": "Be brief."},
+            [SYSTEM, user("x"), assistant("y")],
+            "q",
+        ),
+        ({"instruction": "q", "output": "a", "history": [], "system": ""}, [], "q"),
+    ],
+)
+def test_what_a_question_is_about_comes_along(
+    row: dict[str, Any], before: list[dict[str, str]], asked: str
+) -> None:
+    chat = chat_of(row, "here")
+    assert chat[: len(before) + 1] == [*before, user(asked)]
+    assert chat[len(before) + 1 :] in ([assistant("a")], [])
+
+
 def test_a_field_has_another_name(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", {"query": "q", "reply": "a"}, {"prompt": "p", "reply": "b"})
     rows = read_rows(path, fields={"prompt": "query", "completion": "reply"})
@@ -147,7 +191,7 @@ def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> No
     ("row", "message"),
     [
         ("{", "not JSON"),
-        ("[1]", "not a JSON object"),
+        ("1", "not a JSON object"),
         ({}, "of its fields (none) no chat can be made: needs 'messages'"),
         ({"query": "q", "reply": "a", "id": 3}, "of its fields (query, reply, id)"),
         ({"query": "q", "reply": "a", "id": 3}, "--fields prompt=query,completion=reply"),
@@ -157,6 +201,8 @@ def test_rows_without_an_answer_are_let_through_on_request(tmp_path: Path) -> No
         ({"conversations": [{"from": "human", "value": None}]}, "and 'value'"),
         ({"instruction": "i", "input": 3, "output": "o"}, "'instruction' and 'input' and 'output'"),
         ({"question": "q", "answer": 2}, "'question' and 'answer' must be texts"),
+        ({"question": "q", "answer": "a", "history": "q"}, "a list of [question, answer]"),
+        ({"question": "q", "answer": "a", "history": [["q"]]}, "a list of [question, answer]"),
         ({"question": "q"}, "--answer-with"),
         ({"messages": "hi"}, "'messages' must be a list"),
         ({"messages": [{"role": "user"}]}, "'messages' must be a list"),
