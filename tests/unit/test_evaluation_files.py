@@ -77,7 +77,8 @@ def test_a_cut_reference_says_nothing_of_its_end(tmp_path: Path) -> None:
     [
         ([], "is empty"),
         (["{"], "line 1: not JSON"),
-        (["[1]"], "line 1: not a JSON object"),
+        (["1"], "line 1: not a JSON object"),
+        (["[1]"], "is one array"),
         ([{"text": "x"}], "'completion'.*, or 'choices' with"),
         ([CHAT, MULTIPLE], "line 2: a row of kind choice among rows of kind chat"),
         ([CHAT, ASKED], "line 2: a row of kind agreement among rows of kind chat"),

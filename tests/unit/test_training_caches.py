@@ -23,7 +23,7 @@ from c2c_mlx.training.loss import prefill
 
 def assert_close(found: mx.array, expected: mx.array) -> None:
     assert found.shape == expected.shape
-    assert mx.abs(found - expected).max().item() <= 1e-5
+    assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5).item()
 
 
 @pytest.fixture(params=["qwen3", "llama", "gemma2", "dynamic", "gemma3"])
