@@ -290,6 +290,6 @@ def _load(name: str, one: Pair, twin: str | None, status: Status) -> Pairing:
         loaded.receiver,
         loaded.sharers[0],
         next(iter(loaded.fusers), None),
-        disk.load(twins[0]) if twins else None,
+        disk.load(twins[0], one.fuser_bits) if twins else None,
         {"fuser": fuser, "twin": of_twin, "fuser_bits": one.fuser_bits},
     )

@@ -128,7 +128,7 @@ class Modes:
 
     def _read_plain(self, mode: str, lm: LanguageModel, messages: Messages) -> Reading:
         ids = tokenize(render(messages, lm.tokenizer), lm.tokenizer)
-        _check_room(lm, ids)
+        check_room(lm, ids)
         prefix = self._prefixes.setdefault(mode, Reader(lm.model))
         assert isinstance(prefix, Reader)
         prefix.extend(ids[:-1])
@@ -145,9 +145,9 @@ class Modes:
             prompts = [p.with_sharer_of(o) for p, o in zip(prompts, others, strict=True)]
         elif mode == "c2c-zeroed":  # nothing of it is looked at
             prompts = [silenced(prompt) for prompt in prompts]
-        _check_room(lm, ids)
+        check_room(lm, ids)
         for sharer, prompt in zip(self.sharers, prompts, strict=True):
-            _check_room(sharer, prompt.sharer_ids)
+            check_room(sharer, prompt.sharer_ids)
         links = self._silent if mode == "c2c-zeroed" else self.links
         prefix = self._prefixes.setdefault(mode, FusedCache(*links, order=self.order))
         assert isinstance(prefix, FusedCache)
@@ -277,7 +277,12 @@ def _with_background(item: Item, relayed: Written) -> Messages:
     return [*item.messages[:-1], *relay.with_background(_ask(item), relayed.text)]
 
 
-def _check_room(lm: LanguageModel, ids: Sequence[int]) -> None:
+def check_room(lm: LanguageModel, ids: Sequence[int]) -> None:
+    """Makes sure that a model can read a prompt and write one token.
+
+    Raises:
+        C2CError: if its context is too short for that.
+    """
     if len(ids) >= lm.context_length:
         raise C2CError(
             f"the prompt is {len(ids)} tokens long, but {lm.name} reads at most {lm.context_length}"

@@ -27,7 +27,7 @@ def run(work: Work) -> Result:
         caches = enriching(item)
         each = dict(zip(CONDITIONS, (caches.alone, caches.few_shot, caches.enriched), strict=True))
         readings = {name: caches.reading(work.receiver, cache) for name, cache in each.items()}
-        answers = weigh(work.task, item, readings, work.receiver.tokenizer)
+        answers = weigh(work.task, item, readings.items(), work.receiver.tokenizer)
         texts = {name: "" for name in CONDITIONS}
         if not item.choices:
             written = write(list(readings.values()), MAX_TOKENS)

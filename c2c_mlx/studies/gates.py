@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -16,7 +16,8 @@ from c2c_mlx.evaluation.report import table
 from c2c_mlx.evaluation.task import Item
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.studies.study import Result, Work, halves, interval, records, weigh
-from c2c_mlx.talk.links import align_to_each, link
+from c2c_mlx.talk.links import link
+from c2c_mlx.text.alignment import TokenAlignment
 
 WHOLE, SHUT = "all open", "all shut"
 BARS = "bars"  # the log's records of what the app shows
@@ -38,11 +39,25 @@ def run(work: Work) -> Result:
     if not open_slices:
         raise C2CError("all gates of this fuser are shut: there is nothing to study")
     first, second = halves(work.items, work.seed)
+    links = [link(work.receiver, work.sharers[0], fuser)]
+    aligned, fused = work.aligned(links), FusedCache(*links)
+
+    def weigh_all(items: Sequence[Item], some: dict[str, list[Slice]], what: str) -> None:
+        conditions = {WHOLE: open_slices, SHUT: []} | some
+        todo = work.missing(items, list(conditions))
+        for number, item in enumerate(todo, len(items) - len(todo) + 1):
+            prompts = aligned[item.id]
+            bars = _bars(work, fused, prompts, open_slices)
+            readings = _readings(work, fused, prompts, conditions)
+            answers = weigh(work.task, item, readings, work.receiver.tokenizer)
+            work.log.append([{"mode": BARS, "id": item.id} | bars, *records(item, answers)])
+            work.progress(what, number, len(items))
+
     try:
         without = {
             _name(work, s): [other for other in open_slices if other != s] for s in open_slices
         }
-        _weigh_all(work, first, {WHOLE: open_slices, SHUT: []} | without, "one slice shut")
+        weigh_all(first, without, "one slice shut")
         bars = [work.log.records[BARS][item.id] for item in first]
         weights, changes = (np.mean([b[k] for b in bars], axis=0) for k in ("weights", "changes"))
         slices = [_slice(work, s, bool(was_open[s]), first, weights[s], changes[s]) for s in every]
@@ -57,7 +72,7 @@ def run(work: Work) -> Result:
         }
         counts = sorted({k for k in (1, 2, 3, 5, 8, 12, 20, 30, 45) if k < len(open_slices)})
         many = {f"first {k} by {o}": of[:k] for o, of in orders.items() for k in counts}
-        _weigh_all(work, second, {WHOLE: open_slices, SHUT: []} | many, "slices cumulated")
+        weigh_all(second, many, "slices cumulated")
     finally:
         _set(work, [s for s in every if was_open[s]])
     open_ones = [of for of in slices if of["open"]]
@@ -113,32 +128,32 @@ def _set(work: Work, open_slices: Sequence[Slice]) -> None:
             fuser.set_gate(kind, at, (kind, at) in open_slices)
 
 
-def _weigh_all(
-    work: Work, items: Sequence[Item], conditions: Mapping[str, Sequence[Slice]], what: str
-) -> None:
-    """Weighs every item with just the slices of each condition open; both models read once."""
-    sharer, fuser = work.sharers[0], work.fusers[0]
-    links = [link(work.receiver, sharer, fuser)]
-    fused = FusedCache(*links)
-    todo = work.missing(items, list(conditions))
-    for number, item in enumerate(todo, len(items) - len(todo) + 1):
-        prompts = align_to_each(item.messages, work.receiver, links, [sharer])
-        ids, readings, found = prompts[0].receiver_ids, {}, []
-        for name, open_slices in conditions.items():
-            _set(work, open_slices)
-            fused.fuse_anew()
-            cache = copy.deepcopy(fused.extend(prompts))
-            readings[name] = Reading(work.receiver, cache, ids[-1], len(ids))
-            if name == WHOLE:
-                stats = fused.stats()
-                shape = fuser.gates.shape
-                weights = stats.mean_weight if stats else np.zeros(shape)
-                changes = stats.relative_change.mean(axis=-1) if stats else np.zeros(shape)
-                bars = {"weights": weights.tolist(), "changes": changes.tolist()}
-                found.append({"mode": BARS, "id": item.id} | bars)
-        answers = weigh(work.task, item, readings, work.receiver.tokenizer)
-        work.log.append([*found, *records(item, answers)])
-        work.progress(what, number, len(items))
+def _bars(
+    work: Work, fused: FusedCache, prompts: Sequence[TokenAlignment], open_slices: Sequence[Slice]
+) -> dict[str, Any]:
+    """What the app would show of a prompt: [K][L] weights, and changes."""
+    _set(work, open_slices)
+    fused.fuse_anew()
+    fused.extend(prompts)
+    stats, shape = fused.stats(), work.fusers[0].gates.shape
+    weights = stats.mean_weight if stats else np.zeros(shape)
+    changes = stats.relative_change.mean(axis=-1) if stats else np.zeros(shape)
+    return {"weights": weights.tolist(), "changes": changes.tolist()}
+
+
+def _readings(
+    work: Work,
+    fused: FusedCache,
+    prompts: Sequence[TokenAlignment],
+    conditions: Mapping[str, Sequence[Slice]],
+) -> Iterator[tuple[str, Reading]]:
+    """A prompt's cache with just the slices of each condition open; both models read once."""
+    ids = prompts[0].receiver_ids
+    for name, open_slices in conditions.items():
+        _set(work, open_slices)
+        fused.fuse_anew()
+        cache = copy.deepcopy(fused.extend(prompts))
+        yield name, Reading(work.receiver, cache, ids[-1], len(ids))
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -60,10 +60,10 @@ def _weigh_all(
     todo = work.missing(items, list(chosen))
     for number, item in enumerate(todo, len(items) - len(todo) + 1):
         caches = enriching(item)
-        readings = {
-            name: caches.reading(work.receiver, caches.mixed(layers))
+        readings = (
+            (name, caches.reading(work.receiver, caches.mixed(layers)))
             for name, layers in chosen.items()
-        }
+        )
         answers = weigh(work.task, item, readings, work.receiver.tokenizer)
         work.log.append(records(item, answers))
         work.progress(what, number, len(items))

@@ -13,11 +13,12 @@ import numpy as np
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import scoring
 from c2c_mlx.evaluation.report import table
-from c2c_mlx.evaluation.task import Item
 from c2c_mlx.fusion import kv
+from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fused import FusedCache
 from c2c_mlx.studies.study import Result, Work, interval
-from c2c_mlx.talk.links import align_to_each, link
+from c2c_mlx.talk.links import link
+from c2c_mlx.text.alignment import TokenAlignment
 
 PARTS = 5  # of the items; each gives one figure, so that there is an interval
 
@@ -77,11 +78,12 @@ def run(work: Work) -> Result:
     if len(work.items) < PARTS:
         raise C2CError(f"--task: {len(work.items)} items to study; there must be {PARTS} or more")
     links = [link(work.receiver, *pair) for pair in zip(work.sharers, work.fusers, strict=True)]
+    aligned = work.aligned(links)
     parts = [list(part) for part in np.array_split(np.arange(len(work.items)), PARTS)]
     for number, part in enumerate(parts):
         if str(number) not in work.log.records.get("ranks", {}):
-            items = [work.items[i] for i in part]
-            found = _ranks(work, links, items, number, part[0])
+            prompts = [aligned[work.items[i].id] for i in part]
+            found = _ranks(work, links, prompts, part[0])
             work.log.append([{"mode": "ranks", "id": str(number)} | found])
     of_parts = [work.log.records["ranks"][str(n)] for n in range(PARTS)]
     caches: Result = {}
@@ -114,12 +116,13 @@ def run(work: Work) -> Result:
     }
 
 
-def _ranks(work: Work, links: Any, items: Sequence[Item], part: int, done: int) -> Result:
+def _ranks(
+    work: Work, links: Sequence[C2C], part: Sequence[list[TokenAlignment]], done: int
+) -> Result:
     """One part's ranks."""
     fused = FusedCache(*links, order=work.order)
     grams = {name: Grams() for name in ("receiver", "fused", "sharer")}
-    for number, item in enumerate(items, done + 1):
-        prompts = align_to_each(item.messages, work.receiver, links, work.sharers)
+    for number, prompts in enumerate(part, done + 1):
         cache = fused.extend(prompts)
         asked = np.flatnonzero(prompts[0].message[:-1] >= 0).tolist()
         read = sorted({*prompts[0].index[:-1][asked].tolist()})

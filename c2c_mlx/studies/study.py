@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,19 @@ from c2c_mlx.config import Order
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import scoring
 from c2c_mlx.evaluation.choice import LETTERS
-from c2c_mlx.evaluation.modes import Reading, nats
+from c2c_mlx.evaluation.modes import Reading, check_room, nats
 from c2c_mlx.evaluation.runner import Log, Record
 from c2c_mlx.evaluation.task import Answer, Item, Task
+from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fuser import Fuser
 from c2c_mlx.models.load import LanguageModel
+from c2c_mlx.talk.links import align_to_each
+from c2c_mlx.text.alignment import TokenAlignment
 
 Result = dict[str, Any]  # what the JSON file holds
 Progress = Callable[[str, int, int], None]  # what, done, of how many
+
+AT_ONCE = 8  # conditions of an item that are weighed together, each with a cache of its own
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,22 @@ class Work:
         found = [self.log.records.get(condition, {}) for condition in conditions]
         return [item for item in items if not all(item.id in of for of in found)]
 
+    def aligned(self, links: Sequence[C2C]) -> dict[str, list[TokenAlignment]]:
+        """Each item's prompt, per link, before any of them is read.
+
+        Raises:
+            C2CError: if one of the models cannot read one of them.
+        """
+        found = {}
+        for item in self.items:
+            prompts = align_to_each(item.messages, self.receiver, links, self.sharers)
+            with named(item):
+                check_room(self.receiver, prompts[0].receiver_ids)
+                for sharer, prompt in zip(self.sharers, prompts, strict=True):
+                    check_room(sharer, prompt.sharer_ids)
+            found[item.id] = prompts
+        return found
+
     def scores(self, condition: str, name: str, items: Sequence[Item]) -> dict[str, float]:
         """A score of each item under a condition."""
         found = self.log.records[condition]
@@ -71,6 +94,15 @@ class Work:
         """The mean of a condition's score minus the base's, item by item, with its interval."""
         a, b = (self.scores(c, name, items) for c in (condition, base))
         return scoring.difference(a, b, self.seed)
+
+
+@contextmanager
+def named(item: Item) -> Iterator[None]:
+    """Says of which item an error is."""
+    try:
+        yield
+    except C2CError as e:
+        raise C2CError(f"item {item.id}: {e}; leave it out of --task") from None
 
 
 def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
@@ -87,14 +119,15 @@ def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
 
 
 def weigh(
-    task: Task, item: Item, readings: Mapping[str, Reading], tokenizer: Any
+    task: Task, item: Item, readings: Iterable[tuple[str, Reading]], tokenizer: Any
 ) -> dict[str, Answer]:
-    """The probability of an item's continuations under every condition, in one batch.
+    """The probability of an item's continuations under every condition, in batches.
 
     Args:
         task: says which continuations there are.
         item: the item.
-        readings: per condition the receiver's cache over the same prompt's end.
+        readings: each condition with the receiver's cache over the same prompt's end; they are
+            taken as they are weighed.
         tokenizer: the receiver's.
 
     Raises:
@@ -106,11 +139,12 @@ def weigh(
             "--task: a study needs rows with a reference answer ('messages' that end with the "
             "assistant's, 'prompt' and 'completion', or multiple choice)"
         )
-    found = nats(list(readings.values()), [wanted] * len(readings))
-    return {
-        condition: Answer(nats=of, tokens=len(wanted[0]))
-        for condition, of in zip(readings, found, strict=True)
-    }
+    answers, rest = {}, iter(readings)
+    while batch := dict(islice(rest, AT_ONCE)):
+        found = nats(list(batch.values()), [wanted] * len(batch))
+        for condition, of in zip(batch, found, strict=True):
+            answers[condition] = Answer(nats=of, tokens=len(wanted[0]))
+    return answers
 
 
 def scored(item: Item, answer: Answer) -> dict[str, float]:

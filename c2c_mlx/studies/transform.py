@@ -14,6 +14,7 @@ import numpy as np
 
 from c2c_mlx.errors import C2CError
 from c2c_mlx.evaluation import scoring
+from c2c_mlx.evaluation.modes import check_room
 from c2c_mlx.evaluation.report import table
 from c2c_mlx.evaluation.task import Item
 from c2c_mlx.fusion import kv
@@ -21,8 +22,8 @@ from c2c_mlx.fusion.layers import last_aligned
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.fusion.rope import Rotation, rope_of
 from c2c_mlx.studies import mapping
-from c2c_mlx.studies.study import Result, Work, interval
-from c2c_mlx.text.alignment import align_chat
+from c2c_mlx.studies.study import Result, Work, interval, named
+from c2c_mlx.text.alignment import TokenAlignment, align_chat
 from c2c_mlx.text.tokens import response_ids
 
 METHODS = ("least squares", "network", "mean")  # the mean of the target: knows nothing
@@ -41,14 +42,14 @@ class _Sample:
         target: [2, Lr, N, Hr*Dr] the receiver's.
         own: the receiver's cache over all of the prompt but its last id.
         positions: [N] of the receiver.
-        inputs: per layer what its attention reads at the answer's tokens, and its mask.
+        inputs: per layer how its attention is called at the answer's tokens.
     """
 
     source: np.ndarray
     target: np.ndarray
     own: kv.Cache
     positions: list[int]
-    inputs: dict[int, tuple[mx.array, Any]]
+    inputs: dict[int, _Call]
 
 
 def run(work: Work) -> Result:
@@ -66,9 +67,10 @@ def run(work: Work) -> Result:
     done = work.log.records.get("layers", {})
     missing = [at for at in range(len(pair.layer_map)) if str(at) not in done]
     if missing:
+        texts = [pair.aligned(item) for item in work.items]
         samples = []
         for number, at in enumerate(order, 1):
-            samples.append(pair.sample(work.items[at]))
+            samples.append(pair.sample(work.items[at], texts[at]))
             work.progress("reading", number, len(order))
         held_out, learnt = samples[:cut], samples[cut:]
         for at in missing:
@@ -109,13 +111,24 @@ class _Pair:
         self.rotations = [Rotation(*of) for of in zip(self.models, self.layers, names, strict=True)]
         self.attentions = [_attention(self.models[0], layer) for layer in self.layers[0]]
 
-    def sample(self, item: Item) -> _Sample:
-        """Lets both models read an item, and the receiver its answer."""
+    def aligned(self, item: Item) -> TokenAlignment:
+        """An item's prompt, for both models.
+
+        Raises:
+            C2CError: if one of them cannot read it, or no message can be found in it.
+        """
         tokenizers = (self.receiver.tokenizer, self.sharer.tokenizer)
         text = align_chat(item.messages, *tokenizers, strategy="span", padding=False)
+        with named(item):
+            check_room(self.receiver, text.receiver_ids)
+            check_room(self.sharer, text.sharer_ids)
+            if not (text.message[:-1] >= 0).any():
+                raise C2CError("no position of a message can be told apart")
+        return text
+
+    def sample(self, item: Item, text: TokenAlignment) -> _Sample:
+        """Lets both models read an item, and the receiver its answer."""
         positions = np.flatnonzero(text.message[:-1] >= 0)
-        if not len(positions):
-            raise C2CError(f"item {item.id}: no position of a message can be told apart")
         feeding = text.index[positions]
         self.readers[0].extend(text.receiver_ids[:-1])
         self.readers[1].extend(text.sharer_ids[: int(feeding.max()) + 1])
@@ -126,7 +139,7 @@ class _Pair:
             kv.append(own, layer, *kv.read_layer(self.readers[0].cache, layer, 0, n))
         mx.eval(kv.arrays(own))
         said = {"role": "assistant", "content": item.reference}
-        answer = response_ids([*item.messages, said], tokenizers[0])
+        answer = response_ids([*item.messages, said], self.receiver.tokenizer)
         ids = mx.array([[text.receiver_ids[-1], *answer[:-1]]])
         inputs = _inputs(self.models[0], self.layers[0], ids, self.readers[0].cache)
         kv.trim(self.readers[0].cache, n)
@@ -212,22 +225,44 @@ class _Pair:
             values[:, :, places] = rows[1].astype(values.dtype)
         cache = kv.make_cache(self.models[0])[layer]
         cache.update_and_fetch(keys, values)
-        x, mask = sample.inputs[layer]
-        name = self.attentions[at]
-        out = getattr(self.models[0].layers[layer], name)(x, mask, cache)
-        return np.array(out.astype(mx.float32))
+        attention = getattr(self.models[0].layers[layer], self.attentions[at])
+        return np.array(sample.inputs[layer].again(attention, cache).astype(mx.float32))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a model calls an attention layer: x, mask and cache, and what else its family hands on.
+
+    Attributes:
+        args: the cache is the third, if it is not an option.
+        options: by name.
+    """
+
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def again(self, attention: Any, cache: Any) -> mx.array:
+        """The same call with another cache: [B, T, D]."""
+        args, options = list(self.args), dict(self.options)
+        if len(args) > 2:
+            args[2] = cache
+        else:
+            options["cache"] = cache
+        out = attention(*args, **options)
+        # Families whose layers share keys hand these on as well.
+        return out[0] if isinstance(out, tuple) else out
 
 
 class _Watched:
-    """An attention layer that notes what it reads."""
+    """An attention layer that notes how it is called."""
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
-        self.read: tuple[mx.array, Any] | None = None
+        self.call: _Call | None = None
 
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-        self.read = (x, mask)
-        return self.attention(x, mask, cache)
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.call = _Call(args, options)
+        return self.attention(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.attention, name)
@@ -248,8 +283,8 @@ def _attention(model: nn.Module, layer: int) -> str:
 
 def _inputs(
     model: nn.Module, layers: Sequence[int], ids: mx.array, cache: kv.Cache
-) -> dict[int, tuple[mx.array, Any]]:
-    """What each layer's attention reads in a pass; the cache grows by the ids."""
+) -> dict[int, _Call]:
+    """How each layer's attention is called in a pass; the cache grows by the ids."""
     watched = {}
     names = {layer: _attention(model, layer) for layer in layers}
     try:
@@ -257,8 +292,8 @@ def _inputs(
             watched[layer] = _Watched(getattr(model.layers[layer], name))
             setattr(model.layers[layer], name, watched[layer])
         logits = model(ids, cache=cache)
-        found = {layer: of.read for layer, of in watched.items() if of.read is not None}
-        mx.eval(logits, [read[0] for read in found.values()])
+        found = {layer: of.call for layer, of in watched.items() if of.call is not None}
+        mx.eval(logits, [call.args[0] for call in found.values()])
     finally:
         for layer, of in watched.items():
             setattr(model.layers[layer], names[layer], of.attention)

@@ -2,8 +2,8 @@
 
 A change that makes training faster must not change its numbers. `data/loss_curves.txt` was written
 by `python tests/golden/test_loss_curves.py` before the first of them, the recipe's once more when
-labels took the place of soft message gates; float32 on a CPU. Another CPU rounds otherwise, by up to
-3e-6 of a loss in these eight steps.
+labels took the place of soft message gates; float32 on a CPU. Another CPU rounds otherwise, by up
+to 3e-6 of a loss in these eight steps.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import gc
 import json
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
 
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
 import pytest
 
@@ -36,6 +38,52 @@ ITEMS = [
     Item(str(i), [{"role": "user", "content": f"{TEXTS[i % 6]} {i}"}], f"{TEXTS[-i % 6]} he did")
     for i in range(24)
 ]
+# Each hands on more to its attention layers than x, mask and cache.
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}
+HUNYUAN = SMALL | {
+    "model_type": "hunyuan",
+    "attention_bias": False,
+    "moe_topk": 1,
+    "num_experts": 1,
+    "num_shared_expert": 1,
+    "use_mixed_mlp_moe": False,
+    "use_qk_norm": True,
+    "use_cla": False,
+    "cla_share_factor": 2,
+    "rope_scaling": {"factor": 1.0, "type": "dynamic", "alpha": 1000.0},
+}
+GEMMA3N = {
+    "model_type": "gemma3n",
+    "text_config": SMALL
+    | {
+        "model_type": "gemma3n_text",
+        "head_dim": 8,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 512,
+        "sliding_window": 512,
+        "max_position_embeddings": 512,
+        "rope_local_base_freq": 1e4,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "hidden_size_per_layer_input": 16,
+        "altup_num_inputs": 2,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_active_idx": 0,
+        "laurel_rank": 4,
+    },
+}
+FAMILIES = (HUNYUAN, GEMMA3N)
 MakeWork = Callable[..., Work]
 
 
@@ -200,6 +248,30 @@ def test_a_receiver_maps_into_itself(make: MakeWork, receiver: LanguageModel) ->
     assert "least squares" in transform.report(found)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["model_type"])
+def test_attention_is_called_as_its_family_does(
+    make: MakeWork, receiver: LanguageModel, family: dict[str, Any]
+) -> None:
+    kind, arguments = mlx_lm.utils._get_classes({"model_type": family["model_type"]})
+    mx.random.seed(0)
+    other = replace(receiver, model=kind(arguments.from_dict(family)))
+    found = transform.run(make(receiver=other, sharers=[other]))
+    assert found["errors"]["least squares"]["attention"]["mean"] < 1e-3
+    assert found["errors"]["mean"]["attention"]["mean"] > 1e-3
+
+
+@pytest.mark.parametrize("study", [gates, rank, transform])
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_read(
+    make: MakeWork, fuser: Fuser, study: Any
+) -> None:
+    fuser.set_gate(0, 0, True)
+    long = Item("long", [{"role": "user", "content": "fox " * 600}], "he did")
+    work = make(fusers=[] if study is transform else [fuser], items=[*ITEMS, long])
+    with pytest.raises(C2CError, match="item long: the prompt is .* reads at most 512; leave it"):
+        study.run(work)
+    assert not work.log.records
+
+
 def test_another_model_maps_worse_than_oneself_and_attention_says_so(make: MakeWork) -> None:
     work = make()
     found = transform.run(work)
@@ -214,7 +286,7 @@ def test_watching_a_model_leaves_it_as_it_was(make: MakeWork, receiver: Language
     logits = receiver.model(ids)
     cache = kv.make_cache(receiver.model)
     read = transform._inputs(receiver.model, [0, 2], ids, cache)
-    assert set(read) == {0, 2} and read[0][0].shape[:2] == (1, 3)
+    assert set(read) == {0, 2} and read[0].args[0].shape[:2] == (1, 3)
     assert [type(layer.self_attn) for layer in receiver.model.layers] == before
     assert difference(receiver.model(ids), logits) == 0
 
