@@ -95,6 +95,8 @@ def _run(args: argparse.Namespace, command: str) -> None:
     task, items = _items(args)
     if args.pair and args.study != "pairs":
         raise C2CError("--pair belongs to c2c-study pairs; name a pair with --receiver, --sharer")
+    if args.pair and (args.receiver or args.sharer or args.fuser):
+        raise C2CError("--pair names the models and the fuser: leave out --receiver and the like")
     if len(args.sharer or ()) > 1 and args.study == "pairs":
         raise C2CError("c2c-study pairs reads one sharer at a time: name each with a --pair")
     _check_out(args.out)

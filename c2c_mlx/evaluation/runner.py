@@ -72,7 +72,7 @@ class Log:
     def remove(self) -> None:
         """Deletes the file, once the result is written."""
         if self.path is not None:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)  # the same command may have ended beside this one
 
     def _hold(self, records: Sequence[Record]) -> None:
         for record in records:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import c2c_mlx.blas  # noqa: F401
@@ -28,17 +29,25 @@ def least_squares(x: np.ndarray, y: np.ndarray, kept_out: np.ndarray) -> Map:
         kept_out: [N] bool, rows that choose the ridge; the map is then made from all rows.
     """
 
-    def fit(rows: np.ndarray, ridge: float) -> Map:
+    def fits(rows: np.ndarray, ridges: Sequence[float]) -> Iterator[Map]:
         a, b = x[rows].astype(np.float64), y[rows].astype(np.float64)
-        means = a.mean(axis=0), b.mean(axis=0)
-        a, b = a - means[0], b - means[1]
-        gram = a.T @ a
-        gram += np.eye(len(gram)) * max(ridge * np.trace(gram) / len(gram), 1e-300)
-        weight = np.linalg.lstsq(gram, a.T @ b, rcond=None)[0]
-        return lambda new: (new - means[0]) @ weight + means[1]
+        middle, level = a.mean(axis=0), b.mean(axis=0)
+        a, b = a - middle, b - level
+        gram, product = a.T @ a, a.T @ b
+        for ridge in ridges:
+            more = max(ridge * np.trace(gram) / len(gram), 1e-300)
+            weight = np.linalg.solve(gram + more * np.eye(len(gram)), product)
+            yield partial(_affine, weight=weight, middle=middle, level=level)
 
-    errors = [error(fit(~kept_out, ridge)(x[kept_out]), y[kept_out]) for ridge in RIDGES]
-    return fit(np.ones(len(x), bool), RIDGES[int(np.argmin(errors))])
+    errors = [error(fit(x[kept_out]), y[kept_out]) for fit in fits(~kept_out, RIDGES)]
+    best = RIDGES[int(np.argmin(errors))]
+    return next(fits(np.ones(len(x), bool), [best]))
+
+
+def _affine(
+    new: np.ndarray, weight: np.ndarray, middle: np.ndarray, level: np.ndarray
+) -> np.ndarray:
+    return (new - middle) @ weight + level
 
 
 def network(x: np.ndarray, y: np.ndarray, kept_out: np.ndarray, seed: int) -> Map:

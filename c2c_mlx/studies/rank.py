@@ -73,8 +73,10 @@ def run(work: Work) -> Result:
     """Effective ranks over the positions that are fused: both models' own, and the fused cache's.
 
     Raises:
-        C2CError: if there are fewer items than parts.
+        C2CError: if there are fewer items than parts, or the sharer is elsewhere.
     """
+    if work.sharers[0].is_elsewhere:  # it sends those of its layers that are fused
+        raise C2CError("c2c-study rank looks at all of a sharer's layers: name one that is here")
     if len(work.items) < PARTS:
         raise C2CError(f"--task: {len(work.items)} items to study; there must be {PARTS} or more")
     links = [link(work.receiver, *pair) for pair in zip(work.sharers, work.fusers, strict=True)]

@@ -31,6 +31,10 @@ from c2c_mlx.text.alignment import TokenAlignment
 Result = dict[str, Any]  # what the JSON file holds
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
+NO_REFERENCE = (
+    "--task: a study needs rows with a reference answer ('messages' that end with the "
+    "assistant's, 'prompt' and 'completion', or multiple choice)"
+)
 AT_ONCE = 8  # conditions of an item that are weighed together, each with a cache of its own
 
 
@@ -135,10 +139,7 @@ def weigh(
     """
     wanted = task.continuations(item, tokenizer, None)
     if not wanted:
-        raise C2CError(
-            "--task: a study needs rows with a reference answer ('messages' that end with the "
-            "assistant's, 'prompt' and 'completion', or multiple choice)"
-        )
+        raise C2CError(NO_REFERENCE)
     answers, rest = {}, iter(readings)
     while batch := dict(islice(rest, AT_ONCE)):
         found = nats(list(batch.values()), [wanted] * len(batch))

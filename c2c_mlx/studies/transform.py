@@ -22,7 +22,7 @@ from c2c_mlx.fusion.layers import last_aligned
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.fusion.rope import Rotation, rope_of
 from c2c_mlx.studies import mapping
-from c2c_mlx.studies.study import Result, Work, interval, named
+from c2c_mlx.studies.study import NO_REFERENCE, Result, Work, interval, named
 from c2c_mlx.text.alignment import TokenAlignment, align_chat
 from c2c_mlx.text.tokens import response_ids
 
@@ -115,8 +115,11 @@ class _Pair:
         """An item's prompt, for both models.
 
         Raises:
-            C2CError: if one of them cannot read it, or no message can be found in it.
+            C2CError: if one of them cannot read it, no message can be found in it, or nobody said
+                what its answer is.
         """
+        if not item.reference:
+            raise C2CError(NO_REFERENCE)
         tokenizers = (self.receiver.tokenizer, self.sharer.tokenizer)
         text = align_chat(item.messages, *tokenizers, strategy="span", padding=False)
         with named(item):

@@ -322,6 +322,13 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path, torn: int) -> None:
         Log(path, settings)
 
 
+def test_the_same_command_may_end_beside_this_one(tmp_path: Path) -> None:
+    logs = [Log(tmp_path / "partial.jsonl", {}) for _ in range(2)]
+    for log in logs:
+        log.remove()
+    assert not [*tmp_path.iterdir()]
+
+
 # --- reports
 
 

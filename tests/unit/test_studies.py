@@ -255,9 +255,25 @@ def test_attention_is_called_as_its_family_does(
     kind, arguments = mlx_lm.utils._get_classes({"model_type": family["model_type"]})
     mx.random.seed(0)
     other = replace(receiver, model=kind(arguments.from_dict(family)))
-    found = transform.run(make(receiver=other, sharers=[other]))
-    assert found["errors"]["least squares"]["attention"]["mean"] < 1e-3
-    assert found["errors"]["mean"]["attention"]["mean"] > 1e-3
+    pair = transform._Pair(make(receiver=other, sharers=[other]))
+    sample = pair.sample(ITEMS[0], pair.aligned(ITEMS[0]))
+    for at in range(len(pair.layers[0])):
+        clean = pair._attend(at, sample, None)
+        own, nothing = sample.target[:, at], 0 * sample.target[:, at]
+        assert mapping.error(pair._attend(at, sample, own), clean) < 1e-3
+        assert mapping.error(pair._attend(at, sample, nothing), clean) > 1e-3
+
+
+def test_an_answers_attention_needs_an_answer(make: MakeWork) -> None:
+    with pytest.raises(C2CError, match="a reference answer"):
+        transform.run(make(items=[*ITEMS, replace(ITEMS[0], reference="")]))
+
+
+def test_the_rank_of_a_sharer_elsewhere_is_not_to_be_had(
+    make: MakeWork, sharer: LanguageModel, fuser: Fuser
+) -> None:
+    with pytest.raises(C2CError, match="name one that is here"):
+        rank.run(make(sharers=[replace(sharer, is_elsewhere=True)], fusers=[fuser]))
 
 
 @pytest.mark.parametrize("study", [gates, rank, transform])
@@ -444,7 +460,7 @@ def test_an_interrupted_study_goes_on(
     ("arguments", "words"),
     [
         (["gates", "--pair", "a,b"], "--pair belongs to"),
-        (["pairs", "--pair", "a"], "must be RECEIVER,SHARER"),
+        (["pairs", "--pair", "a,b"], "leave out --receiver"),
         (["layers", "--limit", "0"], "must be at least 1"),
         (["enrich", "--shots", "30"], "examples and questions"),
         (["transform", "--limit", "5"], "must be 20 or more"),
@@ -554,6 +570,12 @@ def test_a_pair_with_another_fuser_does_not_go_on(
     assert pairs(own) == 0
 
 
+def test_a_pair_has_a_receiver_and_a_sharer(task: str, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--pair", "a", "--task", task, "--out", str(tmp_path / "out")]
+    assert command.main(["pairs", *arguments]) == 2
+    assert "must be RECEIVER,SHARER" in capsys.readouterr().err
+
+
 def test_pairs_read_one_sharer(call: Callable[..., int], tiny_pair: Pair, capsys: Any) -> None:
     assert call("pairs", "--sharer", tiny_pair.sharers[0]) == 2
     err = capsys.readouterr().err
@@ -561,7 +583,7 @@ def test_pairs_read_one_sharer(call: Callable[..., int], tiny_pair: Pair, capsys
 
 
 def test_a_pair_is_let_go_before_the_next_is_loaded(
-    call: Callable[..., int], tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Pair, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, there = command.pair.load, []
 
@@ -575,5 +597,6 @@ def test_a_pair_is_let_go_before_the_next_is_loaded(
     monkeypatch.setattr(command.pair, "load", watched)
     names = tiny_pair.receiver, tiny_pair.sharers[0]
     both = [x for pair in (names, names[::-1]) for x in ("--pair", ",".join(pair))]
-    assert call("pairs", *both, "--limit", "2") == 0
+    arguments = ["pairs", *both, "--task", task, "--limit", "2", "--out", str(tmp_path / "out")]
+    assert command.main(arguments) == 0
     assert len(there) == 4
