@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from c2c_mlx.config import Pair, SamplingConfig, from_dict
 from c2c_mlx.events import Mode
-from c2c_mlx.models import registry
+from c2c_mlx.models import paths, registry
 from c2c_mlx.talk.engine import InferenceThread
 from c2c_mlx.tui.app import ChatApp
 from c2c_mlx.tui.conversation import RIVALS, Conversation
@@ -69,19 +68,11 @@ def opened(
 
 def _placed(pair: Pair) -> Pair:
     """With folders by their whole paths, for the session may be taken up in another folder."""
-
-    def placed(name: str) -> str:
-        folder = os.path.abspath(os.path.expanduser(name))
-        return folder if os.path.isdir(folder) else name
-
-    def model(name: str) -> str:
-        return name if registry.find_model(name) else placed(name)
-
     return replace(
         pair,
-        receiver=model(pair.receiver),
-        sharers=tuple(map(model, pair.sharers)),
-        fusers=tuple(map(placed, pair.fusers)),
+        receiver=registry.placed(pair.receiver),
+        sharers=tuple(map(registry.placed, pair.sharers)),
+        fusers=tuple(map(paths.placed, pair.fusers)),
     )
 
 

@@ -45,6 +45,12 @@ def downloads(name: str) -> Path:
     return cache_home() / "downloads" / name
 
 
+def placed(name: str) -> str:
+    """A folder's whole path, by which it is found from anywhere; any other name as it is."""
+    folder = os.path.abspath(os.path.expanduser(name))
+    return folder if os.path.isdir(folder) else name
+
+
 def size(folder: Path) -> int:
     """Bytes of all files in a folder; what a link leads to counts once it is in there, too."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())

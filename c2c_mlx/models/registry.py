@@ -14,6 +14,7 @@ from typing import Any
 
 from c2c_mlx.config import from_dict
 from c2c_mlx.errors import C2CError
+from c2c_mlx.models import paths
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _FILE = WEIGHTS / "registry.toml"
@@ -94,6 +95,11 @@ def find_model(alias: str) -> ModelEntry | None:
     embedded = _embedded(table) if is_embedded else None
     description, licence, base = (table[key] for key in _OF_ALL)
     return ModelEntry(alias, description, licence, base, table.get("hub"), embedded)
+
+
+def placed(model: str) -> str:
+    """A model argument that means the same in any folder: an alias, a whole path, or a hub id."""
+    return model if find_model(model) else paths.placed(model)
 
 
 def alias_of(model: str) -> str | None:

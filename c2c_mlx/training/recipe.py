@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from c2c_mlx.atomic import write_text
 from c2c_mlx.errors import C2CError
-from c2c_mlx.models import hub
-from c2c_mlx.training.run import ARGUMENTS, BESIDE
+from c2c_mlx.models import hub, paths, registry
+from c2c_mlx.training.run import ARGUMENTS, BESIDE, named
 
 FOLDER = Path(__file__).parent / "recipes"
 FILE = "run.yaml"  # in a run's folder: what it was told, to be resumed by and to be copied
@@ -19,6 +20,19 @@ _ONLINE, _OFFLINE = "chat", "reading"  # what is trained on where nobody says
 ASKING = "asking the hub"  # a thread's name
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _PATIENCE = 5.0  # seconds that the hub has to answer
+
+
+def _placed(data: list[str]) -> list[str]:
+    names = [named(text)[0] for text in data]
+    return [paths.placed(n) + text.removeprefix(n) for n, text in zip(names, data, strict=True)]
+
+
+_PLACED: dict[str, Callable[[Any], Any]] = {  # what may be a folder
+    "sharer": registry.placed,
+    "receiver": registry.placed,
+    "fuser": paths.placed,
+    "data": _placed,
+}
 
 
 def names() -> list[str]:
@@ -43,14 +57,14 @@ def read(name: str) -> dict[str, Any]:
         raise C2CError(f"{path}: unknown key '{unknown[0]}' (known: {listed})")
     values.pop(_WHY, None)
     if isinstance(data := values.get("data"), dict):
-        values["data"] = [f"{source}={weight}" for source, weight in data.items()]
+        values["data"] = [k if weight is None else f"{k}={weight}" for k, weight in data.items()]
     elif isinstance(data, str):
         values["data"] = [data]
     return values
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
-    """Writes down what a run was told, as `read` reads it.
+    """Writes down what a run was told, as `read` reads it, to be resumed from any folder.
 
     Raises:
         C2CError: if the disk won't have it.
@@ -58,6 +72,9 @@ def write(path: Path, values: dict[str, Any]) -> None:
     import yaml  # type: ignore[import-untyped]
 
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    for key, placed in _PLACED.items():
+        if key in plain:
+            plain[key] = placed(plain[key])
     write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 

@@ -5,6 +5,7 @@ No MLX here: `--help` and the app's forms need this alone.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -104,9 +105,9 @@ class RunConfig:
         """Each source's name, and its weight if one was given.
 
         Raises:
-            C2CError: for a weight that is not above zero.
+            C2CError: for a weight that is no number above zero.
         """
-        return [_named(text) for text in self.data]
+        return [named(text) for text in self.data]
 
 
 TRAIN = tuple(f.name for f in fields(TrainConfig))
@@ -125,13 +126,17 @@ def described(values: dict[str, Any]) -> RunConfig:
     return from_dict(RunConfig, rest | {"train": train}, "arguments")
 
 
-def _named(text: str) -> tuple[str, float | None]:
-    """DATA or DATA=WEIGHT."""
+def named(text: str) -> tuple[str, float | None]:
+    """The source and its weight, of DATA or DATA=WEIGHT.
+
+    Raises:
+        C2CError: for a weight that is no number above zero.
+    """
     name, _, number = text.rpartition("=")
     try:
         name, weight = (name, float(number)) if name else (text, None)
     except ValueError:
         name, weight = text, None
-    if weight is not None and not weight > 0:
-        raise C2CError(f"--data {text}: the weight must be above zero")
+    if weight is not None and not 0 < weight < math.inf:
+        raise C2CError(f"--data {text}: the weight must be a number above zero")
     return name, weight

@@ -319,3 +319,8 @@ def test_a_number_is_one_however_it_is_written(tmp_path: Path, text: str) -> Non
     (tmp_path / "run.yaml").write_text(f"learning_rate: {text}\nout: 5e-4x")
     found = recipe.read(str(tmp_path / "run.yaml"))
     assert found == {"learning_rate": 0.0005, "out": "5e-4x"}
+
+
+def test_data_may_have_a_weight_or_none(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: {chats: 0.8, more: }")
+    assert recipe.read(str(tmp_path / "run.yaml"))["data"] == ["chats=0.8", "more"]

@@ -147,7 +147,8 @@ def test_a_mistake_in_the_file_is_one_line(
         ([], "--sharer is missing"),
         ([*PAIR, "--data", "nothing here", "--out", "o"], "no train.jsonl there"),
         ([*PAIR, "--data", "org/name", "--out", "o"], "pip install 'c2c-mlx[datasets]'"),
-        ([*PAIR, "--data", ".=0", "--out", "o"], "the weight must be above zero"),
+        ([*PAIR, "--data", ".=0", "--out", "o"], "the weight must be a number above zero"),
+        ([*PAIR, "--data", ".=inf", "--out", "o"], "the weight must be a number above zero"),
         (["--config", "missing.yaml"], "cannot read missing.yaml"),
         ([*PAIR, "--data", ".", "--zero-sharer"], "name its --out"),
         (["--plot", "nowhere"], "no metrics.jsonl there"),
@@ -394,6 +395,19 @@ def test_a_run_is_resumed_as_it_was_or_not_at_all(call: Call, chats: Path, tmp_p
     code, err = call(*run, "--resume", "--iters", "14")
     assert code == 0 and "iters was 12, is 14 from here on" in err
     assert Fuser.load(tmp_path / "run").provenance.steps == 14
+
+
+def test_a_run_is_resumed_from_any_folder(
+    call: Call, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pair = [name if name.startswith("--") else os.path.relpath(name) for name in PAIR]
+    out = tmp_path / "run"
+    assert call(*pair, *SHORT, "--iters", "4", "--data", "chats=2", "--out", out)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    code, err = call("--resume", "--out", out)
+    assert code == 0 and "finished already: 4 steps" in err
 
 
 def test_a_finished_run_without_its_verdict_is_judged(
