@@ -90,13 +90,12 @@ def shrink(args: argparse.Namespace, find: Callable[[str], object], program: str
     shrunk.write(trainer.folder, found)
     for line in shrunk.lines(found):
         print(one_line(line))
-    ask = f"c2c-eval --sharer {args.sharer} --receiver {args.receiver} --task FILE --mode c2c"
-    print(
-        "the change of an evaluation: "
-        f"{ask} --fuser {args.fuser} --json big.json; "
-        f"{ask} --fuser {trainer.folder} --json small.json; "
-        "c2c-eval --compare small.json big.json"
+    ask = ["c2c-eval", "--sharer", args.sharer, "--receiver", args.receiver, "--task", "FILE"]
+    asked = "; ".join(
+        shlex.join([*ask, "--mode", "c2c", "--fuser", str(fuser), "--json", file])
+        for fuser, file in ((args.fuser, "big.json"), (trainer.folder, "small.json"))
     )
+    print(f"the change of an evaluation: {asked}; c2c-eval --compare small.json big.json")
 
 
 def _share(text: str) -> float:

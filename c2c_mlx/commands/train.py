@@ -18,7 +18,16 @@ from c2c_mlx.commands import Parser, run
 from c2c_mlx.config import TrainConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.training import recipe
-from c2c_mlx.training.run import ARGUMENTS, BESIDE, PRESETS, TRAIN, RunConfig, described
+from c2c_mlx.training.run import (
+    ARGUMENTS,
+    BESIDE,
+    PRESETS,
+    TRACKERS,
+    TRAIN,
+    RunConfig,
+    check_tracker,
+    described,
+)
 
 if TYPE_CHECKING:
     from c2c_mlx.training.trainer import Trainer
@@ -76,7 +85,6 @@ models, chats or settings. What is reported and kept may change, and --iters: th
 follows the new length. With --time it keeps the number of steps that was planned.
 """
 
-TRACKERS = ("wandb", "swanlab")
 ANSWERERS = ("receiver", "sharer")
 
 
@@ -221,8 +229,8 @@ def carry_out(
     """
     told = dict(values)
     track, limit = (values.pop(name, None) for name in BESIDE)
-    if track not in (None, *TRACKERS):
-        raise C2CError(f"'track' must be one of {', '.join(TRACKERS)}")
+    if track is not None:
+        check_tracker(track)
     deadline = began + _seconds(str(limit)) if limit is not None else None
     if deadline and "iters" in values:
         raise C2CError("--time finds the number of steps: leave --iters out, or --time")

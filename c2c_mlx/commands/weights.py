@@ -303,6 +303,7 @@ def _remove(args: argparse.Namespace) -> None:
     from c2c_mlx.models import registry
     from c2c_mlx.models.embedded.install import model_folder
     from c2c_mlx.models.paths import discard
+    from c2c_mlx.training.checkpoints import check_alone
 
     model = registry.find_model(args.name)
     if model and model.hub:
@@ -313,7 +314,9 @@ def _remove(args: argparse.Namespace) -> None:
     if entry and entry.shipped:
         raise C2CError(f"{args.name} is part of this installation and stays")
     is_known = store.find_remote(args.name) or args.name in dict(store.cached())
-    kept = trained.find(args.name) or (store.cached_folder(args.name) if is_known else None)
+    if run := trained.find(args.name):
+        check_alone(run)
+    kept = run or (store.cached_folder(args.name) if is_known else None)
     folder = model_folder(args.name) if model else kept
     if folder is None or not (freed := discard(folder)):
         raise C2CError(f"{args.name} is not in the cache; `{PROGRAM} list` shows what is")

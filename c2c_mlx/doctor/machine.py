@@ -73,18 +73,18 @@ def folders() -> dict[str, str]:
 
 
 def models() -> list[dict[str, Any]]:
-    """The registry's models that are here, whole.
-
-    Raises:
-        C2CError: if one is damaged.
-    """
+    """The registry's models that are here, whole or damaged."""
     found = []
     for alias in registry.aliases():
         entry = registry.find_model(alias)
         assert entry is not None
-        if find_here(alias):
+        try:
+            more: dict[str, Any] | None = {} if find_here(alias) else None
+        except C2CError:  # its words hold a path, which is nobody else's business
+            more = {"fits": "damaged: delete it, and it is fetched again"}
+        if more is not None:
             here = hub.cached_size(entry.hub) if entry.hub else size(model_folder(alias))
-            found.append({"name": alias, "size_gb": _gb(here)})
+            found.append({"name": alias, "size_gb": _gb(here)} | more)
     return found
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from rich import progress as rich_progress
 from rich.console import Console
 
-from c2c_mlx.errors import C2CError
 from c2c_mlx.progress import Progress
 
 
@@ -29,10 +28,10 @@ class Display:
             file=sys.stderr, stderr=True, quiet=not is_first, highlight=False, soft_wrap=True
         )
         self.bar = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("{task.fields[figures]}"),
+            rich_progress.TextColumn("{task.fields[figures]}", markup=False),
             rich_progress.TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -104,16 +103,7 @@ class Display:
 
 
 def tracker(name: str, run: Path, config: dict[str, Any]) -> Any:
-    """Starts wandb or swanlab, which share the interface that is used here: log() and finish().
-
-    Raises:
-        C2CError: if the package is not installed.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ImportError:
-        raise C2CError(
-            f"--track {name}: the package is missing; pip install 'c2c-mlx[{name}]'"
-        ) from None
+    """Starts wandb or swanlab, which share the interface that is used here: log() and finish()."""
+    module = importlib.import_module(name)
     module.init(project="c2c-mlx", name=run.name, config=config)
     return module

@@ -5,6 +5,7 @@ No MLX here: `--help` and the app's forms need this alone.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -113,6 +114,7 @@ class RunConfig:
 TRAIN = tuple(f.name for f in fields(TrainConfig))
 ARGUMENTS = (*(f.name for f in fields(RunConfig) if f.name not in ("train", "given")), *TRAIN)
 BESIDE = ("track", "time")  # what a recipe may also have
+TRACKERS = ("wandb", "swanlab")
 
 
 def described(values: dict[str, Any]) -> RunConfig:
@@ -124,6 +126,18 @@ def described(values: dict[str, Any]) -> RunConfig:
     rest = {name: value for name, value in values.items() if name not in TRAIN}
     train = {name: value for name, value in values.items() if name in TRAIN}
     return from_dict(RunConfig, rest | {"train": train}, "arguments")
+
+
+def check_tracker(name: str) -> None:
+    """Looks for a package that hears of a run.
+
+    Raises:
+        C2CError: if it is none that is known, or not installed.
+    """
+    if name not in TRACKERS:
+        raise C2CError(f"'track' must be one of {', '.join(TRACKERS)}")
+    if importlib.util.find_spec(name) is None:
+        raise C2CError(f"--track {name}: the package is missing; pip install 'c2c-mlx[{name}]'")
 
 
 def named(text: str) -> tuple[str, float | None]:

@@ -209,6 +209,9 @@ def test_the_doctor_fetches_nothing(hub: Hub, home: Path, call: Call) -> None:
         "qwen+llama": True,
     }
     assert hub.requests == []
+    torn = find_folder("qwen") / "model.safetensors.index.json"
+    torn.write_text('{"weight_map": {')
+    assert "damaged" in machine.models()[0]["fits"]
 
 
 def test_what_is_not_there(hub: Hub, home: Path, call: Call) -> None:

@@ -213,7 +213,7 @@ def call(tiny: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> Call:
 def test_a_small_fuser_is_one_like_any_other(
     call: Call, big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, recipe = tmp_path / "small", tmp_path / "run.yaml"
+    out, recipe = tmp_path / "a small one", tmp_path / "run.yaml"
     recipe.write_text("preset: tiny\nfuse_response: true\n")  # of a new fuser, which this is not
     given = ["--to", "30%", "--iters", "6", "--recipe", recipe]
     code, said, err = call(big, *given, "--out", out)
@@ -223,7 +223,7 @@ def test_a_small_fuser_is_one_like_any_other(
         "million parameters (2",
         "share of a first token: ",
         "loss on 9 chats that it did not learn from: ",
-        "c2c-eval --compare small.json big.json",
+        f"--mode c2c --fuser '{out}' --json small.json; c2c-eval --compare small.json big.json",
     ):
         assert text in said
     found = json.loads((out / "shrunk.json").read_text())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,7 +153,7 @@ def test_a_mistake_in_the_file_is_one_line(
         (["--config", "missing.yaml"], "cannot read missing.yaml"),
         ([*PAIR, "--data", ".", "--zero-sharer"], "name its --out"),
         (["--plot", "nowhere"], "no metrics.jsonl there"),
-        ([*PAIR, "--data", ".", "--out", "o", "--track", "wandb"], "pip install 'c2c-mlx[wandb]'"),
+        ([*PAIR, "--track", "wandb"], "pip install 'c2c-mlx[wandb]'"),
         (
             [*PAIR, "--data", ".", "--out", "o", "--prefill-cache", "train.jsonl"],
             "--prefill-cache train.jsonl: cannot make the folder",
@@ -580,6 +581,7 @@ def test_a_tracker_hears_every_report(
 ) -> None:
     heard: list[Any] = []
     service = ModuleType("swanlab")
+    service.__spec__ = ModuleSpec("swanlab", None)
     service.init = lambda **given: heard.append(given["config"]["iters"])  # type: ignore[attr-defined]
     service.log = lambda figures, step: heard.append(step)  # type: ignore[attr-defined]
     service.finish = lambda: heard.append("finished")  # type: ignore[attr-defined]
@@ -593,6 +595,8 @@ def test_a_terminal_gets_a_bar(
     call: Call, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Console, "is_terminal", True)
-    code, err = call(*PAIR, *SHORT, "--data", chats, "--out", tmp_path / "run")
+    sharer = shutil.copytree(TINY / "sharer", tmp_path / "no[/b]markup")
+    given = [*SHORT, "--sharer", sharer, *PAIR[2:], "--data", chats, "--out", tmp_path / "run"]
+    code, err = call(*given)
     assert code == 0 and "12/12" in err and "gates open" in err
     assert "step 4/12" not in err and "valid: c2c" in err

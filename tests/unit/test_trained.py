@@ -118,5 +118,8 @@ def test_train_without_a_place_then_list_and_remove(
     assert weights.main(["list"]) == 0
     listed = capsys.readouterr().out
     assert re.search(rf"\* {re.escape(name)} +\S+ \wB +trained here", listed)
+    with checkpoints.alone_in(folder):
+        assert weights.main(["remove", name]) == 2
+        assert "a run is going on there" in capsys.readouterr().err
     assert weights.main(["remove", name]) == 0
     assert trained.latest(receiver, sharer) is None
