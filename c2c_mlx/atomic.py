@@ -87,6 +87,18 @@ def appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_free(folder: Path) -> None:
+    """Makes sure that there is nothing in a folder but what a save left that was killed.
+
+    Raises:
+        C2CError: if there is.
+    """
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {STAGING}:
+        return
+    if folder.exists():
+        raise C2CError(f"{folder}: already exists; choose another folder or remove it first")
+
+
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
     """Yields an empty staging folder whose files replace those of `folder` when the block ends.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace, command: str) -> None:
     began = time.perf_counter()
+    args.out = Path(os.path.expanduser(args.out))
     task, items = _items(args)
     if args.pair and args.study != "pairs":
         raise C2CError("--pair belongs to c2c-study pairs; name a pair with --receiver, --sharer")

@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from c2c_mlx import atomic
 from c2c_mlx.commands import Parser, one_line, run, shrink
 from c2c_mlx.commands.status import Status
 from c2c_mlx.errors import C2CError
@@ -124,24 +126,23 @@ def _list(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     from c2c_mlx.fusers import disk
-    from c2c_mlx.fusers.card import layer_map_text
-    from c2c_mlx.fusion.fuser import parameters
+    from c2c_mlx.fusers.card import layer_map_text, tokens_text
+    from c2c_mlx.fusion.fuser import count
 
     folder = _find(args.fuser)
     fuser = disk.load(folder)
     config, provenance = disk.read_description(folder)
-    fuser.dequantise()
-    count = sum(w.size for w in parameters(fuser).values())
+    millions = count(replace(config, bits=0)) / 1e6
     rows = {
         "folder": str(folder),
         "receiver": _model(config.receiver),
         "sharer": _model(config.sharer),
         "layers": f"{layer_map_text(config)} (receiver from sharer)",
         "size": f"{_size((folder / disk.WEIGHTS).stat().st_size)}, "
-        f"{count / 1e6:.1f} million parameters: hidden {config.hidden_dim}, "
+        f"{millions:.1f} million parameters: hidden {config.hidden_dim}, "
         f"intermediate {config.intermediate_dim}, depth {config.depth}, {config.activation}"
         + (f", {config.bits} bits" if config.bits else ""),
-        "tokens": f"alignment {config.alignment}, positions {config.positions}",
+        "tokens": tokens_text(config),
         "source": provenance.source,
         "trained": _trained_on(config, provenance),
         "steps": str(provenance.steps or ""),
@@ -240,15 +241,21 @@ def _quantize(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from c2c_mlx.fusers import disk
+    from c2c_mlx.fusion.fuser import parameters
+    from c2c_mlx.fusion.project import GROUP
 
     folder, target = _find(args.fuser), Path(args.dst)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise C2CError(f"{target}: already exists; choose another folder or remove it first")
+    atomic.check_free(target)
     if disk.read_description(folder)[0].bits:
         raise C2CError(f"{args.fuser} is quantised already: start from the original")
     fuser = disk.load(folder)
     before = _change(fuser)
     fuser.quantise(args.bits)
+    if not any(name.endswith(".packed") for name in parameters(fuser)):
+        wide = f"hidden {fuser.config.hidden_dim}, intermediate {fuser.config.intermediate_dim}"
+        raise C2CError(
+            f"{args.fuser}: too narrow to be packed ({wide}; rows of {GROUP} are packed)"
+        )
     disk.save(fuser, target, mx.float16)
     difference = mx.linalg.norm(_change(disk.load(target)) - before)
     sizes = [(f / disk.WEIGHTS).stat().st_size for f in (folder, target)]

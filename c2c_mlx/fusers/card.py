@@ -59,7 +59,7 @@ receiver answers with what the sharer understood. Made with c2c-mlx.
 
 - Layers (receiver from sharer): {layer_map_text(config)}
 - {_size(config)}
-- Tokens: alignment {config.alignment}, fused positions {config.positions}
+- Tokens: {tokens_text(config)}
 {_origin(provenance)}"""
 
 
@@ -67,6 +67,12 @@ def _size(config: FuserConfig) -> str:
     text = f"Hidden {config.hidden_dim}, intermediate {config.intermediate_dim}"
     text += f", depth {config.depth}"
     return text + (f", quantised to {config.bits} bits" if config.bits else "")
+
+
+def tokens_text(config: FuserConfig) -> str:
+    """How the models' tokens meet, and which are fused, in one line."""
+    text = f"alignment {config.alignment}, fused positions {config.positions}"
+    return text + (", answers as they are written, too" if config.fuse_response else "")
 
 
 def layer_map_text(config: FuserConfig) -> str:

@@ -76,9 +76,7 @@ def convert(
             destination can't be written; nothing is left there.
     """
     src, dst = Path(src), Path(dst)
-    leftovers = {atomic.STAGING}
-    if dst.exists() and not (dst.is_dir() and {p.name for p in dst.iterdir()} <= leftovers):
-        raise C2CError(f"{dst}: already exists; choose another folder or remove it first")
+    atomic.check_free(dst)
     source = _open(src)
     with atomic.replacing(dst) as staging:
         _write_weights(staging / disk.WEIGHTS, source, progress)

@@ -51,6 +51,8 @@ def find_folder(
                 f"{folder} holds PyTorch weights: convert them, `c2c-weights convert {folder} DST`"
             )
         return folder
+    if folder.is_file():
+        raise C2CError(f"{folder} is a file: give the fuser's folder")
     entry = find_entry(name)
     if entry and entry.shipped:
         return entry.shipped

@@ -14,6 +14,7 @@ VALID = {
     "valid_shuffled_loss": "shuffled sharer",
     "valid_loss": "C2C",
 }
+ERRORS = {"valid_error_keys": "keys, of their change", "valid_error_values": "values, of theirs"}
 
 
 def plot(run: Path) -> Path:
@@ -31,8 +32,20 @@ def plot(run: Path) -> Path:
     except ImportError:
         raise C2CError("--plot needs matplotlib: pip install 'c2c-mlx[plot]'") from None
     figure = Figure(figsize=(9, 8), layout="constrained")
-    losses, rate, gates = figure.subplots(3, 1, sharex=True, height_ratios=(4, 1, 1))
-    _draw(losses, reports, "loss", "training", linewidth=0.8)
+    # A fuser that is made small learns to do as the big one does: its loss is of another kind.
+    is_small = any(ERRORS.keys() & report.keys() for report in reports)
+    heights = (4, 2, 1, 1) if is_small else (4, 1, 1)
+    losses, *errors, rate, gates = figure.subplots(
+        len(heights), 1, sharex=True, height_ratios=heights
+    )
+    what = "training: squared error, variances" if is_small else "training"
+    _draw((errors or [losses])[0], reports, "loss", what, linewidth=0.8)
+    for axes in errors:
+        for key, label in ERRORS.items():
+            _draw(axes, reports, key, f"validation: {label}", marker="o")
+        axes.set_ylabel("off from the big one")
+        axes.set_yscale("log")
+        axes.legend()
     for key, label in VALID.items():
         _draw(losses, reports, key, f"validation: {label}", marker="o")
     losses.set_ylabel("loss (nats per token)")

@@ -26,7 +26,7 @@ from c2c_mlx.config import FuserConfig
 from c2c_mlx.errors import C2CError
 from c2c_mlx.fusion.c2c import C2C
 from c2c_mlx.fusion.fuser import Fuser, count
-from c2c_mlx.fusion.project import ACTIVATIONS, Activation, block, inner, inputs, linear
+from c2c_mlx.fusion.project import ACTIVATIONS, GROUP, Activation, block, inner, inputs, linear
 from c2c_mlx.training import loss as step_loss
 from c2c_mlx.training.batch import collate
 from c2c_mlx.training.dataset import Example
@@ -34,7 +34,7 @@ from c2c_mlx.training.prefills import Prefiller
 
 POSITIONS = 4096  # that the small weights are fitted to, at most
 _RIDGE = 1e-3  # of the channels' mean energy; keeps a fit to few positions from running away
-_WHOLE = 8  # widths are multiples of it where that costs little
+_WHOLE = 8  # widths are multiples of it where that costs little, and of a group, to be packed
 
 Params = dict[str, Any]  # of one slice, in stacks of one: [1, ...]
 
@@ -58,14 +58,15 @@ def smaller(config: FuserConfig, share: float) -> FuserConfig:
         return replace(config, hidden_dim=hidden, intermediate_dim=inner)
 
     every = range(1, config.hidden_dim)
-    whole = count(config)
-    widest = bisect_right(every, share * whole, key=lambda hidden: count(narrowed(hidden)))
+    size = count(config)
+    widest = bisect_right(every, share * size, key=lambda hidden: count(narrowed(hidden)))
     if not widest:
         why = "it has a single channel"
         if every:
-            why = f"a single channel takes {count(narrowed(1)) / whole:.1%}"
+            why = f"a single channel takes {count(narrowed(1)) / size:.1%}"
         raise C2CError(f"--to {share:.3g}: this fuser can't be made so small, {why}")
-    return narrowed(widest - widest % _WHOLE if widest > 8 * _WHOLE else widest)
+    whole = GROUP if widest >= 2 * GROUP else _WHOLE if widest > 8 * _WHOLE else 1
+    return narrowed(widest - widest % whole)
 
 
 def read(

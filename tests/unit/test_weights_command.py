@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch_files import write_checkpoint
 
+from c2c_mlx import atomic
 from c2c_mlx.commands import one_line, run, weights
 from c2c_mlx.errors import C2CError
 
@@ -37,7 +38,7 @@ def test_convert_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for text in (
         "org/receiver (2 layers, 2 KV heads x 16), tokenizer unknown",
         "0-1 from 1-2",
-        "alignment same, positions all",
+        "alignment same, fused positions all",
         "converted from source",
         "4 of 4 open",
     ):
@@ -141,6 +142,7 @@ def test_quantize(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: str, share: str
 ) -> None:
     target = tmp_path / "quantised"
+    (target / atomic.STAGING).mkdir(parents=True)  # of a save that was killed
     assert weights.main(["quantize", SHIPPED, str(target), "--bits", bits]) == 0
     out = capsys.readouterr().out
     assert f"({share}" in out
