@@ -90,27 +90,6 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise C2CError(f"{path} is empty: it needs one JSON object per line")
 
 
-def read_rows(
-    path: Path,
-    unanswered: bool = False,
-    fields: Mapping[str, str] | None = None,
-    limit: int | None = None,
-) -> list[ChatRow]:
-    """Reads a file of chats; rows may also hold `answer_to` (text or messages), `own`, `cut`, `by`.
-
-    Args:
-        path: the file.
-        unanswered: whether rows without an answer are let through.
-        fields: what the file calls the fields of a layout, see `layouts.renamed`.
-        limit: rows that are read, at most; None: all of them.
-
-    Raises:
-        C2CError: naming the file and the line that can't be read.
-    """
-    rows = islice(read_objects(path), limit)
-    return [_row(renamed(row, fields or {}), where, unanswered) for where, row in rows]
-
-
 def read_source(
     name: str,
     unanswered: bool = False,
@@ -118,6 +97,8 @@ def read_source(
     limit: int | None = None,
 ) -> tuple[list[ChatRow], list[ChatRow]]:
     """Chats to learn from, and to measure on if there are any, from a folder or the hub.
+
+    Rows may also hold `answer_to` (text or messages), `own`, `cut` and `by`.
 
     Args:
         name: a folder with `train.jsonl` and perhaps `valid.jsonl`, either perhaps packed

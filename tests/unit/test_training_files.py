@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from c2c_mlx.errors import C2CError
-from c2c_mlx.training.files import ChatRow, read_hub, read_rows, read_source
+from c2c_mlx.training.files import ChatRow, read_hub, read_objects, read_source
 from c2c_mlx.training.layouts import chat_of
 
 
@@ -26,6 +26,11 @@ def assistant(content: str) -> dict[str, str]:
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def read_rows(path: Path, **options: Any) -> list[ChatRow]:
+    assert path.name == "train.jsonl"
+    return read_source(str(path.parent), **options)[0]
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -50,15 +55,15 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
 
 
 def test_a_mark_of_utf_8_at_the_beginning_is_no_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", '\ufeff{"prompt": "q", "completion": "a"}')
+    path = write(tmp_path / "train.jsonl", '\ufeff{"prompt": "q", "completion": "a"}')
     assert read_rows(path) == [ChatRow([user("q"), assistant("a")])]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_array_is_called_so(tmp_path: Path, indent: int | None) -> None:
     rows = [{"prompt": "q", "completion": "a"}]
-    path = write(tmp_path / "t.jsonl", json.dumps(rows, indent=indent))
-    with pytest.raises(C2CError, match=r"is one array: .* `jq -c '\.\[\]' t\.jsonl`"):
+    path = write(tmp_path / "train.jsonl", json.dumps(rows, indent=indent))
+    with pytest.raises(C2CError, match=r"is one array: .* `jq -c '\.\[\]' train\.jsonl`"):
         read_rows(path)
 
 
@@ -89,13 +94,15 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("row", "asked"), LAYOUTS)
 def test_layouts_that_are_known(tmp_path: Path, row: Any, asked: str) -> None:
-    assert read_rows(write(tmp_path / "t.jsonl", row)) == [ChatRow([user(asked), assistant("a")])]
+    assert read_rows(write(tmp_path / "train.jsonl", row)) == [
+        ChatRow([user(asked), assistant("a")])
+    ]
 
 
 def test_a_conversation_keeps_its_system_prompt_and_its_turns(tmp_path: Path) -> None:
     turns = [("system", "s"), ("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")]
     row = {"conversations": [{"from": who, "value": text, "weight": 1} for who, text in turns]}
-    [chat] = read_rows(write(tmp_path / "t.jsonl", row))
+    [chat] = read_rows(write(tmp_path / "train.jsonl", row))
     assert chat.messages == [
         {"role": "system", "content": "s"},
         *(user("q"), assistant("a"), user("r"), assistant("b")),
@@ -170,7 +177,9 @@ def test_what_a_question_is_about_comes_along(
 
 
 def test_a_field_has_another_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", {"query": "q", "reply": "a"}, {"prompt": "p", "reply": "b"})
+    path = write(
+        tmp_path / "train.jsonl", {"query": "q", "reply": "a"}, {"prompt": "p", "reply": "b"}
+    )
     rows = read_rows(path, fields={"prompt": "query", "completion": "reply"})
     assert rows == [ChatRow([user("q"), assistant("a")]), ChatRow([user("p"), assistant("b")])]
 
@@ -229,12 +238,12 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: Any, message: 
 
 def test_a_file_that_cannot_be_read_or_is_empty(tmp_path: Path) -> None:
     with pytest.raises(C2CError, match="cannot read .*missing.jsonl: No such file"):
-        read_rows(tmp_path / "missing.jsonl")
+        list(read_objects(tmp_path / "missing.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(C2CError, match=r"cannot read .*latin\.jsonl"):
-        read_rows(tmp_path / "latin.jsonl")
+        list(read_objects(tmp_path / "latin.jsonl"))
     with pytest.raises(C2CError, match=r"empty\.jsonl is empty"):
-        read_rows(write(tmp_path / "empty.jsonl", ""))
+        list(read_objects(write(tmp_path / "empty.jsonl", "")))
 
 
 def test_a_file_is_not_looked_for_on_the_hub(
