@@ -6,6 +6,7 @@ Nothing here imports MLX or Textual at module level, so that `--help` answers at
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -58,6 +59,9 @@ def run(body: Callable[[], int | None], program: str) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:  # a text where a name should stand
+            print(f"{program}: {e.strerror}: {one_line(str(e.filename))[:40]}...", file=sys.stderr)
+            return 2
         is_full = e.errno in FULL
         if not is_full and not isinstance(e, BrokenPipeError):
             raise

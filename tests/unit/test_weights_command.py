@@ -129,6 +129,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(KeyboardInterrupt()) == 130
     assert raising(C2CError("two\nlines \x1b[31m")) == 2
     assert capsys.readouterr().err == "program: two lines  [31m\n"
+    assert weights.main(["verify", "a prompt, not a fuser " * 20]) == 2
+    assert capsys.readouterr().err.startswith("c2c-weights: File name too long: a prompt, not a")
     with pytest.raises(ZeroDivisionError):
         raising(ZeroDivisionError())
 
