@@ -48,7 +48,7 @@ def downloads(name: str) -> Path:
 def placed(name: str) -> str:
     """A folder's whole path, by which it is found from anywhere; any other name as it is."""
     folder = os.path.abspath(os.path.expanduser(name))
-    return folder if os.path.isdir(folder) else name
+    return folder if name and os.path.isdir(folder) else name
 
 
 def size(folder: Path) -> int:

@@ -444,6 +444,8 @@ def test_an_answer_that_is_all_thoughts_has_figures(
 ) -> None:
     monkeypatch.setattr(thoughts, "BUDGET", 9)
     able = [replace(lm, tokenizer=thinker(lm, "assistant", "<no>")) for lm in (receiver, sharer)]
+    for lm in able:
+        lm.tokenizer.eos_token_ids = set()  # it goes on to think
     session = ChatSession(*able, fuser, sampling=SAMPLING)
     _, finished = ask(session, "Who wrote it?", mode)
     assert (finished.text, finished.reason) == ("", "length")

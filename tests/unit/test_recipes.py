@@ -321,6 +321,11 @@ def test_a_number_is_one_however_it_is_written(tmp_path: Path, text: str) -> Non
     assert found == {"learning_rate": 0.0005, "out": "5e-4x"}
 
 
+def test_what_is_left_empty_is_no_folder(tmp_path: Path) -> None:
+    recipe.write(tmp_path / "run.yaml", {"fuser": "", "data": [str(tmp_path)]})
+    assert recipe.read(str(tmp_path / "run.yaml")) == {"fuser": "", "data": [str(tmp_path)]}
+
+
 def test_data_may_have_a_weight_or_none(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("data: {chats: 0.8, more: }")
     assert recipe.read(str(tmp_path / "run.yaml"))["data"] == ["chats=0.8", "more"]
