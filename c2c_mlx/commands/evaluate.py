@@ -39,8 +39,6 @@ An interrupted run leaves OUT.partial.jsonl; the same command continues it. --co
 item, and needs no model.
 """
 
-_PROMPTS_ALONE = "the fuser was made for answers, too; here prompts alone are fused"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: parses arguments, evaluates, returns an exit code."""
@@ -150,9 +148,7 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
                 tokens=longest // 3 + 64 + relayed + settings["max_tokens"],
                 batch=args.batch_size,
             )
-            if for_answers := any(fuser.config.fuse_response for fuser in loaded.fusers):
-                status.close()
-                print(f"{PROGRAM}: {_PROMPTS_ALONE}", file=sys.stderr)
+            note = pair.prompts_alone(loaded, PROGRAM, status)
             modes = Modes(
                 loaded.receiver,
                 loaded.sharers,
@@ -199,8 +195,8 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         "versions": about.versions(),
         "settings": settings,
     }
-    if for_answers:
-        facts["note"] = _PROMPTS_ALONE
+    if note:
+        facts["note"] = note
     found = report.summarise(task, items, records, facts, args.seed)
     print(f"{args.task}: {len(items)} items\n\n{report.tables(found, every_group=False)}")
     if args.json:

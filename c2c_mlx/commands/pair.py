@@ -150,3 +150,13 @@ def load(
         [disk.load(folder, pair.fuser_bits) for folder in fusers],
         need,
     )
+
+
+def prompts_alone(loaded: Loaded, program: str, status: Status) -> str:
+    """Says, and returns, that more could be fused than a command fuses; empty if it could not."""
+    if not any(fuser.config.fuse_response for fuser in loaded.fusers):
+        return ""
+    status.close()
+    note = "the fuser was made for answers, too; here prompts alone are fused"
+    print(f"{program}: {note}", file=sys.stderr)
+    return note

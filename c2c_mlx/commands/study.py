@@ -213,6 +213,7 @@ def _work(
     fusers = [about.digest_of_file(disk.locate(folder, disk.WEIGHTS)) for folder in folders]
     kept = log(args.study, **asdict(who) | {"sharers": list(who.sharers), "fusers": fusers})
     loaded = pair.load(who, folders, len(folders) or n_sharers, status)
+    pair.prompts_alone(loaded, PROGRAM, status)
     return Work(
         receiver=loaded.receiver,
         sharers=loaded.sharers,
@@ -289,6 +290,7 @@ def _load(name: str, one: Pair, twin: str | None, status: Status) -> Pairing:
         for found in (folders, twins)
     )
     loaded = pair.load(one, folders, 1, status)
+    pair.prompts_alone(loaded, PROGRAM, status)
     return Pairing(
         name,
         loaded.receiver,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from c2c_mlx.evaluation.files import choice_item
 from c2c_mlx.evaluation.reference import Reference
 from c2c_mlx.evaluation.runner import Log
 from c2c_mlx.evaluation.task import Item
+from c2c_mlx.fusers.disk import CONFIG
 from c2c_mlx.fusion import kv
 from c2c_mlx.studies import enrich, gates, layers, mapping, rank, transform
 from c2c_mlx.studies.examples import Enriching, with_examples
@@ -473,6 +475,15 @@ def test_a_mistake_is_one_line(
     assert call(*arguments) == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith("c2c-study: ") and err.count("\n") == 1
+
+
+def test_of_a_fuser_for_answers_prompts_alone_are_studied(
+    call: Callable[..., int], tiny_pair: Pair, tmp_path: Path, capsys: Any
+) -> None:
+    config = json.loads((shutil.copytree(tiny_pair.fusers[0], tmp_path / "f") / CONFIG).read_text())
+    (tmp_path / "f" / CONFIG).write_text(json.dumps(config | {"fuse_response": True}))
+    assert call("rank", fuser=str(tmp_path / "f")) == 0
+    assert "prompts alone are fused" in capsys.readouterr().err
 
 
 def test_a_full_memory_and_an_interrupted_gpu_are_one_line(
