@@ -48,8 +48,9 @@ def _stamp(name: str) -> tuple[int, int] | None:
 
 def names() -> list[str]:
     """All saved sessions, the latest first."""
-    files = folder().glob("[!.]*.json")
-    return [p.stem for p in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True)]
+    stamps = {p.stem: _stamp(p.stem) for p in folder().glob("[!.]*.json")}
+    there = {name: stamp for name, stamp in stamps.items() if stamp}  # not just deleted elsewhere
+    return sorted(there, key=lambda name: there[name][1], reverse=True)
 
 
 # --- one app at a time ----------------------------------------------------------------------
