@@ -31,6 +31,7 @@ _PLACED: dict[str, Callable[[Any], Any]] = {  # what may be a folder
     "sharer": registry.placed,
     "receiver": registry.placed,
     "fuser": paths.placed,
+    "prefill_cache": paths.placed,
     "data": _placed,
 }
 

@@ -404,11 +404,12 @@ def test_a_run_is_resumed_from_any_folder(
     monkeypatch.chdir(tmp_path)
     pair = [name if name.startswith("--") else os.path.relpath(name) for name in PAIR]
     out = tmp_path / "run"
-    assert call(*pair, *SHORT, "--iters", "4", "--data", "chats=2", "--out", out)[0] == 0
+    given = ["--data", "chats=2", "--prefill-cache", "kept", "--iters", "4", "--out", out]
+    assert call(*pair, *SHORT, *given)[0] == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     code, err = call("--resume", "--out", out)
-    assert code == 0 and "finished already: 4 steps" in err
+    assert code == 0 and "finished already: 4 steps" in err and not [*Path().iterdir()]
 
 
 def test_a_finished_run_without_its_verdict_is_judged(
