@@ -13,6 +13,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from c2c_mlx.fusion.project import gelu
+
 Map = Callable[[np.ndarray], np.ndarray]  # [N, in] -> [N, out]
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the mean squared channel; chosen on rows that are kept out
@@ -66,9 +68,9 @@ def network(x: np.ndarray, y: np.ndarray, kept_out: np.ndarray, seed: int) -> Ma
     mx.random.seed(seed)
     model = nn.Sequential(
         nn.Linear(x.shape[1], HIDDEN),
-        nn.GELU(),
+        gelu,
         nn.Linear(HIDDEN, HIDDEN),
-        nn.GELU(),
+        gelu,
         nn.Linear(HIDDEN, y.shape[1]),
     )
     optimiser = optim.AdamW(optim.cosine_decay(RATE, STEPS), weight_decay=0.01)

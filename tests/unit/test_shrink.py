@@ -327,7 +327,7 @@ def test_ctrl_c_leaves_a_fuser_and_resume_goes_on(
     call: Call, tiny: Path, big: Path, chats: Path, tmp_path: Path
 ) -> None:
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    common = ["--to", "30%", "--iters", "60"]
+    common = ["--to", "30%", "--iters", "30"]
     command = [sys.executable, "-m", "c2c_mlx.commands.weights", "shrink", str(big)]
     command += ["--data", str(chats), "--batch-size", "4", "--sharer", str(tiny / "sharer")]
     command += ["--receiver", str(tiny / "receiver"), *common, "--out", str(cut)]
@@ -341,7 +341,7 @@ def test_ctrl_c_leaves_a_fuser_and_resume_goes_on(
     assert process.returncode == 130, said
     assert "Traceback" not in "".join(said)
     stopped = Fuser.load(cut)
-    assert 10 <= stopped.provenance.steps < 60
+    assert 10 <= stopped.provenance.steps < 30
     code, out, err = call(big, *common, "--out", cut, "--resume")
     assert code == 0 and "loss on 9 chats" in out, err
     assert call(big, *common, "--out", whole)[0] == 0

@@ -90,6 +90,12 @@ MakeWork = Callable[..., Work]
 
 
 @pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network of `transform` learns for as long as it takes to see that it does."""
+    monkeypatch.setattr(mapping, "STEPS", mapping.CHECK)
+
+
+@pytest.fixture
 def make(receiver: LanguageModel, sharer: LanguageModel) -> MakeWork:
     def make(**options: Any) -> Work:
         fields: dict[str, Any] = {
@@ -235,6 +241,7 @@ def test_what_is_not_there_is_not_found() -> None:
     assert mapping.error(found, rng.normal(size=(200, 7)), y.mean(axis=0)) > 0.9
 
 
+@pytest.mark.usefixtures("short")
 def test_a_receiver_maps_into_itself(make: MakeWork, receiver: LanguageModel) -> None:
     found = transform.run(make(sharers=[receiver]))
     exact, mean = found["errors"]["least squares"], found["errors"]["mean"]
@@ -290,6 +297,7 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_read(
     assert not work.log.records
 
 
+@pytest.mark.usefixtures("short")
 def test_another_model_maps_worse_than_oneself_and_attention_says_so(make: MakeWork) -> None:
     work = make()
     found = transform.run(work)
@@ -408,6 +416,7 @@ def call(tiny_pair: Pair, task: str, tmp_path: Path) -> Iterator[Callable[..., i
     yield call
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("study", command.STUDIES)
 def test_every_study_leaves_its_three_files(
     call: Callable[..., int], study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
