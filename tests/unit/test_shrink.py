@@ -209,9 +209,16 @@ def chats(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(tiny: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+def few(tmp_path: Path) -> Path:
+    """A recipe of few answers for the verdict, which would take most of the time."""
+    (tmp_path / "few.yaml").write_text("answers: 2\n")
+    return tmp_path / "few.yaml"
+
+
+@pytest.fixture
+def call(tiny: Path, chats: Path, few: Path, capsys: pytest.CaptureFixture[str]) -> Call:
     def call(fuser: object, *arguments: object, data: object = chats) -> tuple[int, str, str]:
-        command = ["shrink", fuser, "--data", data, "--batch-size", "4"]
+        command = ["shrink", fuser, "--data", data, "--batch-size", "4", "--recipe", few]
         command += ["--sharer", tiny / "sharer", "--receiver", tiny / "receiver", *arguments]
         code = weights.main([str(a) for a in command])
         return code, *capsys.readouterr()
@@ -324,12 +331,13 @@ def test_a_share_is_between_nothing_and_all(share: str, capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_fuser_and_resume_goes_on(
-    call: Call, tiny: Path, big: Path, chats: Path, tmp_path: Path
+    call: Call, tiny: Path, big: Path, chats: Path, few: Path, tmp_path: Path
 ) -> None:
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     common = ["--to", "30%", "--iters", "30"]
     command = [sys.executable, "-m", "c2c_mlx.commands.weights", "shrink", str(big)]
-    command += ["--data", str(chats), "--batch-size", "4", "--sharer", str(tiny / "sharer")]
+    command += ["--data", str(chats), "--batch-size", "4", "--recipe", str(few)]
+    command += ["--sharer", str(tiny / "sharer")]
     command += ["--receiver", str(tiny / "receiver"), *common, "--out", str(cut)]
     said: list[str] = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
