@@ -84,7 +84,7 @@ def stopped_run(pair: Pair, tmp_path: Path, eval_every: int = 1, steps: int = 2)
     values = {
         **{"sharer": pair.sharers[0], "receiver": pair.receiver, "data": [str(data)]},
         **{"out": str(out), "preset": "tiny", "iters": 4, "save_every": 1},
-        **{"eval_every": eval_every, "report_every": 1},
+        **{"eval_every": eval_every, "report_every": 1, "answers": 2},
     }
     with Display(4) as display:
         trainer = assemble(described(values), display, resume=False, source="test")

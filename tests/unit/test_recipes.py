@@ -31,6 +31,7 @@ from c2c_mlx.tui.session_file import SessionFile
 TINY = Path(__file__).parents[1] / "golden" / "data" / "e2e" / "qwen3_llama"
 PAIR = ["--sharer", str(TINY / "sharer"), "--receiver", str(TINY / "receiver")]
 SHORT = ["--iters", "4", "--batch-size", "4", "--preset", "tiny", "--rows", "3"]
+SHORT += ["--answers", "2"]
 DATA_SET = "databricks/databricks-dolly-15k"
 
 Call = Callable[..., tuple[int, str, str]]
