@@ -77,8 +77,6 @@ def appearing(folder: Path) -> Iterator[Path]:
     unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         yield unfinished
-        for path in (*unfinished.rglob("*"), unfinished):
-            _flush(path)
         unfinished.chmod(0o755)  # mkdtemp's 0o700 would keep a shared cache from other users
         for path in [*unfinished.rglob("*"), unfinished]:
             _flush(path)  # or a loss of power leaves the name with empty files behind it

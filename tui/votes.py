@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args
 
+from c2c_mlx import atomic
 from c2c_mlx.errors import C2CError
 from c2c_mlx.events import Loaded
 from c2c_mlx.models import paths
@@ -47,14 +47,7 @@ def cast(vote: Vote) -> None:
     """
     record = asdict(vote) | {"time": f"{datetime.now():%Y-%m-%dT%H:%M:%S}"}
     try:
-        path().parent.mkdir(parents=True, exist_ok=True)
-        line = (json.dumps(record) + "\n").encode()
-        # One write in append mode: two apps may vote at once.
-        handle = os.open(path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
+        atomic.append(path(), json.dumps(record) + "\n")
     except OSError as e:
         raise C2CError(
             f"{path()} cannot be written ({e.strerror or e}): the vote is lost"

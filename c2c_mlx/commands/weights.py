@@ -138,7 +138,7 @@ def _show(args: argparse.Namespace) -> None:
         "receiver": _model(config.receiver),
         "sharer": _model(config.sharer),
         "layers": f"{layer_map_text(config)} (receiver from sharer)",
-        "size": f"{_size((folder / disk.WEIGHTS).stat().st_size)}, "
+        "size": f"{_size(disk.locate(folder, disk.WEIGHTS).stat().st_size)}, "
         f"{millions:.1f} million parameters: hidden {config.hidden_dim}, "
         f"intermediate {config.intermediate_dim}, depth {config.depth}, {config.activation}"
         + (f", {config.bits} bits" if config.bits else ""),
@@ -258,7 +258,7 @@ def _quantize(args: argparse.Namespace) -> None:
         )
     disk.save(fuser, target, mx.float16)
     difference = mx.linalg.norm(_change(disk.load(target)) - before)
-    sizes = [(f / disk.WEIGHTS).stat().st_size for f in (folder, target)]
+    sizes = [disk.locate(f, disk.WEIGHTS).stat().st_size for f in (folder, target)]
     error = (difference / mx.maximum(mx.linalg.norm(before), 1e-12)).item()
     _print(
         f"{target}: {_size(sizes[1])} of {_size(sizes[0])} ({sizes[1] / sizes[0]:.2f}); what it "
@@ -299,7 +299,7 @@ def _verify(args: argparse.Namespace) -> None:
         return
     folder = _find(args.fuser)
     fuser = disk.load(folder)
-    with (folder / disk.WEIGHTS).open("rb") as file:
+    with disk.locate(folder, disk.WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     tensors = parameters(fuser)
     _print(f"{folder}: {len(tensors)} tensors as described, all finite, sha256 {digest}")

@@ -239,6 +239,13 @@ def test_the_export_holds_figures_and_gates(talk: Conversation) -> None:
     assert json.loads(session_file.to_json(talk))["turns"][0]["takes"][0]["reports"][0]["gates"]
 
 
+def test_a_vote_behind_a_torn_line_counts(home: Path) -> None:
+    votes.path().parent.mkdir(parents=True, exist_ok=True)
+    votes.path().write_text('{"choice": "c2')
+    votes.cast(votes.Vote("c2c", "r", "s", "f", modified=False))
+    assert votes.summary("r", "s", "f").startswith("1 blind vote")
+
+
 def test_votes_are_counted_per_pair_and_unmodified_fuser(home: Path) -> None:
     pair = ("r", "s", "f")
     assert "no blind votes" in votes.summary(*pair)

@@ -159,6 +159,20 @@ def test_quantize(
     assert "already exists" in capsys.readouterr().err
 
 
+def test_what_was_saved_counts_before_it_is_in_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "fuser"
+    assert weights.main(["quantize", SHIPPED, str(target)]) == 0
+    assert weights.main(["verify", str(target)]) == 0
+    told = capsys.readouterr().out.rpartition("sha256")[2]
+    (target / atomic.STAGED).mkdir()
+    for file in ("config.json", "fuser.safetensors", "README.md"):
+        (target / file).rename(target / atomic.STAGED / file)  # as a loss of power may leave it
+    assert weights.main(["verify", str(target)]) == 0 == weights.main(["show", str(target)])
+    assert told and told in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Mac has no full device")
 def test_output_onto_a_full_disk_is_one_line() -> None:
     command = [sys.executable, "-m", "c2c_mlx.commands.weights", "list"]
