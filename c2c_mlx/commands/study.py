@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     if args.pair and args.study != "pairs":
         raise C2CError("--pair belongs to c2c-study pairs; name a pair with --receiver, --sharer")
     if args.pair and (args.receiver or args.sharer or args.fuser):
-        raise C2CError("--pair names the models and the fuser: leave out --receiver and the like")
+        raise C2CError("--pair names models and fuser: leave out --receiver, --sharer and --fuser")
     if len(args.sharer or ()) > 1 and args.study == "pairs":
         raise C2CError("c2c-study pairs reads one sharer at a time: name each with a --pair")
     _check_out(args.out)

@@ -78,13 +78,14 @@ def models() -> list[dict[str, Any]]:
     for alias in registry.aliases():
         entry = registry.find_model(alias)
         assert entry is not None
+        damage = {}
         try:
-            more: dict[str, Any] | None = {} if find_here(alias) else None
+            if not find_here(alias):
+                continue
         except C2CError:  # its words hold a path, which is nobody else's business
-            more = {"fits": "damaged: delete it, and it is fetched again"}
-        if more is not None:
-            here = hub.cached_size(entry.hub) if entry.hub else size(model_folder(alias))
-            found.append({"name": alias, "size_gb": _gb(here)} | more)
+            damage = {"fits": "damaged: delete it, and it is fetched again"}
+        here = hub.cached_size(entry.hub) if entry.hub else size(model_folder(alias))
+        found.append({"name": alias, "size_gb": _gb(here)} | damage)
     return found
 
 

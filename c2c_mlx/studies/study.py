@@ -80,7 +80,7 @@ class Work:
         found = {}
         for item in self.items:
             prompts = align_to_each(item.messages, self.receiver, links, self.sharers)
-            with named(item):
+            with naming(item):
                 check_room(self.receiver, prompts[0].receiver_ids)
                 for sharer, prompt in zip(self.sharers, prompts, strict=True):
                     check_room(sharer, prompt.sharer_ids)
@@ -101,7 +101,7 @@ class Work:
 
 
 @contextmanager
-def named(item: Item) -> Iterator[None]:
+def naming(item: Item) -> Iterator[None]:
     """Says of which item an error is."""
     try:
         yield

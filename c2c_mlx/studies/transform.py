@@ -22,7 +22,7 @@ from c2c_mlx.fusion.layers import last_aligned
 from c2c_mlx.fusion.reader import Reader
 from c2c_mlx.fusion.rope import Rotation, rope_of
 from c2c_mlx.studies import mapping
-from c2c_mlx.studies.study import NO_REFERENCE, Result, Work, interval, named
+from c2c_mlx.studies.study import NO_REFERENCE, Result, Work, interval, naming
 from c2c_mlx.text.alignment import TokenAlignment, align_chat
 from c2c_mlx.text.tokens import response_ids
 
@@ -122,7 +122,7 @@ class _Pair:
             raise C2CError(NO_REFERENCE)
         tokenizers = (self.receiver.tokenizer, self.sharer.tokenizer)
         text = align_chat(item.messages, *tokenizers, strategy="span", padding=False)
-        with named(item):
+        with naming(item):
             check_room(self.receiver, text.receiver_ids)
             check_room(self.sharer, text.sharer_ids)
             if not (text.message[:-1] >= 0).any():

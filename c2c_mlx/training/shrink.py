@@ -34,7 +34,7 @@ from c2c_mlx.training.prefills import Prefiller
 
 POSITIONS = 4096  # that the small weights are fitted to, at most
 _RIDGE = 1e-3  # of the channels' mean energy; keeps a fit to few positions from running away
-_WHOLE = 8  # widths are multiples of it where that costs little, and of a group, to be packed
+_WHOLE = 8  # widths are multiples of it where that costs little; wide ones of GROUP, to be packed
 
 Params = dict[str, Any]  # of one slice, in stacks of one: [1, ...]
 
@@ -42,7 +42,8 @@ Params = dict[str, Any]  # of one slice, in stacks of one: [1, ...]
 def smaller(config: FuserConfig, share: float) -> FuserConfig:
     """The widest fuser in a big one's proportions with at most a share of its parameters.
 
-    It has no dropout: it imitates, and there is nothing that it could learn by heart.
+    Its widths are rounded down, so it may be somewhat smaller. It has no dropout: it imitates, and
+    there is nothing that it could learn by heart.
 
     Args:
         config: the big one's.
